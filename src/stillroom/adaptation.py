@@ -1,0 +1,52 @@
+"""The teacher, fine-tuned on the training part with the task loss alone, before its signals are captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from stillroom.config import GROUPS, Adaptation, Evaluation, ModelRef, Objective
+from stillroom.corpus import Examples
+from stillroom.provenance import write_json
+from stillroom.train_student import Progress, Trial, checkpoints, train
+
+ADAPTED = "adapted.json"
+
+
+def adapt_teacher(
+    teacher: ModelRef,
+    adaptation: Adaptation,
+    evaluation: Evaluation,
+    examples: Examples,
+    folder: Path,
+    origin: str,
+    progress: Progress = lambda done, total: None,
+) -> ModelRef:
+    """Train the teacher by the project's own trainer and return it as a local model under `folder`."""
+    trial = Trial(origin, GROUPS["task_only"], adaptation.seed)
+    result = train(
+        trial,
+        teacher,
+        adaptation.training,
+        Objective(),
+        evaluation,
+        examples,
+        None,
+        folder / trial.name,
+        adapter=_lora(adaptation) if adaptation.method == "lora" else None,
+        progress=progress,
+    )
+    final = checkpoints(folder / trial.name)[-1]
+    write_json(folder / ADAPTED, {"origin": origin, "model": str(final), "epochs": result["epochs"]})
+    return ModelRef(model=str(final), trust_remote_code=teacher.trust_remote_code)
+
+
+def _lora(adaptation: Adaptation) -> Callable[[Any], Any]:
+    def add_adapters(model: Any) -> Any:
+        from peft import LoraConfig, get_peft_model
+
+        settings = LoraConfig(r=adaptation.lora_rank, lora_alpha=adaptation.lora_alpha, target_modules="all-linear")
+        return get_peft_model(model, settings).get_base_model()
+
+    return add_adapters

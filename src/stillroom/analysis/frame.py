@@ -1,0 +1,71 @@
+"""Results on disk as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from stillroom.provenance import atomic_path, read_json
+
+SUMMARY = "results_summary.csv"
+PLANNED = "planned.json"
+"""The study and every trial it should have: what a report is complete against."""
+
+
+def summary_row(result: dict[str, Any]) -> dict[str, Any]:
+    """One trial as a row: its configuration, its last epoch's metrics, its gradient shares."""
+    config = result["config"]
+    metrics = {k: v for k, v in result.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    shares = {f"gradient_share_{term}": share for term, share in result["gradient_shares"].items()}
+    return {
+        "trial": result["trial"],
+        "config/distill_type": config["distill_type"],
+        "config/seed": config["seed"],
+        **metrics,
+        **shares,
+    }
+
+
+def read_results(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """`result.json` of every folder that has one."""
+    return [read_json(folder / "result.json") for folder in folders if (folder / "result.json").is_file()]
+
+
+def summary_frame(results: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """A row a trial, in the order given."""
+    return pd.DataFrame([summary_row(result) for result in results])
+
+
+def write_summary(frame: pd.DataFrame, path: Path) -> None:
+    """Write `results_summary.csv`, whole or not at all."""
+    with atomic_path(path) as temporary:
+        frame.to_csv(temporary, index=False)
+
+
+def accuracy_columns(frame: pd.DataFrame) -> dict[str, str]:
+    """Column name by task of `validation_accuracy_<task>`."""
+    prefix = "validation_accuracy_"
+    skip = ("_macro", "_flexible")
+    return {c.removeprefix(prefix): c for c in frame.columns if c.startswith(prefix) and not c.endswith(skip)}
+
+
+def group_table(frame: pd.DataFrame, groups: Sequence[str], untrained: dict[str, dict[str, float]]) -> pd.DataFrame:
+    """Mean and standard deviation of accuracy by group, over all and per task; the untrained rows beside them.
+
+    Index: row name. Columns: seeds, then for `accuracy` and each task `<name>_mean` and `<name>_std`. A group with
+    one seed has no standard deviation (NaN), an untrained row neither.
+    """
+    columns = {"accuracy": "validation_accuracy", **accuracy_columns(frame)}
+    rows: dict[str, dict[str, float]] = {}
+    for name, metrics in untrained.items():
+        rows[name] = {"seeds": 0} | {f"{k}_mean": metrics.get(c, float("nan")) for k, c in columns.items()}
+    for group in groups:
+        own = frame[frame["config/distill_type"] == group]
+        rows[group] = {"seeds": len(own)}
+        for key, column in columns.items():
+            rows[group][f"{key}_mean"] = own[column].mean() if len(own) else float("nan")
+            rows[group][f"{key}_std"] = own[column].std() if len(own) > 1 else float("nan")
+    return pd.DataFrame.from_dict(rows, orient="index")

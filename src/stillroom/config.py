@@ -1,0 +1,323 @@
+"""A study: one frozen section for each stage, loaded from YAML, checked before anything runs.
+
+A stage is given its own section and never the whole study, so a field that could change a stage's output
+is a field that stage was given; `fingerprint` of those sections names the output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+Term = Literal["task", "kd", "hidden", "attention"]
+TERMS: tuple[Term, ...] = ("task", "kd", "hidden", "attention")
+Precision = Literal["float32", "bfloat16", "float16"]
+
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9_\-]*$"
+
+
+class UserError(Exception):
+    """A mistake the user can mend; its message names the field, file or example and the remedy."""
+
+
+def default_store_path(environ: Mapping[str, str] | None = None, system: str = os.name) -> Path:
+    """Where the teacher's data goes unless a study says otherwise.
+
+    The variable `OFFLINE_DATA_PATH`; else `D:\\offline_teacher_data` on a Windows machine with that drive;
+    else `./offline_teacher_data`.
+    """
+    chosen = (os.environ if environ is None else environ).get("OFFLINE_DATA_PATH")
+    if chosen:
+        return Path(chosen)
+    if system == "nt" and Path("D:\\").exists():
+        return Path("D:\\offline_teacher_data")
+    return Path("offline_teacher_data")
+
+
+OFFLINE_DATA_PATH = default_store_path()
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelRef(Section):
+    """A causal language model: a hub id at a revision, a local directory, or a built-in one."""
+
+    model: str = Field(min_length=1, description="hub id, local directory, `builtin:teacher` or `builtin:student`")
+    revision: str | None = Field(None, description="commit of the hub id; ignored for a local directory")
+    trust_remote_code: bool = Field(False, description="run code that comes with the model; recorded if on")
+
+
+class Training(Section):
+    """How weights are updated; the same for every trial."""
+
+    learning_rate: float = Field(1e-4, gt=0, description="AdamW's peak learning rate")
+    weight_decay: float = Field(0.01, ge=0)
+    batch_size: int = Field(8, ge=1, description="examples an optimizer step")
+    micro_batch_size: int | None = Field(None, ge=1, description="examples a forward pass; default the batch")
+    epochs: int = Field(3, ge=1)
+    max_gradient_norm: float = Field(1.0, gt=0, description="gradient clipping")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up; the rate is constant after it")
+    precision: Precision = Field("bfloat16", description="autocast dtype; weights and losses stay float32")
+    gradient_interval: int = Field(50, ge=0, description="steps between measurements of each term's gradient; 0: never")
+    bucket_batches: int = Field(64, ge=1, description="batches that are grouped by length at a time")
+    max_skipped_steps: int = Field(10, ge=0, description="consecutive non-finite steps before a trial stops")
+
+
+class Adaptation(Section):
+    """Fine-tuning of the teacher on the training part, with the task loss alone, before capture."""
+
+    method: Literal["none", "full", "lora"] = "none"
+    lora_rank: int = Field(16, ge=1)
+    lora_alpha: int = Field(32, ge=1)
+    training: Training = Training()
+    seed: int = Field(0, ge=0)
+
+
+class Teacher(ModelRef):
+    """The model that teaches."""
+
+    dtype: Precision = Field("float16", description="dtype of the weights in the forward pass")
+    adapt: Adaptation = Adaptation()
+
+
+class Student(ModelRef):
+    """The model that learns."""
+
+
+class TaskData(Section):
+    """Where a task's rows come from and how many are used."""
+
+    dataset: str = Field(min_length=1, description="hub id, local directory of `<split>.parquet`, or `builtin`")
+    subset: str | None = Field(None, description="the hub data set's configuration")
+    revision: str | None = None
+    split: str = "train"
+    examples: int = Field(ge=2)
+
+
+class Corpus(Section):
+    """The examples of a study."""
+
+    tasks: dict[Annotated[str, Field(pattern=_NAME)], TaskData] = Field(min_length=1)
+    max_length: int = Field(512, ge=8, description="tokens, under either tokenizer")
+    validation_share: float = Field(0.1, gt=0, lt=1)
+    sample_seed: int = Field(0, ge=0)
+    split_seed: int = Field(0, ge=0)
+
+
+class Signals(Section):
+    """What is stored of the teacher."""
+
+    top_k: int = Field(256, ge=1)
+    dtype: Literal["float16", "float32"] = "float16"
+    batch_tokens: int = Field(4096, ge=1, description="tokens a forward pass, padding included")
+    shard_examples: int = Field(256, ge=1)
+    minimum_coverage: float = Field(
+        0.5, ge=0, le=1, description="share of student tokens that must have an aligned teacher token, per task"
+    )
+
+
+class Objective(Section):
+    """Weights and scales of the loss terms, shared by the groups unless a group says otherwise."""
+
+    weights: dict[Term, Annotated[float, Field(ge=0)]] = {"task": 1.0, "kd": 0.5, "hidden": 0.1, "attention": 0.1}
+    temperature: float = Field(1.0, gt=0)
+    hidden_scale: Literal["none", "teacher_rms"] = "none"
+    attention_scale: Literal["none", "row_sum"] = "none"
+    kd_positions: Literal["answer", "all"] = "answer"
+
+    @model_validator(mode="after")
+    def _all_weights(self) -> Objective:
+        missing = [t for t in TERMS if t not in self.weights]
+        if missing:
+            raise ValueError(f"weights must name every term; missing: {', '.join(missing)}")
+        return self
+
+
+class Group(Section):
+    """One experimental group: the terms that are on, and its own settings where they differ."""
+
+    name: str = Field(pattern=_NAME)
+    terms: tuple[Term, ...] = Field(min_length=1)
+    weights: dict[Term, Annotated[float, Field(ge=0)]] = {}
+    temperature: float | None = Field(None, gt=0)
+    hidden_scale: Literal["none", "teacher_rms"] | None = None
+    attention_scale: Literal["none", "row_sum"] | None = None
+    kd_positions: Literal["answer", "all"] | None = None
+
+    def objective(self, shared: Objective) -> Objective:
+        """The objective of this group: `shared` with this group's settings, weight 0 for a term that is off."""
+        own = self.model_dump(exclude={"name", "terms", "weights"}, exclude_none=True)
+        weights = {t: (self.weights.get(t, shared.weights[t]) if t in self.terms else 0.0) for t in TERMS}
+        return Objective(**{**shared.model_dump(), **own, "weights": weights})
+
+
+GROUPS: dict[str, Group] = {
+    group.name: group
+    for group in (
+        Group(name="task_only", terms=("task",)),
+        Group(name="black_box", terms=("task", "kd")),
+        Group(name="hidden", terms=("task", "kd", "hidden")),
+        Group(name="attention", terms=("task", "kd", "attention")),
+        Group(name="combined", terms=("task", "kd", "hidden", "attention")),
+    )
+}
+
+
+def _shipped_group(value: Any) -> Any:
+    """Let a study name a shipped group by its name alone."""
+    if not isinstance(value, str):
+        return value
+    if value not in GROUPS:
+        raise ValueError(f"unknown group {value!r}; shipped: {', '.join(GROUPS)}; or declare it with name and terms")
+    return GROUPS[value]
+
+
+class Evaluation(Section):
+    """How accuracy is measured."""
+
+    batch_tokens: int = Field(8192, ge=1, description="tokens a scoring batch, padding included")
+    generation_batch_size: int = Field(32, ge=1)
+    max_new_tokens: int = Field(256, ge=1)
+
+
+class Sweep(Section):
+    """Groups × seeds, and what a trial may use."""
+
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+    gpus_per_trial: float = Field(1.0, ge=0, description="used where there are GPUs")
+    cpus_per_trial: int = Field(4, ge=1)
+    max_concurrent: int | None = Field(None, ge=1, description="default: as many as the GPUs (else cores) allow")
+    retries: int = Field(1, ge=0, description="times a failed trial is tried again")
+    keep_checkpoints: Literal["last", "all"] = "last"
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Sweep:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds are repeated: {list(self.seeds)}")
+        return self
+
+
+class Paths(Section):
+    """Where a study writes."""
+
+    store: Path | None = Field(None, description="teacher data; default: `config.OFFLINE_DATA_PATH`")
+    results: Path = Path("results")
+
+    @property
+    def store_path(self) -> Path:
+        """The folder of the teacher's data."""
+        return self.store or OFFLINE_DATA_PATH
+
+
+class Study(Section):
+    """Everything that a study is."""
+
+    name: str = Field(pattern=_NAME)
+    teacher: Teacher
+    student: Student
+    corpus: Corpus
+    signals: Signals = Signals()
+    objective: Objective = Objective()
+    groups: tuple[Annotated[Group, BeforeValidator(_shipped_group)], ...] = Field(min_length=1)
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    sweep: Sweep
+    paths: Paths = Paths()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Study:
+        names = [g.name for g in self.groups]
+        if len(set(names)) < len(names):
+            raise ValueError(f"groups are repeated: {names}")
+        return self
+
+    def group(self, name: str) -> Group:
+        """The group of that name; `UserError` if the study has none."""
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise UserError(f"group {name!r} is not in study {self.name!r}; it has {[g.name for g in self.groups]}")
+
+
+def shipped_studies() -> list[str]:
+    """Names of the studies in the package."""
+    return sorted(p.name[:-5] for p in resources.files("stillroom.studies").iterdir() if p.name.endswith(".yaml"))
+
+
+def load_study(name_or_path: str, overrides: Iterable[str] = ()) -> Study:
+    """Load a study by a shipped name or a path, then apply `a.b=value` overrides.
+
+    Raises `UserError` with one line a fault, each naming the field.
+    """
+    raw = _read_yaml(name_or_path)
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        return Study.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(_explain(name_or_path, error)) from None
+
+
+def _read_yaml(name_or_path: str) -> dict[str, Any]:
+    path = Path(name_or_path)
+    if name_or_path in shipped_studies():
+        text = resources.files("stillroom.studies").joinpath(f"{name_or_path}.yaml").read_text("utf-8")
+    elif path.is_file():
+        text = path.read_text("utf-8")
+    else:
+        raise UserError(
+            f"no study {name_or_path!r}: neither a file nor one of the shipped {', '.join(shipped_studies())}"
+        )
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{name_or_path}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{name_or_path}: a study is a mapping of sections, this is {type(raw).__name__}")
+    return raw
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """Set one `a.b=value` in the raw mapping; the value is read as YAML."""
+    key, sign, value = override.partition("=")
+    if not sign or not key:
+        raise UserError(f"--set {override!r}: write it as section.field=value")
+    *parents, leaf = key.split(".")
+    node = raw
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"--set {override!r}: {parent!r} is not a section")
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override!r}: {value!r} is not valid YAML") from None
+
+
+def _explain(source: str, error: ValidationError) -> str:
+    lines = []
+    for fault in error.errors():
+        field = ".".join(str(part) for part in fault["loc"]) or "study"
+        given = f" (given {fault['input']!r})" if isinstance(fault["input"], str | int | float | bool) else ""
+        message = "unknown key" if fault["type"] == "extra_forbidden" else fault["msg"].removeprefix("Value error, ")
+        lines.append(f"{source}: {field}: {message}{given}")
+    return "\n".join(lines)
+
+
+def fingerprint(*parts: Any) -> str:
+    """16 hex digits that change when any part does; parts are sections or JSON-like values."""
+    plain = [p.model_dump(mode="json") if isinstance(p, BaseModel) else p for p in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,215 @@
+"""Tasks to examples: sampled, free of duplicates, fitting under both tokenizers, split once and for all."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stillroom.config import Corpus, TaskData, UserError
+from stillroom.encoding import encode_many, fits
+from stillroom.provenance import atomic_path, read_json, write_json
+from stillroom.tasks import Example, Task, get_task
+
+Split = Literal["train", "validation"]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples of a study and what was dropped on the way."""
+
+    train: list[Example]
+    validation: list[Example]
+    counts: dict[str, dict[str, int]]
+    """Per task: used, train, validation, source_rows, unusable, duplicates, too_long."""
+
+    @property
+    def all(self) -> list[Example]:
+        """Both parts: the teacher's data covers them."""
+        return self.train + self.validation
+
+
+def build_corpus(corpus: Corpus, tokenizers: Sequence[Any]) -> Examples:
+    """Draw each task's examples and split them; `tokenizers` are those an example must fit under.
+
+    Raises `UserError` where a task cannot supply as many examples as asked for.
+    """
+    train: list[Example] = []
+    validation: list[Example] = []
+    counts: dict[str, dict[str, int]] = {}
+    for name, data in corpus.tasks.items():
+        chosen, count = _draw(get_task(name), data, corpus, tokenizers)
+        parts = split(chosen, corpus.validation_share, corpus.split_seed)
+        counts[name] = {"used": len(chosen), "train": len(parts[0]), "validation": len(parts[1]), **count}
+        train += parts[0]
+        validation += parts[1]
+    check_leaks(train, validation)
+    return Examples(train, validation, counts)
+
+
+def _draw(
+    task: Task, data: TaskData, corpus: Corpus, tokenizers: Sequence[Any]
+) -> tuple[list[Example], dict[str, int]]:
+    rows = load_rows(task, data, corpus.sample_seed)
+    dropped = Counter({"source_rows": len(rows), "unusable": 0, "duplicates": 0, "too_long": 0})
+    unique = _unique(_usable(task, data, rows, dropped), dropped)
+    ordered = sorted(unique, key=lambda example: _rank(example.example_id, f"sample{corpus.sample_seed}"))
+    chosen = list(islice(_fitting(ordered, corpus.max_length, tokenizers, dropped), data.examples))
+    if len(chosen) < data.examples:
+        raise UserError(
+            f"corpus.tasks.{task.name}.examples: {data.examples} asked for, but only {len(chosen)} can be used "
+            f"({dict(dropped)}); ask for fewer, or raise corpus.max_length"
+        )
+    return chosen, dict(dropped)
+
+
+def load_rows(task: Task, data: TaskData, seed: int) -> Sequence[dict[str, Any]]:
+    """A task's rows: generated (`builtin`), from a local directory, or from the hub."""
+    if data.dataset == "builtin":
+        if task.generate_rows is None:
+            raise UserError(f"corpus.tasks.{task.name}.dataset: this task has no built-in rows")
+        return task.generate_rows(seed, 2 * data.examples + 200)
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    local = Path(data.dataset)
+    try:
+        if local.is_dir():
+            file = local / f"{data.split}.parquet"
+            if not file.is_file():
+                raise UserError(f"corpus.tasks.{task.name}: {file} is missing; splits there: {_splits(local)}")
+            rows = load_dataset("parquet", data_files={data.split: str(file)}, split=data.split)
+        else:
+            rows = load_dataset(data.dataset, data.subset, revision=data.revision, split=data.split)
+    except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError, OSError) as error:
+        raise UserError(
+            f"corpus.tasks.{task.name}.dataset: {data.dataset!r} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
+    missing = [column for column in task.columns if column not in rows.column_names]
+    if missing:
+        raise UserError(
+            f"corpus.tasks.{task.name}: {data.dataset} lacks the columns {missing}; it has {rows.column_names}"
+        )
+    listed: list[dict[str, Any]] = rows.select_columns(list(task.columns)).to_list()
+    return listed
+
+
+def _splits(folder: Path) -> str:
+    return ", ".join(sorted(p.stem for p in folder.glob("*.parquet"))) or "none"
+
+
+def _usable(task: Task, data: TaskData, rows: Iterable[dict[str, Any]], dropped: Counter[str]) -> Iterator[Example]:
+    fault = None
+    for number, row in enumerate(rows):
+        try:
+            yield task.build(row)
+        except (ValueError, TypeError, IndexError) as error:
+            dropped["unusable"] += 1
+            fault = f"row {number} of {data.dataset}/{data.split}: {error}"
+    if fault and dropped["unusable"] == dropped["source_rows"]:
+        raise UserError(f"corpus.tasks.{task.name}: no row can be used; {fault}")
+
+
+def folded(prompt: str) -> str:
+    """The prompt without regard to white space and case: what makes two examples duplicates."""
+    return re.sub(r"\s+", " ", prompt).strip().casefold()
+
+
+def _unique(examples: Iterable[Example], dropped: Counter[str]) -> Iterator[Example]:
+    seen: set[str] = set()
+    for example in examples:
+        key = folded(example.prompt)
+        if key in seen:
+            dropped["duplicates"] += 1
+            continue
+        seen.add(key)
+        yield example
+
+
+def _fitting(
+    examples: Sequence[Example], max_length: int, tokenizers: Sequence[Any], dropped: Counter[str]
+) -> Iterator[Example]:
+    for first in range(0, len(examples), 256):
+        part = examples[first : first + 256]
+        texts = [example.text for example in part]
+        encodings = [encode_many(tokenizer, texts, add_eos=True) for tokenizer in tokenizers]
+        for example, *own in zip(part, *encodings, strict=True):
+            if all(fits(encoding, max_length) for encoding in own):
+                yield example
+            else:
+                dropped["too_long"] += 1
+
+
+def _rank(example_id: str, salt: str) -> str:
+    return hashlib.sha256(f"{salt}:{example_id}".encode()).hexdigest()
+
+
+def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Training and validation part, by `example_id` and seed alone; at least one example in each."""
+    ordered = sorted(examples, key=lambda example: _rank(example.example_id, f"split{seed}"))
+    size = min(max(1, round(share * len(ordered))), len(ordered) - 1)
+    return ordered[size:], ordered[:size]
+
+
+def check_leaks(train: Sequence[Example], held_out: Sequence[Example]) -> None:
+    """Raise `UserError` naming an example whose prompt stands in both parts."""
+    known = {folded(example.prompt) for example in train}
+    for example in held_out:
+        if folded(example.prompt) in known:
+            raise UserError(f"example {example.example_id} ({example.task}) is in training and held-out data")
+
+
+_SCHEMA = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("task", pa.string()),
+        ("split", pa.string()),
+        ("prompt", pa.string()),
+        ("answer", pa.string()),
+        ("choices", pa.list_(pa.string())),
+        ("gold", pa.int32()),
+    ]
+)
+
+
+def save_corpus(examples: Examples, folder: Path, fingerprint: str) -> None:
+    """Write `corpus.parquet` and `corpus.json` into `folder`."""
+    rows = [
+        {
+            "example_id": e.example_id,
+            "task": e.task,
+            "split": part,
+            "prompt": e.prompt,
+            "answer": e.answer,
+            "choices": e.choices,
+            "gold": e.gold,
+        }
+        for part, members in (("train", examples.train), ("validation", examples.validation))
+        for e in members
+    ]
+    with atomic_path(folder / "corpus.parquet") as path:
+        pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), path)
+    write_json(folder / "corpus.json", {"fingerprint": fingerprint, "counts": examples.counts})
+
+
+def load_corpus(folder: Path) -> tuple[Examples, str]:
+    """Read what `save_corpus` wrote: the examples and their fingerprint."""
+    described = read_json(folder / "corpus.json")
+    parts: dict[str, list[Example]] = {"train": [], "validation": []}
+    for row in pq.read_table(folder / "corpus.parquet").to_pylist():
+        choices = tuple(row["choices"]) if row["choices"] is not None else None
+        parts[row["split"]].append(Example(row["task"], row["prompt"], row["answer"], choices, row["gold"]))
+    return Examples(parts["train"], parts["validation"], described["counts"]), described["fingerprint"]
+
+
+def examples_digest(examples: Iterable[Example]) -> str:
+    """Digest of which examples there are, in order."""
+    return hashlib.sha256("".join(e.example_id for e in examples).encode()).hexdigest()[:16]

@@ -1,0 +1,265 @@
+"""Accuracy: choices by the likelihood of their text, generation by greedy decoding; every prediction kept."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from stillroom.attention_capture import last_hidden_state
+from stillroom.config import Evaluation
+from stillroom.encoding import Encoding, encode_many, in_answer
+from stillroom.models import output_logits
+from stillroom.provenance import atomic_path
+from stillroom.tasks import Example, get_task
+from stillroom.teacher_signals import padded
+
+_ANSWERED = re.compile(r"#### *-?[$0-9.,]+\s*\n")
+_NEXT_QUESTION = "Question:"
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One sequence to score: where its next-token distribution is read, and which target counts for which answer."""
+
+    encoding: Encoding
+    positions: tuple[int, ...]
+    reads: tuple[tuple[int, int, int], ...]
+    """(index into positions, target id, answer)"""
+    example: int
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    settings: Evaluation,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> pd.DataFrame:
+    """Predictions for every example, one row each, in the order given.
+
+    Columns: example_id, task, prediction, gold, correct, correct_flexible (generation only, else equal to correct),
+    scores (log-likelihood of each choice, nats), generated, answer_nll (nats of the gold answer's text), answer_tokens.
+    """
+    scores, tokens = answer_scores(model, tokenizer, examples, settings.batch_tokens)
+    generating = [n for n, example in enumerate(examples) if get_task(example.task).kind == "generation"]
+    progress(len(examples) - len(generating), len(examples))
+    texts = dict(
+        zip(
+            generating,
+            generate(model, tokenizer, [examples[n].prompt for n in generating], settings, progress, len(examples)),
+            strict=True,
+        )
+    )
+    rows = [_prediction(example, scores[n], tokens[n], texts.get(n)) for n, example in enumerate(examples)]
+    return pd.DataFrame(rows)
+
+
+def _prediction(example: Example, scores: list[float], tokens: int, text: str | None) -> dict[str, Any]:
+    common = {"example_id": example.example_id, "task": example.task, "answer_tokens": tokens}
+    if example.choices is not None and example.gold is not None:
+        best = max(range(len(scores)), key=scores.__getitem__)
+        right = best == example.gold
+        return {
+            **common,
+            "prediction": example.choices[best].strip(),
+            "gold": example.answer.strip(),
+            "correct": right,
+            "correct_flexible": right,
+            "scores": scores,
+            "generated": None,
+            "answer_nll": -scores[example.gold],
+        }
+    task = get_task(example.task)
+    assert text is not None
+    assert task.extract_strict is not None
+    assert task.extract_flexible is not None
+    gold, strict = task.extract_strict(example.answer), task.extract_strict(text)
+    return {
+        **common,
+        "prediction": strict,
+        "gold": gold,
+        "correct": strict == gold,
+        "correct_flexible": task.extract_flexible(text) == gold,
+        "scores": None,
+        "generated": text,
+        "answer_nll": -scores[0],
+    }
+
+
+def accuracy_metrics(predictions: pd.DataFrame, prefix: str = "validation_") -> dict[str, float]:
+    """Accuracy over all examples, per task, and the tasks' unweighted mean; likewise flexible where it differs."""
+    by_task = predictions.groupby("task", sort=True)
+    accuracy = by_task["correct"].mean()
+    metrics = {f"{prefix}accuracy": float(predictions["correct"].mean())}
+    metrics[f"{prefix}accuracy_macro"] = float(accuracy.mean())
+    for task, value in accuracy.items():
+        metrics[f"{prefix}accuracy_{task}"] = float(value)
+        if get_task(str(task)).kind == "generation":
+            metrics[f"{prefix}accuracy_{task}_flexible"] = float(by_task.get_group(task)["correct_flexible"].mean())
+    return metrics
+
+
+def nll_metrics(predictions: pd.DataFrame) -> dict[str, float]:
+    """Mean negative log-likelihood of the gold answer's text, nats an example, per task."""
+    return {str(task): float(value) for task, value in predictions.groupby("task")["answer_nll"].mean().items()}
+
+
+def save_predictions(predictions: pd.DataFrame, path: Path) -> None:
+    """Write predictions as Parquet, whole or not at all."""
+    with atomic_path(path) as temporary:
+        predictions.to_parquet(temporary, index=False)
+
+
+@torch.no_grad()
+def answer_scores(
+    model: PreTrainedModel, tokenizer: Any, examples: Sequence[Example], batch_tokens: int
+) -> tuple[list[list[float]], list[int]]:
+    """Log-likelihood (nats) of each choice, or of the gold answer alone, and the gold answer's token count.
+
+    A choice is scored by its own text in `prompt + choice`, tokenised as one. Where choices differ in their last
+    token only, one forward pass of what they share gives all of them.
+    """
+    rows, lengths = _scoring_rows(tokenizer, examples)
+    scores = [[0.0] * len(example.choices or (1,)) for example in examples]
+    order = sorted(rows, key=lambda row: -len(row.encoding))
+    for batch in _within(order, batch_tokens):
+        ids, mask = padded([row.encoding for row in batch], device=model.device)
+        hidden = last_hidden_state(model, ids, mask)
+        where = [(n, p) for n, row in enumerate(batch) for p in row.positions]
+        picked = hidden[[n for n, _ in where], [p for _, p in where]]
+        _add_scores(model, picked, batch, scores)
+    return scores, lengths
+
+
+def _add_scores(model: PreTrainedModel, picked: torch.Tensor, batch: Sequence[_Row], scores: list[list[float]]) -> None:
+    reads, first = [], 0
+    for row in batch:
+        reads += [(first + at, target, row.example, answer) for at, target, answer in row.reads]
+        first += len(row.positions)
+    chunk, done = 512, 0
+    for part in picked.split(chunk):
+        logprobs = torch.log_softmax(output_logits(model, part).float(), -1)
+        own = [read for read in reads if done <= read[0] < done + chunk]
+        values = logprobs[[r[0] - done for r in own], [r[1] for r in own]].tolist()
+        for (_, _, example, answer), value in zip(own, values, strict=True):
+            scores[example][answer] += value
+        done += chunk
+
+
+def _scoring_rows(tokenizer: Any, examples: Sequence[Example]) -> tuple[list[_Row], list[int]]:
+    texts = [example.prompt + answer for example in examples for answer in example.choices or (example.answer,)]
+    encodings = iter(encode_many(tokenizer, texts))
+    rows, lengths = [], []
+    for number, example in enumerate(examples):
+        own = [next(encodings) for _ in example.choices or (1,)]
+        lengths.append(int(in_answer(own[example.gold or 0], len(example.prompt)).sum()))
+        rows += _rows_of_example(number, own, len(example.prompt))
+    return rows, lengths
+
+
+def _rows_of_example(number: int, encodings: Sequence[Encoding], prompt_length: int) -> list[_Row]:
+    targets = [[int(t) for t in in_answer(e, prompt_length).nonzero()[0] if t > 0] for e in encodings]
+    shared = _shared_prefix(encodings)
+    if len(encodings) > 1 and all(len(e) == shared + 1 for e in encodings):
+        positions = sorted({t - 1 for own in targets for t in own})
+        at = {p: n for n, p in enumerate(positions)}
+        reads = tuple(
+            (at[t - 1], int(e.ids[t]), answer)
+            for answer, (e, own) in enumerate(zip(encodings, targets, strict=True))
+            for t in own
+        )
+        prefix = encodings[0]
+        prefix = Encoding(prefix.ids[:shared], prefix.ends[:shared], prefix.special[:shared])
+        return [_Row(prefix, tuple(positions), reads, number)]
+    return [
+        _Row(e, tuple(t - 1 for t in own), tuple((n, int(e.ids[t]), answer) for n, t in enumerate(own)), number)
+        for answer, (e, own) in enumerate(zip(encodings, targets, strict=True))
+    ]
+
+
+def _shared_prefix(encodings: Sequence[Encoding]) -> int:
+    shortest = min(len(e) for e in encodings)
+    for t in range(shortest):
+        if len({int(e.ids[t]) for e in encodings}) > 1:
+            return t
+    return shortest
+
+
+def _within(rows: Sequence[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
+    batch: list[_Row] = []
+    for row in rows:
+        if batch and len(batch[0].encoding) * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+class _Answered(StoppingCriteria):
+    """Stops each sequence once its answer is complete or it begins another question."""
+
+    def __init__(self, tokenizer: Any, start: int) -> None:
+        self.tokenizer, self.start = tokenizer, start
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        latest = self.tokenizer.batch_decode(input_ids[:, -1:])
+        done = [
+            ("\n" in last or ":" in last) and _finished(self.tokenizer.decode(row[self.start :]))
+            for last, row in zip(latest, input_ids, strict=True)
+        ]
+        return torch.tensor(done, device=input_ids.device)
+
+
+def _finished(text: str) -> bool:
+    return _NEXT_QUESTION in text or _ANSWERED.search(text) is not None
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    settings: Evaluation,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    total: int = 0,
+) -> list[str]:
+    """Greedy continuations, cut where another question would begin; batched by length with a KV cache."""
+    encodings = encode_many(tokenizer, prompts)
+    order = sorted(range(len(prompts)), key=lambda n: len(encodings[n]))
+    texts = [""] * len(prompts)
+    size = settings.generation_batch_size
+    greedy = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=settings.max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+    own, model.generation_config = model.generation_config, greedy  # a model's own penalties must not count
+    try:
+        for first in range(0, len(order), size):
+            batch = order[first : first + size]
+            ids, mask = padded([encodings[n] for n in batch], "left", model.device)
+            stop = StoppingCriteriaList([_Answered(tokenizer, ids.shape[1])])
+            output = model.generate(ids, attention_mask=mask, generation_config=greedy, stopping_criteria=stop)
+            for n, row in zip(batch, output, strict=True):
+                text = tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True)
+                texts[n] = text.split(_NEXT_QUESTION)[0]
+            progress(total - len(order) + first + len(batch), total)
+    finally:
+        model.generation_config = own
+    return texts
+
+
+def worse_or_equal(teacher: dict[str, float], student: dict[str, float]) -> list[str]:
+    """Tasks on which the teacher's accuracy is no better than the untouched student's."""
+    prefix = "validation_accuracy_"
+    tasks: Iterable[str] = (key for key in teacher if key.startswith(prefix) and not key.endswith(("_macro", "_flexible")))
+    return [key.removeprefix(prefix) for key in tasks if teacher[key] <= student[key]]

@@ -1,0 +1,248 @@
+"""The loss terms: pure functions that return sums; the caller divides once, by the whole step's counts.
+
+α·L_task + β·L_KD + γ₁·L_align_hidden + γ₂·L_align_attn; definitions in docs/science.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+HEAD_CHUNK = 256
+"""Rows whose logits exist at a time."""
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """The teacher's next-token distribution in student ids, at M positions: K entries and the ghost."""
+
+    rows: Int[Tensor, "M"]
+    """Which of the head's rows each position is; increasing."""
+    ids: Int[Tensor, "M K"]
+    """Student ids, distinct where valid; elsewhere any valid id of the row."""
+    valid: Bool[Tensor, "M K"]
+    probs: Float[Tensor, "M K"]
+    """0 where not valid."""
+    ghost: Float[Tensor, "M"]
+    """What the entries leave out of 1."""
+
+
+def outcome_logprobs(
+    logits: Float[Tensor, "M V"], ids: Int[Tensor, "M K"], valid: Bool[Tensor, "M K"]
+) -> tuple[Float[Tensor, "M K"], Float[Tensor, "M"]]:
+    """The student's log-probabilities of the K entries and of the ghost, everything else.
+
+    The ghost is a sum over the other logits, never 1 − sum, so it cannot be negative; it is −inf where every
+    id is an entry.
+    """
+    logprobs = F.log_softmax(logits.float(), dim=-1)
+    entries = torch.where(valid, logprobs.gather(1, ids), -torch.inf)
+    ghost = logprobs.scatter(1, ids, -torch.inf).logsumexp(1)
+    return entries, ghost
+
+
+def kd_loss(logits: Float[Tensor, "M V"], outcomes: Outcomes, temperature: float = 1.0) -> Float[Tensor, ""]:
+    """Sum over positions of KL(teacher ‖ student) over K + 1 outcomes, times τ² (Hinton et al. 2015, sec. 2.1).
+
+    The plain form, differentiable by autograd. At τ ≠ 1 both sides' probabilities are raised to 1/τ and
+    renormalised over the K + 1 outcomes.
+    """
+    entries, ghost = outcome_logprobs(logits, outcomes.ids, outcomes.valid)
+    student = torch.cat([entries, ghost[:, None]], 1)
+    teacher = torch.cat([outcomes.probs, outcomes.ghost[:, None]], 1)
+    absent = student == -torch.inf
+    teacher, student = teacher.masked_fill(absent, 0.0), student.masked_fill(absent, 0.0)
+    if temperature != 1.0:
+        teacher = teacher ** (1 / temperature)
+        teacher = teacher / teacher.sum(1, keepdim=True)
+        student = F.log_softmax((student / temperature).masked_fill(absent, -torch.inf), 1).masked_fill(absent, 0.0)
+    return temperature**2 * (torch.xlogy(teacher, teacher) - teacher * student).sum()
+
+
+@dataclass(frozen=True)
+class HeadTargets:
+    """What the output head is compared with, row by row, and how much each sum weighs."""
+
+    targets: Int[Tensor, "N"]
+    """Next student token; −1 where the row is not supervised."""
+    outcomes: Outcomes | None
+    task_weight: float
+    kd_weight: float
+    temperature: float = 1.0
+    softcap: float | None = None
+
+
+def head_losses(
+    hidden: Float[Tensor, "N d"],
+    weight: Float[Tensor, "V d"],
+    bias: Float[Tensor, "V"] | None,
+    targets: HeadTargets,
+    chunk: int = HEAD_CHUNK,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""]]:
+    """Cross-entropy and KL from hidden states, without ever holding all logits.
+
+    Returns (task_weight·task_sum + kd_weight·kd_sum, task_sum, kd_sum); gradients flow through the first alone.
+    Logits are made `chunk` rows at a time and the gradient is taken on the spot (as in Liger's fused linear
+    losses), in the autocast dtype for the products and float32 for the rest.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    needs_grad = torch.is_grad_enabled()
+    return _HeadLosses.apply(hidden, weight, bias, targets, chunk, dtype, needs_grad)  # type: ignore[no-any-return]
+
+
+class _HeadLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: HeadTargets,
+        chunk: int,
+        dtype: torch.dtype,
+        needs_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast(hidden.device.type, enabled=False):
+            cast = weight.to(dtype)
+            task_sum, kd_sum = hidden.new_zeros(2, dtype=torch.float32)
+            hidden_grad = torch.zeros_like(hidden) if needs_grad else None
+            weight_grad = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+            bias_grad = torch.zeros_like(bias) if needs_grad and bias is not None else None
+            for first in range(0, len(hidden), chunk):
+                rows = slice(first, min(first + chunk, len(hidden)))
+                part = hidden[rows].to(dtype)
+                raw = F.linear(part, cast, None if bias is None else bias.to(dtype)).float()
+                task, kd, grad = _chunk_losses(raw, _rows_of(targets, rows), needs_grad)
+                task_sum, kd_sum = task_sum + task, kd_sum + kd
+                if hidden_grad is None or grad is None:
+                    continue
+                narrow = grad.to(dtype)
+                hidden_grad[rows] = (narrow @ cast).to(hidden.dtype)
+                if weight_grad is not None:
+                    weight_grad += narrow.T @ part
+                if bias_grad is not None:
+                    bias_grad += grad.sum(0)
+        ctx.grads = (hidden_grad, weight_grad, bias_grad)
+        total = targets.task_weight * task_sum + targets.kd_weight * kd_sum
+        ctx.mark_non_differentiable(task_sum, kd_sum)
+        return total, task_sum, kd_sum
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden_grad, weight_grad, bias_grad = (None if g is None else g * upstream for g in ctx.grads)
+        return hidden_grad, weight_grad, bias_grad, None, None, None, None
+
+
+def _rows_of(targets: HeadTargets, rows: slice) -> HeadTargets:
+    """The same targets, for a slice of the head's rows."""
+    outcomes = targets.outcomes
+    if outcomes is not None:
+        bounds = torch.tensor([rows.start, rows.stop], device=outcomes.rows.device)
+        first, last = torch.searchsorted(outcomes.rows, bounds).tolist()
+        own = slice(first, last)
+        outcomes = Outcomes(
+            outcomes.rows[own] - rows.start, outcomes.ids[own], outcomes.valid[own], outcomes.probs[own], outcomes.ghost[own]
+        )
+    return HeadTargets(
+        targets.targets[rows], outcomes, targets.task_weight, targets.kd_weight, targets.temperature, targets.softcap
+    )
+
+
+def _chunk_losses(raw: Tensor, targets: HeadTargets, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sums of one chunk and the gradient of their weighted sum by the raw logits (float32)."""
+    cap = targets.softcap
+    logits = raw if cap is None else cap * torch.tanh(raw / cap)
+    lse = logits.logsumexp(-1, keepdim=True)
+    probs = (logits - lse).exp_()
+    supervised = targets.targets >= 0
+    safe = targets.targets.clamp(min=0)[:, None]
+    task = torch.where(supervised, (lse - logits.gather(1, safe))[:, 0], 0.0).sum()
+    scale = targets.task_weight * supervised.float()
+    kd, kd_parts = raw.new_zeros(()), None
+    if targets.outcomes is not None and len(targets.outcomes.rows):
+        kd, kd_parts = _kd_parts(logits, lse, probs, targets.outcomes, targets.temperature)
+    if not needs_grad:
+        return task, kd, None
+    if kd_parts is not None and targets.outcomes is not None:
+        by_entry, by_ghost, others = kd_parts
+        total = by_entry.sum(1) + by_ghost
+        scale.index_add_(0, targets.outcomes.rows, total, alpha=-targets.kd_weight)
+        grad = probs.mul_(scale[:, None])
+        share = others.mul_((targets.kd_weight * by_ghost)[:, None])
+        share.scatter_add_(1, targets.outcomes.ids, targets.kd_weight * by_entry)
+        grad.index_add_(0, targets.outcomes.rows, share)
+    else:
+        grad = probs.mul_(scale[:, None])
+    grad.scatter_add_(1, safe, -targets.task_weight * supervised.float()[:, None])
+    if cap is not None:
+        grad.mul_(1 - (logits / cap) ** 2)
+    return task, kd, grad
+
+
+def _kd_parts(
+    logits: Tensor, lse: Tensor, probs: Tensor, outcomes: Outcomes, temperature: float
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """KL sum, and what its gradient is made of.
+
+    With u the student's log-probabilities of the K + 1 outcomes: (∂KL/∂u of the entries, of the ghost, and the
+    student's distribution within the ghost). u_k = z_k − lse(z) and u_ghost = lse(others) − lse(z), so
+    ∂KL/∂z = ∂u_k at the entries + ∂u_ghost · within-ghost − (Σ ∂u) · softmax(z).
+    """
+    entries = torch.where(outcomes.valid, (logits[outcomes.rows].gather(1, outcomes.ids) - lse[outcomes.rows]), 0.0)
+    others = probs[outcomes.rows].scatter_(1, outcomes.ids, 0.0)
+    rest = others.sum(1)
+    no_ghost = rest == 0 if outcomes.ids.shape[1] >= probs.shape[1] else torch.zeros_like(rest, dtype=torch.bool)
+    others.div_(rest.clamp(min=_TINY)[:, None])
+    student = torch.cat([entries, rest.clamp(min=_TINY).log()[:, None]], 1)
+    teacher = torch.cat([outcomes.probs, outcomes.ghost.masked_fill(no_ghost, 0.0)[:, None]], 1)
+    if temperature == 1.0:
+        by = -teacher
+    else:
+        absent = torch.cat([~outcomes.valid, no_ghost[:, None]], 1)
+        teacher = teacher ** (1 / temperature)
+        teacher = teacher.masked_fill(absent, 0.0)
+        teacher = teacher / teacher.sum(1, keepdim=True)
+        student = F.log_softmax((student / temperature).masked_fill(absent, -torch.inf), 1)
+        by = temperature * (student.exp() - teacher)
+        student = student.masked_fill(absent, 0.0)
+    kd = temperature**2 * (torch.xlogy(teacher, teacher) - teacher * student).sum()
+    return kd, (by[:, :-1], by[:, -1], others)
+
+
+def hidden_loss(projected: Float[Tensor, "P D"], teacher: Float[Tensor, "P D"]) -> Float[Tensor, ""]:
+    """Sum over aligned tokens and dimensions of the squared difference, float32."""
+    return (projected.float() - teacher.float()).square().sum()
+
+
+def aligned_attention(
+    attention: Float[Tensor, "B H T T"], rows: Int[Tensor, "B G"], segment_of: Int[Tensor, "B T"]
+) -> Float[Tensor, "B H G G"]:
+    """A model's map over segments: queries at each segment's last token, keys summed over each segment.
+
+    `segment_of` is −1 for tokens of no segment. Padded segments give rows that the caller's mask leaves out.
+    """
+    heads, tokens, segments = attention.shape[1], attention.shape[-1], rows.shape[1]
+    index = rows[:, None, :, None].expand(-1, heads, -1, tokens)
+    queries = attention.gather(2, index)
+    member = F.one_hot(segment_of + 1, segments + 1)[..., 1:].to(queries.dtype)
+    return torch.matmul(queries, member[:, None])
+
+
+def attention_loss(
+    student: Float[Tensor, "B H G G"], teacher: Float[Tensor, "B H G G"], segments: Int[Tensor, "B"]
+) -> Float[Tensor, ""]:
+    """Sum over heads, rows and causal columns of the squared difference; `segments` is each example's G."""
+    size = student.shape[-1]
+    position = torch.arange(size, device=student.device)
+    real = position[None, :, None] < segments[:, None, None]
+    causal = position[:, None] >= position[None, :]
+    difference = (student.float() - teacher.float()).masked_fill(~(real & causal)[:, None], 0.0)
+    return difference.square().sum()

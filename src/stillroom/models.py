@@ -1,0 +1,181 @@
+"""A model and its tokenizer at a pinned revision: loaded, identified, checked."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import errors as hub_errors
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from stillroom.attention_capture import ATTENTION
+from stillroom.config import ModelRef, Precision, UserError
+from stillroom.provenance import file_sha256
+
+DTYPES: dict[Precision, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+
+def is_local(ref: ModelRef) -> bool:
+    """Whether the reference is a directory on this machine."""
+    return Path(ref.model).is_dir()
+
+
+def default_device() -> torch.device:
+    """The first GPU, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_tokenizer(ref: ModelRef) -> Any:
+    """The model's own fast tokenizer. `UserError` if it has no character offsets or no EOS."""
+    tokenizer = _from_hub(AutoTokenizer, ref)
+    if not tokenizer.is_fast:
+        raise UserError(f"{ref.model}: its tokenizer gives no character offsets; a fast tokenizer is needed")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{ref.model}: its tokenizer has no EOS token, which ends every student sequence")
+    return tokenizer
+
+
+def load_model(ref: ModelRef, dtype: Precision = "float32", device: Any = None) -> PreTrainedModel:
+    """The model in evaluation mode, its last layer's attention ready for capture.
+
+    `device`: one device, or "auto" to spread the layers over the GPUs found.
+    """
+    if device == "auto" and torch.cuda.device_count() < 2:
+        device = default_device()
+    placement = {"device_map": "auto"} if device == "auto" else {}
+    model = _from_hub(
+        AutoModelForCausalLM,
+        ref,
+        dtype=DTYPES[dtype],
+        attn_implementation=ATTENTION,
+        use_safetensors=True,
+        **placement,
+    )
+    model.eval()
+    return model if placement or device is None else model.to(device)
+
+
+def load_config(ref: ModelRef) -> Any:
+    """The model's architecture, without its weights."""
+    return _from_hub(AutoConfig, ref)
+
+
+def _from_hub(kind: Any, ref: ModelRef, **options: Any) -> Any:
+    if not is_local(ref) and ref.model.startswith(("/", ".", "~")):
+        raise UserError(f"{ref.model}: no such directory")
+    try:
+        return kind.from_pretrained(
+            ref.model,
+            revision=None if is_local(ref) else ref.revision,
+            trust_remote_code=ref.trust_remote_code,
+            **options,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(_explain(ref, error)) from error
+
+
+def _explain(ref: ModelRef, error: Exception) -> str:
+    """One line for the usual reasons that a model does not load."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and len(chain) < 8:
+        chain.append(cause)
+    text = " ".join(str(e) for e in chain)
+    if any(isinstance(e, hub_errors.GatedRepoError) for e in chain) or "gated" in text or "401" in text:
+        return (
+            f"{ref.model} is gated or needs a login: accept its licence on the hub, then set HF_TOKEN "
+            "or run `hf auth login`"
+        )
+    if is_local(ref):
+        return f"{ref.model}: cannot be loaded: {str(error).splitlines()[0]}"
+    if "trust_remote_code" in text:
+        return f"{ref.model} comes with code of its own: set trust_remote_code=true if you trust it"
+    return (
+        f"{ref.model} at {ref.revision or 'its newest revision'} cannot be loaded from the hub or its cache: "
+        f"{str(error).splitlines()[0]} Use a local directory where there is no network"
+    )
+
+
+def model_identity(ref: ModelRef) -> str:
+    """What pins a model: `id@commit` for the hub, a digest of weights, config and tokenizer for a directory."""
+    if is_local(ref):
+        return "sha256:" + _directory_digest(Path(ref.model))
+    if ref.revision and len(ref.revision) == 40:
+        return f"{ref.model}@{ref.revision}"
+    commit = getattr(load_config(ref), "_commit_hash", None)
+    if not commit:
+        raise UserError(f"{ref.model}: its revision cannot be pinned; set revision to a commit")
+    return f"{ref.model}@{commit}"
+
+
+def _directory_digest(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".model", ".txt"})
+    if not any(name.endswith(".safetensors") for name in names):
+        return hashlib.sha256((folder.name + "|no weights|" + "|".join(names)).encode()).hexdigest()[:32]
+    return hashlib.sha256("".join(name + file_sha256(folder / name) for name in names).encode()).hexdigest()[:32]
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Digest of everything that decides how text becomes ids, 16 hex digits."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend.pop("padding", None)
+    backend.pop("truncation", None)
+    return hashlib.sha256(json.dumps(backend, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def output_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """Next-token logits (..., V) from the last hidden state (..., D), soft-capped where the model does so."""
+    logits: torch.Tensor = model.get_output_embeddings()(hidden)
+    cap = logit_softcap(model)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def logit_softcap(model: PreTrainedModel) -> float | None:
+    """The cap c of `c·tanh(logits / c)`, or None (Gemma 2 is the known case)."""
+    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Entries of the output head, which may exceed the tokenizer's."""
+    return int(model.get_output_embeddings().weight.shape[0])
+
+
+def width(config: Any) -> int:
+    """Dimensions of the hidden state."""
+    return int(config.get_text_config().hidden_size)
+
+
+def heads(config: Any) -> int:
+    """Attention heads of a layer."""
+    return int(config.get_text_config().num_attention_heads)
+
+
+def layers(config: Any) -> int:
+    """Transformer layers."""
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, or, if it carries LoRA layers, a copy with them merged into its weights."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        return model
+    merged = copy.deepcopy(model)
+    for name, module in list(merged.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            parent, _, leaf = name.rpartition(".")
+            setattr(merged.get_submodule(parent), leaf, module.get_base_layer())
+    return merged

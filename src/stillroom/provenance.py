@@ -1,0 +1,138 @@
+"""What ran, on what, from what; and files that are either whole or absent."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from stillroom.config import UserError
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "ray", "numpy", "scipy", "peft", "pandas")
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; on success it becomes `path` in one step, on failure it is removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another folder") from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that is whole or absent."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, "utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON that is whole or absent; keys keep their order."""
+    write_text(path, json.dumps(value, indent=2, default=str, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; `UserError` names a file that is absent or broken."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, hex."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def utc_now() -> str:
+    """The time now, UTC, to the second, ISO 8601."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@contextmanager
+def exclusive(folder: Path, what: str) -> Iterator[None]:
+    """Hold `folder` for one writer; a second one is refused at once. The lock dies with its process."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{folder}: another {what} is writing here; wait for it or choose another folder") from None
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write here: {error.strerror or error}; choose another folder") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python, stillroom and the packages whose numbers it relies on."""
+    versions = {"python": platform.python_version()}
+    for name in ("stillroom", *_PACKAGES):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "absent"
+    return versions
+
+
+def git_commit() -> str | None:
+    """Commit of the source tree this runs from, `+dirty` if changed; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = _git(here, "rev-parse", "HEAD")
+        return commit + ("+dirty" if _git(here, "status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, memory and accelerators of this machine."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+    return {"platform": platform.platform(), "cores": os.cpu_count(), "memory_bytes": memory, "gpus": gpus}
+
+
+def record_run(path: Path, stage: str, facts: dict[str, Any]) -> None:
+    """Add one stage's facts to `run.json`, the log of what made this folder."""
+    log = read_json(path) if path.exists() else {"stages": {}}
+    log["stages"][stage] = {
+        "finished": utc_now(),
+        "command": " ".join(["stillroom", *sys.argv[1:]]),
+        "commit": git_commit(),
+        "versions": package_versions(),
+        "hardware": hardware(),
+        **facts,
+    }
+    write_json(path, log)

@@ -1,0 +1,266 @@
+"""The teacher's signals on disk: Parquet shards that describe themselves, and a manifest written last.
+
+One example is one row and one row group. Arrays are flat little-endian binary cells in C order, uncompressed,
+so that a memory-mapped read is a copy-free view; their shapes follow from the row's `tokens` and the manifest.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy import ndarray
+
+from stillroom.config import UserError
+from stillroom.encoding import Encoding
+from stillroom.provenance import atomic_path, file_sha256, read_json
+from stillroom.teacher_signals import TeacherSignals
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+Signal = Literal["topk", "hidden", "attention"]
+
+SCHEMA = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("task", pa.string()),
+        ("tokens", pa.int32()),
+        ("ids", pa.large_binary()),
+        ("ends", pa.large_binary()),
+        ("special", pa.large_binary()),
+        ("topk_ids", pa.large_binary()),
+        ("topk_logprobs", pa.large_binary()),
+        ("hidden", pa.large_binary()),
+        ("attention", pa.large_binary()),
+    ]
+)
+
+_COLUMNS: dict[Signal, tuple[str, ...]] = {
+    "topk": ("topk_ids", "topk_logprobs"),
+    "hidden": ("hidden",),
+    "attention": ("attention",),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shapes and dtypes of a store's cells."""
+
+    top_k: int
+    width: int
+    heads: int
+    dtype: str
+    """numpy name of `topk_logprobs`, `hidden` and `attention`."""
+    id_dtype: str
+    """uint16 where the vocabulary allows, else int32."""
+
+    def cell(self, column: str, tokens: int) -> tuple[str, tuple[int, ...]]:
+        """dtype and shape of a column's cell in a row of so many tokens."""
+        shapes: dict[str, tuple[str, tuple[int, ...]]] = {
+            "ids": ("int32", (tokens,)),
+            "ends": ("int32", (tokens,)),
+            "special": ("bool", (tokens,)),
+            "topk_ids": (self.id_dtype, (tokens, self.top_k)),
+            "topk_logprobs": (self.dtype, (tokens, self.top_k)),
+            "hidden": (self.dtype, (tokens, self.width)),
+            "attention": (self.dtype, (self.heads, tokens * (tokens + 1) // 2)),
+        }
+        return shapes[column]
+
+    def payload_bytes(self, tokens: int) -> dict[str, int]:
+        """Bytes of each column's cell in a row of so many tokens."""
+        cells = {name: self.cell(name, tokens) for name in SCHEMA.names[3:]}
+        return {name: np.dtype(dtype).itemsize * int(np.prod(shape)) for name, (dtype, shape) in cells.items()}
+
+
+def id_dtype(vocabulary: int) -> str:
+    """The smallest dtype this store uses that holds every id."""
+    return "uint16" if vocabulary <= 2**16 else "int32"
+
+
+def _to_py(value: torch.Tensor | ndarray, dtype: str) -> bytes:
+    """A tensor as a Parquet cell: little-endian bytes in C order, in the given numpy dtype."""
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    array = np.ascontiguousarray(value, dtype=np.dtype(dtype).newbyteorder("<"))
+    return array.tobytes()
+
+
+def _to_numpy_array(cell: Any, dtype: str, shape: Sequence[int]) -> ndarray:
+    """A Parquet cell as a read-only array of the given dtype and shape; ValueError if the sizes do not agree."""
+    buffer = cell.as_buffer() if isinstance(cell, pa.Scalar) else cell
+    array: ndarray = np.frombuffer(buffer, dtype=np.dtype(dtype).newbyteorder("<"))
+    expected = int(np.prod(shape))
+    if array.size != expected:
+        raise ValueError(f"holds {array.size} values of {dtype}, shape {tuple(shape)} needs {expected}")
+    return array.reshape(shape).astype(dtype, copy=False) if sys.byteorder == "big" else array.reshape(shape)
+
+
+@dataclass(frozen=True)
+class StoredExample:
+    """One row: the teacher's encoding of the text and the signals that were asked for (None otherwise)."""
+
+    example_id: str
+    task: str
+    encoding: Encoding
+    topk_ids: ndarray | None = None
+    topk_logprobs: ndarray | None = None
+    hidden: ndarray | None = None
+    attention: ndarray | None = None
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard."""
+    return f"part-{number:05d}.parquet"
+
+
+def write_shard(
+    path: Path,
+    fingerprint: str,
+    layout: Layout,
+    rows: Iterable[tuple[str, str, Encoding, TeacherSignals]],
+) -> None:
+    """Write one shard, row by row, whole or not at all."""
+    metadata = {"stillroom_schema": str(SCHEMA_VERSION), "stillroom_fingerprint": fingerprint, "stillroom_shard": path.name}
+    with atomic_path(path) as temporary:
+        options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+        with pq.ParquetWriter(temporary, SCHEMA.with_metadata(metadata), **options) as writer:
+            squares, values = 0.0, 0
+            for example_id, task, encoding, signals in rows:
+                writer.write_batch(_row(example_id, task, encoding, signals, layout))
+                hidden = signals.hidden[torch.from_numpy(~encoding.special)].double()
+                squares, values = squares + float(hidden.square().sum()), values + hidden.numel()
+            writer.add_key_value_metadata({"hidden_square_sum": repr(squares), "hidden_values": str(values)})
+
+
+def _row(example_id: str, task: str, encoding: Encoding, signals: TeacherSignals, layout: Layout) -> pa.RecordBatch:
+    values: dict[str, Any] = {"ids": encoding.ids, "ends": encoding.ends, "special": encoding.special}
+    values |= {name: getattr(signals, name) for name in ("topk_ids", "topk_logprobs", "hidden", "attention")}
+    cells = [pa.array([example_id]), pa.array([task]), pa.array([len(encoding)], pa.int32())]
+    for name, value in values.items():
+        dtype, shape = layout.cell(name, len(encoding))
+        if tuple(value.shape) != shape:
+            raise ValueError(f"{example_id}: {name} has shape {tuple(value.shape)}, the store expects {shape}")
+        cells.append(pa.array([_to_py(value, dtype)], pa.large_binary()))
+    return pa.RecordBatch.from_arrays(cells, schema=SCHEMA)
+
+
+def shard_entry(path: Path) -> dict[str, Any]:
+    """What the manifest says of a shard: name, rows, bytes, SHA-256, examples in order."""
+    table = pq.read_table(path, columns=["example_id", "tokens"])
+    metadata = pq.read_metadata(path).metadata
+    return {
+        "name": path.name,
+        "rows": table.num_rows,
+        "tokens": sum(table["tokens"].to_pylist()),
+        "bytes": path.stat().st_size,
+        "sha256": file_sha256(path),
+        "hidden_square_sum": float(metadata[b"hidden_square_sum"]),
+        "hidden_values": int(metadata[b"hidden_values"]),
+        "examples": table["example_id"].to_pylist(),
+    }
+
+
+def shard_is_whole(path: Path, fingerprint: str, example_ids: Sequence[str]) -> bool:
+    """Whether a shard on disk is the one this capture would write."""
+    if not path.is_file():
+        return False
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+        ids = pq.read_table(path, columns=["example_id"])["example_id"].to_pylist()
+    except (pa.ArrowInvalid, OSError):
+        return False
+    return metadata.get(b"stillroom_fingerprint") == fingerprint.encode() and ids == list(example_ids)
+
+
+@dataclass
+class SignalStore:
+    """A finished store, opened for reading. Open one in each process: it maps the shards, it does not load them."""
+
+    path: Path
+    manifest: dict[str, Any]
+    _files: dict[str, pq.ParquetFile] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def open(cls, path: Path | str) -> SignalStore:
+        """Open the store at `path`; `UserError` if it is not there, not finished or of another schema."""
+        path = Path(path)
+        if not (path / MANIFEST).is_file():
+            state = "is not a finished store" if path.is_dir() else "does not exist"
+            raise UserError(f"{path} {state}: {MANIFEST} is missing; run `stillroom capture`")
+        manifest = read_json(path / MANIFEST)
+        if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
+            raise UserError(f"{path}: its schema version is not {SCHEMA_VERSION}; capture it again with this version")
+        return cls(path, manifest)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Shapes and dtypes of the cells."""
+        return Layout(**self.manifest["layout"])
+
+    @cached_property
+    def index(self) -> dict[str, tuple[str, int]]:
+        """Example id to shard name and row group."""
+        return {
+            example_id: (shard["name"], row)
+            for shard in self.manifest["shards"]
+            for row, example_id in enumerate(shard["examples"])
+        }
+
+    @property
+    def hidden_mean_square(self) -> float:
+        """Mean square of the teacher's hidden states over every token of text in the store."""
+        shards = self.manifest["shards"]
+        values = sum(shard["hidden_values"] for shard in shards)
+        return float(sum(shard["hidden_square_sum"] for shard in shards) / values)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __iter__(self) -> Iterator[StoredExample]:
+        return (self.read(example_id) for example_id in self.index)
+
+    def read(
+        self, example_id: str, signals: Iterable[Signal] = ("topk", "hidden", "attention")
+    ) -> StoredExample:
+        """One example; arrays are read-only views of the mapped file. `UserError` names a missing or broken one."""
+        if example_id not in self.index:
+            raise UserError(f"{self.path}: example {example_id} is not in this store")
+        name, row = self.index[example_id]
+        wanted = [column for signal in signals for column in _COLUMNS[signal]]
+        columns = ["example_id", "task", "tokens", "ids", "ends", "special", *wanted]
+        try:
+            table = self._file(name).read_row_group(row, columns=columns, use_threads=False)
+            cells = {column: table.column(column)[0] for column in columns}
+            return self._example(cells, wanted)
+        except (ValueError, OSError, pa.ArrowException) as error:
+            raise UserError(f"{self.path / name}: example {example_id}: {error}") from error
+
+    def _example(self, cells: dict[str, Any], wanted: Sequence[str]) -> StoredExample:
+        tokens = cells["tokens"].as_py()
+
+        def array(column: str) -> ndarray:
+            try:
+                return _to_numpy_array(cells[column], *self.layout.cell(column, tokens))
+            except ValueError as error:
+                raise ValueError(f"{column}: {error}") from None
+
+        encoding = Encoding(array("ids"), array("ends"), array("special"))
+        arrays = {column: array(column) for column in wanted}
+        return StoredExample(cells["example_id"].as_py(), cells["task"].as_py(), encoding, **arrays)
+
+    def _file(self, name: str) -> pq.ParquetFile:
+        if name not in self._files:
+            if not (self.path / name).is_file():
+                raise UserError(f"{self.path / name} is missing")
+            self._files[name] = pq.ParquetFile(self.path / name, memory_map=True)
+        return self._files[name]

@@ -1,0 +1,320 @@
+"""The stages of a study, in order: what each reads, what it writes, and whether it is done.
+
+A stage's output carries the fingerprint of what it was made from; a stage whose output has the right one is not
+run again. Stages meet in files, so each can be run alone.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from stillroom import offline_teacher_data as otd
+from stillroom.adaptation import ADAPTED, adapt_teacher
+from stillroom.analysis.frame import PLANNED, SUMMARY, read_results, summary_frame, write_summary
+from stillroom.analysis.report import write_report
+from stillroom.builtin_pair import materialise
+from stillroom.config import Group, ModelRef, Study, UserError, fingerprint
+from stillroom.corpus import Examples, build_corpus, load_corpus, save_corpus
+from stillroom.evaluation import accuracy_metrics, evaluate, nll_metrics, save_predictions, worse_or_equal
+from stillroom.experiment import EXPERIMENT, TrialPlan, finished, run_trial, sweep
+from stillroom.models import default_device, load_model, load_tokenizer, model_identity, tokenizer_hash
+from stillroom.provenance import exclusive, read_json, record_run, utc_now, write_json
+from stillroom.signal_store import MANIFEST, SignalStore
+from stillroom.tracker import Tracker
+from stillroom.train_student import Trial
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is going on, done, total)."""
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    return None
+
+
+@dataclass
+class Workspace:
+    """A study and the folders it writes to."""
+
+    study: Study
+    progress: Progress = _silent
+
+    @property
+    def results(self) -> Path:
+        """The results folder."""
+        return self.study.paths.results
+
+    @property
+    def store_path(self) -> Path:
+        """The folder of the teacher's data."""
+        return self.study.paths.store_path
+
+    @cached_property
+    def teacher_ref(self) -> ModelRef:
+        """The teacher before adaptation, built-in ones written to disk."""
+        return materialise(ModelRef(**_ref(self.study.teacher)), self.results / "models")
+
+    @cached_property
+    def student_ref(self) -> ModelRef:
+        """The untouched student."""
+        return materialise(ModelRef(**_ref(self.study.student)), self.results / "models")
+
+    @cached_property
+    def student_identity(self) -> str:
+        """What pins the student."""
+        return model_identity(self.student_ref)
+
+    @cached_property
+    def tokenizers(self) -> tuple[Any, Any]:
+        """The teacher's and the student's."""
+        return load_tokenizer(self.teacher_ref), load_tokenizer(self.student_ref)
+
+    @cached_property
+    def examples(self) -> Examples:
+        """The corpus, built on first use and then read."""
+        folder = self.results / "corpus"
+        own = fingerprint(self.study.corpus, [tokenizer_hash(t) for t in self.tokenizers])
+        if (folder / "corpus.json").is_file():
+            examples, found = load_corpus(folder)
+            if found == own:
+                return examples
+        examples = build_corpus(self.study.corpus, self.tokenizers)
+        save_corpus(examples, folder, own)
+        return examples
+
+    @cached_property
+    def teacher_identity(self) -> str:
+        """What pins the teacher: its weights and, if it is adapted, how and on what."""
+        base = model_identity(self.teacher_ref)
+        if self.study.teacher.adapt.method == "none":
+            return base
+        return f"{base} adapted {self._adaptation_fingerprint(base)}"
+
+    def _adaptation_fingerprint(self, base: str) -> str:
+        return fingerprint(base, self.study.teacher.adapt, otd.examples_digest(self.examples.train))
+
+    def adapt(self) -> ModelRef:
+        """The teacher to capture: adapted if the study says so, and then only once."""
+        if self.study.teacher.adapt.method == "none":
+            return self.teacher_ref
+        folder = self.results / "teacher"
+        own = self._adaptation_fingerprint(model_identity(self.teacher_ref))
+        if (folder / ADAPTED).is_file():
+            adapted = read_json(folder / ADAPTED)
+            if adapted["origin"] == own and Path(adapted["model"]).is_dir():
+                return ModelRef(model=adapted["model"], trust_remote_code=self.study.teacher.trust_remote_code)
+        with exclusive(folder, "adaptation"):
+            ref = adapt_teacher(
+                self.teacher_ref,
+                self.study.teacher.adapt,
+                self.study.evaluation,
+                self.examples,
+                folder,
+                own,
+                lambda done, total: self.progress("adapting the teacher, steps", done, total),
+            )
+        self._record("adapt", {"teacher": self.teacher_identity})
+        return ref
+
+    def origin(self) -> dict[str, Any]:
+        """What the study's store must have been made from."""
+        return otd.made_from(self.teacher_identity, self.tokenizers[0], self.study.signals, self.examples.all)
+
+    def capture(self) -> SignalStore:
+        """Run the teacher over the corpus, unless a finished store of the same origin is there.
+
+        A finished and archived store of another origin gives way; one that is not archived is refused.
+        """
+        origin = self.origin()
+        if self._archived(origin) is None or (self.store_path / MANIFEST).is_file():
+            self._make_room(origin)
+        if (self.store_path / MANIFEST).is_file():
+            store = SignalStore.open(self.store_path)
+            otd.require_matching(store, origin)
+            return store
+        teacher = load_model(self.adapt(), self.study.teacher.dtype, "auto")
+        store = otd.capture(
+            teacher,
+            self.tokenizers[0],
+            self.examples.all,
+            self.study.signals,
+            self.store_path,
+            origin,
+            lambda done, total: self.progress("capturing the teacher's signals, examples", done, total),
+        )
+        self._record("capture", {"made_from": origin, "store": str(self.store_path)})
+        return store
+
+    def _make_room(self, origin: dict[str, Any]) -> None:
+        if not (self.store_path / MANIFEST).is_file():
+            return
+        made_from = SignalStore.open(self.store_path).manifest["made_from"]
+        if made_from != origin and self._archived(made_from) is not None:
+            shutil.rmtree(self.store_path)
+
+    def verify(self, samples: int = 20) -> dict[str, Any]:
+        """The gate: check the store and that it is this study's; see `verify_saved_data`."""
+        otd.require_matching(SignalStore.open(self.store_path), self.origin())
+        record = otd.verify_saved_data(self.store_path, samples)
+        self._record("verify", record)
+        return record
+
+    def archive(self) -> Path:
+        """The dated snapshot of the verified store; the one there is, if it is archived."""
+        otd.require_matching(SignalStore.open(self.store_path), self.origin())
+        path = otd.archive(self.store_path)
+        manifest = SignalStore.open(path).manifest
+        self._record("archive", {"snapshot": str(path), "fingerprint": manifest["fingerprint"]})
+        self.tracker.log_snapshot(path, manifest["fingerprint"])
+        return path
+
+    def _archived(self, origin: dict[str, Any]) -> Path | None:
+        """The newest snapshot beside the store with this origin."""
+        for path in sorted(self.store_path.resolve().parent.glob(f"{self.store_path.name}_*"), reverse=True):
+            if (path / MANIFEST).is_file() and read_json(path / MANIFEST)["made_from"] == origin:
+                return path
+        return None
+
+    def snapshot(self) -> Path:
+        """The archived store the trials read. `UserError` says what to run if there is none."""
+        found = self._archived(self.origin())
+        if found is None:
+            if (self.store_path / MANIFEST).is_file():
+                otd.require_matching(SignalStore.open(self.store_path), self.origin())
+            raise UserError(
+                f"no archived teacher data of this study beside {self.store_path}: run `stillroom capture`, "
+                "`stillroom verify` and `stillroom archive`, or `stillroom run`"
+            )
+        return found
+
+    def baselines(self) -> dict[str, dict[str, Any]]:
+        """Teacher and untouched student on the validation part; `warnings` where the teacher is no better."""
+        teacher = self._baseline("teacher", self.teacher_identity, self.adapt, self.study.teacher.dtype)
+        student = self._baseline("student", self.student_identity, lambda: self.student_ref, self._scoring_dtype())
+        no_better = worse_or_equal(teacher["metrics"], student["metrics"])
+        return {"teacher": teacher, "student": student, "teacher_no_better": {"tasks": no_better}}
+
+    def _scoring_dtype(self) -> Any:
+        return self.study.training.precision
+
+    def _baseline(self, name: str, identity: str, ref: Callable[[], ModelRef], dtype: Any) -> dict[str, Any]:
+        path = self.results / "baselines" / f"{name}.json"
+        own = fingerprint(identity, dtype, self.study.evaluation, otd.examples_digest(self.examples.validation))
+        if path.is_file():
+            known: dict[str, Any] = read_json(path)
+            if known["fingerprint"] == own:
+                return known
+        what = f"evaluating the {'teacher' if name == 'teacher' else 'untouched student'}, examples"
+        model = load_model(ref(), dtype, default_device())
+        tokenizer = self.tokenizers[0 if name == "teacher" else 1]
+        predictions = evaluate(
+            model, tokenizer, self.examples.validation, self.study.evaluation, lambda d, t: self.progress(what, d, t)
+        )
+        save_predictions(predictions, path.with_suffix(".parquet"))
+        result = {
+            "fingerprint": own,
+            "identity": identity,
+            "metrics": accuracy_metrics(predictions),
+            "answer_nll": nll_metrics(predictions),
+        }
+        write_json(path, result)
+        return result
+
+    def plans(self) -> list[TrialPlan]:
+        """Every trial of the study, group by group, seed by seed; needs the archived snapshot."""
+        store = self.snapshot()
+        plans = [
+            TrialPlan(
+                trial=Trial(self.trial_id(group, seed, store), group, seed),
+                student=self.student_ref.model_copy(update={"model": _absolute(self.student_ref.model)}),
+                training=self.study.training,
+                objective=self.study.objective,
+                evaluation=self.study.evaluation,
+                corpus=(self.results / "corpus").resolve(),
+                store=store,
+                experiment=(self.results / EXPERIMENT).resolve(),
+                minimum_coverage=self.study.signals.minimum_coverage,
+                keep_checkpoints=self.study.sweep.keep_checkpoints,
+            )
+            for group in self.study.groups
+            for seed in self.study.sweep.seeds
+        ]
+        trials = [{"name": p.trial.name, "group": p.trial.group.name, "seed": p.trial.seed} for p in plans]
+        planned = {"study": self.study.model_dump(mode="json"), "snapshot": store.name, "trials": trials}
+        write_json(self.results / PLANNED, planned)
+        return plans
+
+    def trial_id(self, group: Group, seed: int, store: Path) -> str:
+        """8 digits of the fingerprint of all that decides a trial's numbers."""
+        made_from = read_json(store / MANIFEST)["fingerprint"]
+        objective = group.objective(self.study.objective)
+        return fingerprint(
+            made_from, self.student_identity, self.study.training, self.study.evaluation, objective, group.name, seed
+        )[:8]
+
+    def train_one(self, group: str, seed: int) -> dict[str, Any]:
+        """Train one trial here, without Ray, unless it is finished; returns its result."""
+        self.study.group(group)
+        chosen = [p for p in self.plans() if p.trial.group.name == group and p.trial.seed == seed]
+        if not chosen:
+            raise UserError(f"seed {seed} is not in the study; it has {list(self.study.sweep.seeds)}")
+        if finished(chosen[0]):
+            result: dict[str, Any] = read_json(chosen[0].folder / "result.json")
+            return result
+        result = run_trial(chosen[0], progress=lambda d, t: self.progress(f"training {group}, seed {seed}, steps", d, t))
+        self.tracker.log_trial(chosen[0].folder)
+        self.summarise()
+        return result
+
+    def sweep(self) -> dict[str, str]:
+        """Run the trials that are missing, then write the summary; returns the errors of failed trials by name."""
+        plans = self.plans()
+        done = sum(finished(plan) for plan in plans)
+        state = {"done": done, "failed": 0}
+
+        def watch(event: str, facts: dict[str, Any]) -> None:
+            state["done"] += event == "finished"
+            state["failed"] += event == "failed"
+            if event == "finished":
+                self.tracker.log_trial(self.results / EXPERIMENT / facts["trial"])
+            failed = f" ({state['failed']} failed)" if state["failed"] else ""
+            self.progress(f"training students, trials{failed}", state["done"], len(plans))
+
+        self.progress("training students, trials", done, len(plans))
+        errors = sweep(plans, self.study.sweep, self.results / "ray", watch)
+        self.summarise()
+        self._record("sweep", {"trials": len(plans), "failed": errors})
+        return errors
+
+    def summarise(self) -> None:
+        """Write `results_summary.csv` from the finished trials."""
+        write_summary(summary_frame(read_results([plan.folder for plan in self.plans()])), self.results / SUMMARY)
+
+    def report(self) -> Path:
+        """Write `report.html` and its figures from what is in the results folder."""
+        path = write_report(self.results)
+        self.tracker.log_report(path)
+        return path
+
+    @cached_property
+    def tracker(self) -> Tracker:
+        """The experiment tracker."""
+        return Tracker(self.study, self.results)
+
+    def _record(self, stage: str, facts: dict[str, Any]) -> None:
+        path = self.results / "run.json"
+        record_run(path, stage, facts)
+        log = read_json(path)
+        write_json(path, {**log, "study": self.study.model_dump(mode="json"), "updated": utc_now()})
+
+
+def _ref(model: Any) -> dict[str, Any]:
+    return {"model": model.model, "revision": model.revision, "trust_remote_code": model.trust_remote_code}
+
+
+def _absolute(model: str) -> str:
+    return str(Path(model).resolve()) if Path(model).is_dir() else model

@@ -1,0 +1,55 @@
+"""The unit every stage handles: one prompt with its answer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt and the text that follows it.
+
+    `answer` includes its leading space. A choice task gives the answer strings and the index of the right one;
+    a generation task leaves both None.
+    """
+
+    task: str
+    prompt: str
+    answer: str
+    choices: tuple[str, ...] | None = None
+    gold: int | None = None
+
+    @property
+    def text(self) -> str:
+        """What is tokenised: prompt and answer as one."""
+        return self.prompt + self.answer
+
+    @property
+    def example_id(self) -> str:
+        """Stable name of the example: 16 hex digits of a hash of task, prompt and answer."""
+        whole = json.dumps([self.task, self.prompt, self.answer], ensure_ascii=False)
+        return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: how a row becomes an example, and how an answer is scored."""
+
+    name: str
+    kind: Literal["choice", "generation"]
+    columns: tuple[str, ...]
+    build: Callable[[Row], Example]
+    """Turns a row into an example; raises ValueError, saying what is wrong, if the row cannot be used."""
+    extract_strict: Callable[[str], str | None] | None = None
+    """The answer declared by a generated text, or None."""
+    extract_flexible: Callable[[str], str | None] | None = None
+    """The answer that a lenient reader would take from a generated text, or None."""
+    generate_rows: Callable[[int, int], list[dict[str, Any]]] | None = None
+    """(seed, count) to rows, for a built-in task."""

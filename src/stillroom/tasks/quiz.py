@@ -1,0 +1,43 @@
+"""Built-in: which of four words is of a kind; answered by a letter, as in MMLU."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from stillroom.tasks.example import Example, Row, Task
+
+CHOICES = (" A", " B", " C", " D")
+_KINDS = {
+    "fruit": ("apple", "pear", "plum", "fig", "grape", "lemon", "peach", "cherry"),
+    "animal": ("dog", "cat", "horse", "wolf", "goat", "sheep", "bear", "otter"),
+    "tool": ("hammer", "saw", "drill", "axe", "chisel", "plane", "file", "wrench"),
+    "metal": ("iron", "copper", "tin", "zinc", "gold", "silver", "lead", "nickel"),
+    "colour": ("red", "blue", "green", "black", "white", "purple", "brown", "pink"),
+    "drink": ("tea", "coffee", "milk", "juice", "water", "cider", "wine", "beer"),
+}
+
+
+def generate_rows(seed: int, count: int) -> list[dict[str, Any]]:
+    """Seeded questions: one word of the asked kind among three of other kinds."""
+    rng = random.Random(f"quiz{seed}")
+    return [_question(rng) for _ in range(count)]
+
+
+def _question(rng: random.Random) -> dict[str, Any]:
+    kind, *others = rng.sample(sorted(_KINDS), 4)
+    answer = rng.randrange(4)
+    choices = [rng.choice(_KINDS[other]) for other in others]
+    choices.insert(answer, rng.choice(_KINDS[kind]))
+    return {"question": f"Which is a {kind}?", "choices": choices, "answer": answer}
+
+
+def build(row: Row) -> Example:
+    """`question`, `choices` (four), `answer` (index)."""
+    options = "".join(f"\n{letter}. {choice}" for letter, choice in zip("ABCD", row["choices"], strict=True))
+    return Example(
+        "quiz", f"{row['question']}{options}\nAnswer:", CHOICES[row["answer"]], CHOICES, row["answer"]
+    )
+
+
+TASK = Task("quiz", "choice", ("question", "choices", "answer"), build, generate_rows=generate_rows)

@@ -1,0 +1,42 @@
+"""Built-in: the sentiment of a made-up review; the last clause decides, and `not` turns it round."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from stillroom.tasks.example import Example, Row, Task
+
+CHOICES = (" negative", " positive")
+_THINGS = ("plot", "film", "ending", "music", "cast", "script", "camera", "story", "humour", "pace")
+_GOOD = ("bright", "warm", "clever", "moving", "fresh", "funny", "superb", "tender", "lively", "graceful")
+_BAD = ("dull", "cold", "stupid", "flat", "stale", "boring", "awful", "clumsy", "tired", "ugly")
+_DEGREES = ("", "very ", "quite ", "truly ")
+
+
+def generate_rows(seed: int, count: int) -> list[dict[str, Any]]:
+    """Seeded reviews with labels; a third of them have a second clause that outweighs the first."""
+    rng = random.Random(f"sentiment{seed}")
+    return [_review(rng) for _ in range(count)]
+
+
+def _clause(rng: random.Random, positive: bool) -> str:
+    negated = rng.random() < 0.3
+    adjective = rng.choice(_GOOD if positive != negated else _BAD)
+    return f"the {rng.choice(_THINGS)} was {'not ' if negated else ''}{rng.choice(_DEGREES)}{adjective}"
+
+
+def _review(rng: random.Random) -> dict[str, Any]:
+    label = rng.randrange(2)
+    text = _clause(rng, bool(label))
+    if rng.random() < 0.33:
+        text = f"{_clause(rng, not label)} but {text}"
+    return {"sentence": text, "label": label}
+
+
+def build(row: Row) -> Example:
+    """`sentence`, `label` (0 negative, 1 positive)."""
+    return Example("sentiment", f"Review: {row['sentence']}\nMood:", CHOICES[row["label"]], CHOICES, row["label"])
+
+
+TASK = Task("sentiment", "choice", ("sentence", "label"), build, generate_rows=generate_rows)
