@@ -34,38 +34,6 @@ class Outcomes:
     """What the entries leave out of 1."""
 
 
-def outcome_logprobs(
-    logits: Float[Tensor, "M V"], ids: Int[Tensor, "M K"], valid: Bool[Tensor, "M K"]
-) -> tuple[Float[Tensor, "M K"], Float[Tensor, "M"]]:
-    """The student's log-probabilities of the K entries and of the ghost, everything else.
-
-    The ghost is a sum over the other logits, never 1 − sum, so it cannot be negative; it is −inf where every
-    id is an entry.
-    """
-    logprobs = F.log_softmax(logits.float(), dim=-1)
-    entries = torch.where(valid, logprobs.gather(1, ids), -torch.inf)
-    ghost = logprobs.scatter(1, ids, -torch.inf).logsumexp(1)
-    return entries, ghost
-
-
-def kd_loss(logits: Float[Tensor, "M V"], outcomes: Outcomes, temperature: float = 1.0) -> Float[Tensor, ""]:
-    """Sum over positions of KL(teacher ‖ student) over K + 1 outcomes, times τ² (Hinton et al. 2015, sec. 2.1).
-
-    The plain form, differentiable by autograd. At τ ≠ 1 both sides' probabilities are raised to 1/τ and
-    renormalised over the K + 1 outcomes.
-    """
-    entries, ghost = outcome_logprobs(logits, outcomes.ids, outcomes.valid)
-    student = torch.cat([entries, ghost[:, None]], 1)
-    teacher = torch.cat([outcomes.probs, outcomes.ghost[:, None]], 1)
-    absent = student == -torch.inf
-    teacher, student = teacher.masked_fill(absent, 0.0), student.masked_fill(absent, 0.0)
-    if temperature != 1.0:
-        teacher = teacher ** (1 / temperature)
-        teacher = teacher / teacher.sum(1, keepdim=True)
-        student = F.log_softmax((student / temperature).masked_fill(absent, -torch.inf), 1).masked_fill(absent, 0.0)
-    return temperature**2 * (torch.xlogy(teacher, teacher) - teacher * student).sum()
-
-
 @dataclass(frozen=True)
 class HeadTargets:
     """What the output head is compared with, row by row, and how much each sum weighs."""
@@ -190,7 +158,10 @@ def _chunk_losses(raw: Tensor, targets: HeadTargets, needs_grad: bool) -> tuple[
 def _kd_parts(
     logits: Tensor, lse: Tensor, probs: Tensor, outcomes: Outcomes, temperature: float
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """KL sum, and what its gradient is made of.
+    """Sum over positions of KL(teacher ‖ student) over K + 1 outcomes, times τ², and what its gradient is made of.
+
+    At τ ≠ 1 both sides' probabilities are raised to 1/τ and renormalised over the K + 1 outcomes (Hinton et al.
+    2015, sec. 2, for τ²). The ghost is a sum over the other logits, never 1 − sum, so it cannot be negative.
 
     With u the student's log-probabilities of the K + 1 outcomes: (∂KL/∂u of the entries, of the ghost, and the
     student's distribution within the ghost). u_k = z_k − lse(z) and u_ghost = lse(others) − lse(z), so

@@ -1,0 +1,123 @@
+"""Small real things that the tests share: two tokenizers, two models, a store; made once a run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from stillroom.builtin_pair import byte_level_tokenizer, sentencepiece_tokenizer
+from stillroom.config import Corpus, ModelRef, Signals, TaskData
+from stillroom.corpus import Examples, build_corpus
+from stillroom.models import load_model, load_tokenizer
+from stillroom.offline_teacher_data import capture, made_from, verify_saved_data
+from stillroom.tasks import TASKS
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+REAL_MODELS = Path(__file__).resolve().parents[1] / ".cache" / "models"
+
+TEACHER_SHAPE = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+}
+STUDENT_SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+
+
+def texts(count=300):
+    """Text of the built-in tasks, with a few characters that need byte fallback."""
+    rows = [TASKS[name].build(r).text for name in ("sentiment", "quiz", "arithmetic") for r in TASKS[name].generate_rows(5, count)]
+    return [*rows, "naïve café – 漢字 👩‍👩‍👧"]
+
+
+def write_model(folder, tokenizer, shape, seed):
+    """A small random Llama with weights large enough for its attention to differ from uniform."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **shape,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return ModelRef(model=str(folder))
+
+
+@pytest.fixture(scope="session")
+def byte_level():
+    """A small byte-level BPE tokenizer (GPT-2's family), no BOS."""
+    return byte_level_tokenizer(texts(), 400)
+
+
+@pytest.fixture(scope="session")
+def sentencepiece():
+    """A small SentencePiece-style tokenizer (Llama's family), BOS and byte fallback."""
+    return sentencepiece_tokenizer(texts(), 420)
+
+
+@pytest.fixture(scope="session")
+def teacher_ref(tmp_path_factory, byte_level):
+    """A teacher on disk."""
+    return write_model(tmp_path_factory.mktemp("teacher"), byte_level, TEACHER_SHAPE, 1)
+
+
+@pytest.fixture(scope="session")
+def student_ref(tmp_path_factory, sentencepiece):
+    """A student on disk: another tokenizer, width, depth and head count."""
+    return write_model(tmp_path_factory.mktemp("student"), sentencepiece, STUDENT_SHAPE, 2)
+
+
+@pytest.fixture(scope="session")
+def corpus_settings():
+    """Three built-in tasks, a few examples each."""
+    return Corpus(
+        tasks={name: TaskData(dataset="builtin", examples=20) for name in ("sentiment", "quiz", "arithmetic")},
+        max_length=128,
+    )
+
+
+@pytest.fixture(scope="session")
+def examples(corpus_settings, teacher_ref, student_ref) -> Examples:
+    """The examples of those tasks."""
+    return build_corpus(corpus_settings, [load_tokenizer(teacher_ref), load_tokenizer(student_ref)])
+
+
+def make_store(folder, ref, examples, **settings):
+    """Capture and verify a store of the given model."""
+    tokenizer, model = load_tokenizer(ref), load_model(ref)
+    signals = Signals(**{"top_k": 32, "dtype": "float32", "shard_examples": 16, "batch_tokens": 512, **settings})
+    origin = made_from(ref.model, tokenizer, signals, examples.all)
+    store = capture(model, tokenizer, examples.all, signals, folder, origin)
+    verify_saved_data(folder)
+    return store
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory, teacher_ref, examples):
+    """The teacher's store, float32, verified."""
+    return make_store(tmp_path_factory.mktemp("store") / "data", teacher_ref, examples)
+
+
+def real_tokenizer(name):
+    """A real tokenizer by folder name, or a skip that says where it was looked for."""
+    for folder in (SHARED / "models" / name, REAL_MODELS / name):
+        if (folder / "tokenizer.json").is_file():
+            return load_tokenizer(ModelRef(model=str(folder)))
+    return pytest.skip(f"no {name} tokenizer beside the checkout or in .cache/models")

@@ -1,0 +1,108 @@
+"""The loss by its definition: loops over everything, float64, one example at a time, no code of the package.
+
+Inputs are one example's own arrays: each model's ids, character ends, special flags, and what an eager, unpadded
+forward pass gave. Only numpy.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def log_softmax(row):
+    """Log-probabilities of one row of logits."""
+    row = np.asarray(row, dtype=np.float64)
+    return row - row.max() - np.log(np.exp(row - row.max()).sum())
+
+
+def last_ending_at(ends, special):
+    """End character to the last token that ends there; specials and empty ends left out."""
+    return {int(end): t for t, end in enumerate(ends) if not special[t] and end > 0}
+
+
+def pairs(teacher, student):
+    """(teacher token, student token) for every shared end."""
+    t, s = (last_ending_at(m["ends"], m["special"]) for m in (teacher, student))
+    return [(t[end], s[end]) for end in sorted(t.keys() & s.keys())]
+
+
+def task_terms(student, prompt_length):
+    """Cross-entropies of the supervised tokens: inside the answer, and the final EOS."""
+    terms = []
+    for t in range(1, len(student["ids"])):
+        inside = not student["special"][t] and student["ends"][t] > prompt_length
+        if inside or (student["special"][t] and t == len(student["ids"]) - 1):
+            terms.append(-log_softmax(student["logits"][t - 1])[student["ids"][t]])
+    return terms
+
+
+def kd_terms(teacher, student, prompt_length, vocabulary_map, top_k, temperature=1.0):
+    """KL(teacher ‖ student) over mapped ids and the ghost, at aligned positions whose next token is in the answer."""
+    terms = []
+    for j, i in pairs(teacher, student):
+        if i + 1 >= len(student["ids"]) or student["special"][i + 1] or student["ends"][i + 1] <= prompt_length:
+            continue
+        p, q = np.exp(log_softmax(teacher["logits"][j])), np.exp(log_softmax(student["logits"][i]))
+        entries = {}
+        for token in np.argsort(-p, kind="stable")[:top_k]:
+            if vocabulary_map[token] >= 0:
+                entries[int(vocabulary_map[token])] = entries.get(int(vocabulary_map[token]), 0.0) + p[token]
+        everything = len(entries) == len(q)
+        p_all = [*entries.values()] + ([] if everything else [1 - sum(entries.values())])
+        q_all = [q[token] for token in entries]
+        if not everything:
+            q_all.append(sum(q[v] for v in range(len(q)) if v not in entries))
+        p_all, q_all = np.array(p_all) ** (1 / temperature), np.array(q_all) ** (1 / temperature)
+        if temperature != 1.0:
+            p_all, q_all = p_all / p_all.sum(), q_all / q_all.sum()
+        terms.append(temperature**2 * sum(a * (np.log(a) - np.log(b)) for a, b in zip(p_all, q_all, strict=True) if a > 0))
+    return terms
+
+
+def hidden_terms(teacher, student, weight, bias):
+    """Squared differences of every dimension at every aligned token."""
+    terms = []
+    for j, i in pairs(teacher, student):
+        projected = np.asarray(weight, np.float64) @ np.asarray(student["hidden"][i], np.float64) + bias
+        terms.extend((projected - teacher["hidden"][j]) ** 2)
+    return terms
+
+
+def segment_bounds(model, column, shared, own_bos):
+    """(first token, last token) of each segment."""
+    bounds, first = [], 0
+    if own_bos:
+        bounds, first = [(0, 0)], 1
+    for pair in shared:
+        bounds.append((first, pair[column]))
+        first = pair[column] + 1
+    return bounds
+
+
+def attention_map(model, bounds, pair_heads):
+    """Rows: query at a segment's last token; columns: attention summed over a segment's tokens."""
+    attention = np.asarray(model["attention"], np.float64)
+    if not pair_heads:
+        attention = attention.mean(0, keepdims=True)
+    result = np.zeros((len(attention), len(bounds), len(bounds)))
+    for h in range(len(attention)):
+        for g, (_, row) in enumerate(bounds):
+            for s, (first, last) in enumerate(bounds):
+                result[h, g, s] = sum(attention[h, row, t] for t in range(first, last + 1))
+    return result
+
+
+def attention_terms(teacher, student):
+    """(squared differences of causal columns, number of rows) over heads."""
+    shared = pairs(teacher, student)
+    own_bos = bool(teacher["special"][0] and student["special"][0])
+    pair_heads = len(teacher["attention"]) == len(student["attention"])
+    maps = [
+        attention_map(m, segment_bounds(m, column, shared, own_bos), pair_heads)
+        for column, m in enumerate((teacher, student))
+    ]
+    heads, size = maps[0].shape[:2]
+    terms = [
+        (maps[0][h, g, s] - maps[1][h, g, s]) ** 2 for h in range(heads) for g in range(size) for s in range(g + 1)
+    ]
+    return terms, heads * size

@@ -1,0 +1,348 @@
+"""Each term against the float64 reference, and everything it must not depend on."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import reference
+import torch
+from conftest import STUDENT_SHAPE, make_store, write_model
+from transformers import AutoModelForCausalLM
+
+from stillroom.batches import Collator, map_outcomes, prepare, teacher_to_student_ids
+from stillroom.config import GROUPS, Group, Objective, Training
+from stillroom.distillation_student import DistillationStudent
+from stillroom.encoding import encode
+from stillroom.losses import HeadTargets, Outcomes, head_losses
+from stillroom.models import heads, load_model, load_tokenizer, vocabulary_size
+from stillroom.train_student import StepRunner, losses_of
+
+ALL = Objective(weights={"task": 1.0, "kd": 0.5, "hidden": 0.1, "attention": 0.1})
+
+
+def dense(ref, text, add_eos=False):
+    """One example through an eager, unbatched, unpadded float32 forward pass; arrays for `reference`."""
+    encoding = encode(load_tokenizer(ref), text, add_eos=add_eos)
+    model = AutoModelForCausalLM.from_pretrained(ref.model, attn_implementation="eager").eval()
+    with torch.no_grad():
+        ids = torch.from_numpy(encoding.ids.astype("int64"))[None]
+        output = model(ids, output_attentions=True, output_hidden_states=True)
+    return {
+        "ids": encoding.ids,
+        "ends": encoding.ends,
+        "special": encoding.special,
+        "logits": output.logits[0].numpy(),
+        "hidden": output.hidden_states[-1][0].numpy(),
+        "attention": output.attentions[-1][0].numpy(),
+    }
+
+
+class Setup:
+    """A student, a store and what is needed to take a step, float32."""
+
+    def __init__(self, student_ref, store, objective=ALL, micro=None, precision="float32"):
+        self.store, self.objective = store, objective
+        self.tokenizer = load_tokenizer(student_ref)
+        self.student = DistillationStudent(load_model(student_ref), store.layout.width, seed=3).eval()
+        teacher_tokenizer = load_tokenizer(type(student_ref)(model=str(store.path / "tokenizer")))
+        self.map = teacher_to_student_ids(
+            teacher_tokenizer, self.tokenizer, store.manifest["vocabulary"], vocabulary_size(self.student.model)
+        )
+        self.collate = Collator(store, objective, self.map, heads(self.student.model.config))
+        self.training = Training(precision=precision, micro_batch_size=micro)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        scale = store.hidden_mean_square if objective.hidden_scale == "teacher_rms" else 1.0
+        self.runner = StepRunner(self.student, objective, self.training, torch.device("cpu"), scaler, scale)
+
+    def step(self, examples, split=None):
+        """Means of the terms and the gradient of one optimizer step over `examples`, cut into micro-batches."""
+        items = prepare(examples, self.tokenizer, self.store, self.objective)
+        parts = [items] if split is None else [items[a:b] for a, b in itertools.pairwise(split)]
+        self.student.zero_grad(set_to_none=True)
+        sums, counts = self.runner._backward([self.collate(p) for p in parts], dict(self.objective.weights), lambda x: x)
+        totals = {f"{n}_sum": v for n, v in sums.items()} | {f"{n}_count": c for n, c in counts.items()}
+        gradient = {n: p.grad.clone() for n, p in self.student.named_parameters() if p.grad is not None}
+        return losses_of(totals, self.objective), gradient
+
+
+def reference_means(student_ref, teacher_ref, setup, examples, top_k=32, temperature=1.0):
+    """The same means by `reference`."""
+    task, kd, hidden, attention, rows = [], [], [], [], 0
+    projector = setup.student.projector
+    weight, bias = projector.weight.detach().numpy(), projector.bias.detach().numpy()
+    for example in examples:
+        teacher, student = dense(teacher_ref, example.text), dense(student_ref, example.text, add_eos=True)
+        task += reference.task_terms(student, len(example.prompt))
+        kd += reference.kd_terms(teacher, student, len(example.prompt), setup.map, top_k, temperature)
+        hidden += reference.hidden_terms(teacher, student, weight, bias)
+        squares, own_rows = reference.attention_terms(teacher, student)
+        attention += squares
+        rows += own_rows
+    by_row = sum(attention) / rows
+    return {
+        "task_loss": np.mean(task),
+        "kd_loss": np.mean(kd),
+        "hidden_loss": np.mean(hidden),
+        "attention_loss": np.mean(attention),
+        "attention_by_row": by_row,
+    }
+
+
+@pytest.fixture(scope="module")
+def some(examples):
+    """Examples of all three tasks, of different lengths."""
+    return [examples.train[n] for n in (0, 1, 20, 21, 40, 41)]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_every_term_equals_the_reference(student_ref, teacher_ref, store, some, temperature):
+    """Each number is what SPEC says, for two tokenizers, widths and head counts."""
+    setup = Setup(student_ref, store, ALL.model_copy(update={"temperature": temperature}))
+    found, _ = setup.step(some)
+    expected = reference_means(student_ref, teacher_ref, setup, some, temperature=temperature)
+    for name in ("task_loss", "kd_loss", "hidden_loss", "attention_loss"):
+        assert found[name] == pytest.approx(expected[name], rel=2e-5), name
+    total = sum(ALL.weights[n] * expected[f"{n}_loss"] for n in ALL.weights)
+    assert found["loss"] == pytest.approx(total, rel=2e-5)
+
+
+def test_scales_are_what_they_say(student_ref, teacher_ref, store, some):
+    """`teacher_rms` divides by the teacher's mean square, `row_sum` leaves the mean over columns out."""
+    setup = Setup(student_ref, store, ALL.model_copy(update={"hidden_scale": "teacher_rms", "attention_scale": "row_sum"}))
+    found, _ = setup.step(some)
+    expected = reference_means(student_ref, teacher_ref, setup, some)
+    stored = np.concatenate([e.hidden[~e.encoding.special].ravel() for e in store]).astype(np.float64)
+    assert store.hidden_mean_square == pytest.approx(np.mean(stored**2), rel=1e-6)
+    assert found["hidden_loss"] == pytest.approx(expected["hidden_loss"] / np.mean(stored**2), rel=2e-5)
+    assert found["attention_loss"] == pytest.approx(expected["attention_by_row"], rel=2e-5)
+
+
+def test_paired_heads_equal_the_reference(tmp_path, sentencepiece, teacher_ref, store, some):
+    """A student with as many heads as the teacher is compared head by head."""
+    ref = write_model(tmp_path, sentencepiece, {**STUDENT_SHAPE, "hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 3}, 8)
+    setup = Setup(ref, store)
+    assert setup.collate.pair_heads
+    found, _ = setup.step(some)
+    assert found["attention_loss"] == pytest.approx(reference_means(ref, teacher_ref, setup, some)["attention_loss"], rel=2e-5)
+
+
+def same(first, second, tolerance=2e-5):
+    """Losses and gradients equal up to float32 rounding."""
+    losses, gradients = zip(first, second, strict=True)
+    for name in losses[0]:
+        assert losses[1][name] == pytest.approx(losses[0][name], rel=tolerance), name
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, own in gradients[0].items():
+        assert torch.allclose(own, gradients[1][name], rtol=1e-3, atol=1e-5 * float(own.abs().max()) + 1e-9), name
+
+
+@pytest.mark.parametrize("split", [[0, 1, 6], [0, 3, 6], [0, 1, 2, 3, 4, 5, 6], [0, 5, 6]])
+def test_micro_batches_change_nothing(student_ref, store, some, split):
+    """A step cut into micro-batches, which also changes every padding, is the same step."""
+    setup = Setup(student_ref, store)
+    same(setup.step(some), setup.step(some, split))
+
+
+def test_order_changes_nothing(student_ref, store, some):
+    """The order of examples in a step does not matter."""
+    setup = Setup(student_ref, store)
+    same(setup.step(some), setup.step(some[::-1]))
+
+
+def test_chunks_change_nothing(student_ref, store, some, monkeypatch):
+    """The number of rows whose logits exist at a time does not matter."""
+    setup = Setup(student_ref, store)
+    whole = setup.step(some)
+    for chunk in (1, 7, 10_000):
+        monkeypatch.setattr("stillroom.train_student.head_losses", lambda *a, c=chunk: head_losses(*a, chunk=c))
+        same(whole, setup.step(some))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("amount", [1, 13])
+def test_padding_changes_nothing(student_ref, store, some, side, amount):
+    """Padding on either side, any amount, moves neither a loss nor a gradient."""
+    setup = Setup(student_ref, store)
+    plain = setup.step(some)
+    collate = setup.collate
+
+    def padded_collate(items):
+        batch = collate(items)
+        before, length = (amount if side == "left" else 0), batch.ids.shape[1]
+        pad = (amount, 0) if side == "left" else (0, amount)
+
+        def move(rows):
+            return rows // length * (length + amount) + rows % length + before
+
+        new = {f: getattr(batch, f) for f in batch.__dataclass_fields__}
+        new |= {
+            "ids": torch.nn.functional.pad(batch.ids, pad, value=7),
+            "mask": torch.nn.functional.pad(batch.mask, pad),
+            "segment_of": torch.nn.functional.pad(batch.segment_of, pad, value=-1),
+            "segment_rows": batch.segment_rows + before,
+            "head_rows": move(batch.head_rows),
+            "hidden_rows": move(batch.hidden_rows),
+        }
+        return type(batch)(**new)
+
+    setup.collate = padded_collate
+    same(plain, setup.step(some))
+
+
+def test_active_terms_move_the_gradient_and_inactive_ones_leave_it_bit_identical(student_ref, store, some):
+    """A group trains on what its name says and on nothing else; the projector moves only with the hidden term."""
+    gradients = {name: Setup(student_ref, store, group.objective(ALL)).step(some)[1] for name, group in GROUPS.items()}
+
+    def differs(a, b):
+        return any(not torch.equal(gradients[a][n], gradients[b][n]) for n in gradients["task_only"])
+
+    for a, b in itertools.combinations(GROUPS, 2):
+        assert differs(a, b), (a, b)
+    for name in GROUPS:
+        moved = {n for n, g in gradients[name].items() if n.startswith("projector") and g.abs().max() > 0}
+        assert moved == ({"projector.weight", "projector.bias"} if name in ("hidden", "combined") else set())
+    # a term whose weight is 0 and a term that is not in the group are the same thing, to the bit
+    off = Group(name="x", terms=("task", "kd", "hidden"), weights={"hidden": 0.0}).objective(ALL)
+    again = Setup(student_ref, store, off).step(some)[1]
+    assert all(torch.equal(again[n], gradients["black_box"][n]) for n in again)
+
+
+def test_teacher_as_its_own_student_gives_the_textbook_losses(tmp_path, teacher_ref, examples, some):
+    """Equal tokenizers, k = V: dense KL is 0, and so is the attention loss; the hidden loss is the projector's alone."""
+    store = make_store(tmp_path / "s", teacher_ref, examples, top_k=400)
+    setup = Setup(teacher_ref, store)
+    with torch.no_grad():
+        setup.student.projector.weight.copy_(torch.eye(48))
+        setup.student.projector.bias.zero_()
+    assert (setup.map == np.arange(len(setup.map))).all()
+    found, _ = setup.step(some)
+    assert found["kd_loss"] == pytest.approx(0.0, abs=1e-6)
+    assert found["hidden_loss"] == pytest.approx(0.0, abs=1e-10)
+    assert found["attention_loss"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_one_tokenizer_and_k_equal_v_is_the_dense_textbook_kl(tmp_path, byte_level, teacher_ref, examples, some):
+    """With one tokenizer the general code is torch's own cross_entropy, kl_div and mse_loss."""
+    ref = write_model(tmp_path / "m", byte_level, {**STUDENT_SHAPE, "hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 3}, 9)
+    store = make_store(tmp_path / "s", teacher_ref, examples, top_k=400)
+    setup = Setup(ref, store)
+    found, _ = setup.step(some)
+    task, kd, attention = [], [], []
+    for example in some:
+        t, s = dense(teacher_ref, example.text), dense(ref, example.text, add_eos=True)
+        supervised = [n for n in range(1, len(s["ids"])) if s["ends"][n] > len(example.prompt)]
+        logits = torch.from_numpy(s["logits"][[n - 1 for n in supervised]])
+        task += torch.nn.functional.cross_entropy(logits, torch.from_numpy(s["ids"][supervised]).long(), reduction="none").tolist()
+        own, other = logits[:-1].log_softmax(-1), torch.from_numpy(t["logits"][[n - 1 for n in supervised[:-1]]]).log_softmax(-1)
+        kd += torch.nn.functional.kl_div(own, other, log_target=True, reduction="none").sum(-1).tolist()
+        size = len(t["ids"])
+        lower = np.tril_indices(size)
+        difference = t["attention"] - s["attention"][:, :size, :size]
+        attention += (difference[:, lower[0], lower[1]] ** 2).ravel().tolist()
+    assert found["task_loss"] == pytest.approx(np.mean(task), rel=1e-5)
+    assert found["kd_loss"] == pytest.approx(np.mean(kd), rel=1e-5)
+    assert found["attention_loss"] == pytest.approx(np.mean(attention), rel=1e-5)
+
+
+def test_a_wrong_shift_would_show():
+    """Labels [-, -, 5, 2]: the head must read positions 1 and 2, whose next tokens are 5 and 2."""
+    hidden = torch.eye(4)
+    weight = torch.zeros(6, 4)
+    weight[5, 1], weight[2, 2] = 30.0, 30.0  # position 1 predicts 5, position 2 predicts 2, exactly
+    right = HeadTargets(torch.tensor([-1, 5, 2, -1]), None, 1.0, 0.0)
+    unshifted = HeadTargets(torch.tensor([-1, -1, 5, 2]), None, 1.0, 0.0)
+    assert head_losses(hidden, weight, None, right)[1] < 1e-6
+    assert head_losses(hidden, weight, None, unshifted)[1] > 10
+
+
+def random_outcomes(rng, positions, vocabulary, k, mapped):
+    """Teacher log-probabilities over a map with repeated and absent student ids."""
+    vocabulary_map = rng.integers(-1, mapped, 4 * vocabulary)
+    teacher_ids = np.stack([rng.permutation(4 * vocabulary)[:k] for _ in range(positions)])
+    logprobs = np.log(rng.dirichlet(np.full(k + 1, 0.3), positions)[:, :k] + 1e-12)
+    return teacher_ids, logprobs, vocabulary_map
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gradient_on_the_spot_is_autograds(temperature, softcap, with_bias):
+    """The fused head's value and gradient are those of the plain twin under autograd, in float64."""
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    positions, width, vocabulary = 11, 6, 40
+    arrays = map_outcomes(*random_outcomes(rng, 7, vocabulary, 20, vocabulary))
+    rows = torch.tensor([0, 2, 3, 5, 6, 8, 10])
+    ids, valid, probs, ghost = (torch.from_numpy(a) for a in arrays)
+    outcomes = Outcomes(rows, ids, valid, probs, ghost)
+    targets = torch.tensor([3, -1, 0, 39, -1, 2, 1, 5, -1, 7, 7])
+    hidden = torch.randn(positions, width, requires_grad=True)
+    weight = torch.randn(vocabulary, width, requires_grad=True)
+    bias = torch.randn(vocabulary, requires_grad=True) if with_bias else None
+    leaves = [hidden, weight, *([bias] if with_bias else [])]
+    total, task, kd = head_losses(hidden, weight, bias, HeadTargets(targets, outcomes, 0.7, 0.3, temperature, softcap), chunk=4)
+    found = torch.autograd.grad(total * 2, leaves)
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    logits = wide[0] @ wide[1].T + (wide[2] if with_bias else 0)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    plain_task = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+    plain_kd = plain_kl(logits[rows], outcomes, temperature)
+    assert float(task) == pytest.approx(float(plain_task), rel=1e-5)
+    assert float(kd) == pytest.approx(float(plain_kd), rel=1e-5)
+    expected = torch.autograd.grad((0.7 * plain_task + 0.3 * plain_kd) * 2, wide)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.allclose(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+def plain_kl(logits, outcomes, temperature):
+    """The plain twin: KL over K + 1 outcomes in float64, written out from the definition."""
+    total = logits.new_zeros(())
+    for row, ids, valid, probs, ghost in zip(logits, outcomes.ids, outcomes.valid, outcomes.probs.double(), outcomes.ghost.double(), strict=True):
+        q = row.softmax(-1)
+        chosen = ids[valid]
+        rest = torch.ones(len(q), dtype=torch.bool)
+        rest[chosen] = False
+        student = torch.cat([q[chosen], q[rest].sum()[None]]) ** (1 / temperature)
+        teacher = torch.cat([probs[valid], ghost[None]]) ** (1 / temperature)
+        if temperature != 1.0:
+            student, teacher = student / student.sum(), teacher / teacher.sum()
+        total = total + temperature**2 * (torch.xlogy(teacher, teacher) - torch.xlogy(teacher, student)).sum()
+    return total
+
+
+def test_teacher_ids_that_share_a_student_id_add_up():
+    """Two spellings of the same bytes are one outcome with both probabilities."""
+    ids, valid, probs, ghost = map_outcomes(np.array([[0, 1, 2, 3]]), np.log([[0.4, 0.3, 0.2, 0.05]]), np.array([7, -1, 7, 2]))
+    found = {int(i): float(p) for i, p, v in zip(ids[0], probs[0], valid[0], strict=True) if v}
+    assert found == pytest.approx({7: 0.6, 2: 0.05})
+    assert ghost[0] == pytest.approx(0.35)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_ghost_is_never_negative_nor_nan_in_half_precision(dtype):
+    """A student sure of the mapped ids has a tiny ghost, not a negative one; loss and gradient stay finite."""
+    logits = torch.full((2, 50), -30.0, dtype=dtype)
+    logits[:, :5] = 30.0
+    ids = torch.arange(5).repeat(2, 1)
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    probs = torch.full((2, 5), 0.2)
+    outcomes = Outcomes(torch.arange(2), ids, valid, probs, torch.tensor([0.0, 1e-4]))
+    hidden = torch.eye(2, 50, dtype=torch.float32, requires_grad=True)
+    weight = logits.float().T.repeat(1, 25).contiguous().requires_grad_()
+    total, _, kd = head_losses(hidden, weight, None, HeadTargets(torch.tensor([-1, -1]), outcomes, 0.0, 1.0))
+    total.backward()
+    assert torch.isfinite(kd)
+    assert kd >= 0
+    assert torch.isfinite(hidden.grad).all()
+    assert torch.isfinite(weight.grad).all()
+
+
+def test_the_step_in_bfloat16_is_the_float32_step_up_to_rounding(student_ref, store, some):
+    """Autocast changes digits, not meaning; losses are float32 either way."""
+    full, _ = Setup(student_ref, store).step(some)
+    half, gradient = Setup(student_ref, store, precision="bfloat16").step(some)
+    for name, value in full.items():
+        assert half[name] == pytest.approx(value, rel=0.03), name
+    assert all(g.dtype == torch.float32 for g in gradient.values())
