@@ -40,7 +40,11 @@ STUDENT_SHAPE = {
 
 def texts(count=300):
     """Text of the built-in tasks, with a few characters that need byte fallback."""
-    rows = [TASKS[name].build(r).text for name in ("sentiment", "quiz", "arithmetic") for r in TASKS[name].generate_rows(5, count)]
+    rows = [
+        TASKS[name].build(r).text
+        for name in ("sentiment", "quiz", "arithmetic")
+        for r in TASKS[name].generate_rows(5, count)
+    ]
     return [*rows, "naïve café – 漢字 👩‍👩‍👧"]
 
 

@@ -55,7 +55,9 @@ def kd_terms(teacher, student, prompt_length, vocabulary_map, top_k, temperature
         p_all, q_all = np.array(p_all) ** (1 / temperature), np.array(q_all) ** (1 / temperature)
         if temperature != 1.0:
             p_all, q_all = p_all / p_all.sum(), q_all / q_all.sum()
-        terms.append(temperature**2 * sum(a * (np.log(a) - np.log(b)) for a, b in zip(p_all, q_all, strict=True) if a > 0))
+        terms.append(
+            temperature**2 * sum(a * (np.log(a) - np.log(b)) for a, b in zip(p_all, q_all, strict=True) if a > 0)
+        )
     return terms
 
 

@@ -6,18 +6,19 @@ import itertools
 
 import numpy as np
 import pytest
-import reference
 import torch
-from conftest import STUDENT_SHAPE, make_store, write_model
 from transformers import AutoModelForCausalLM
 
-from stillroom.batches import Collator, map_outcomes, prepare, teacher_to_student_ids
+import reference
+from conftest import STUDENT_SHAPE, make_store, write_model
+from stillroom.batches import prepare
+from stillroom.collation import Collator, map_outcomes, teacher_to_student_ids
 from stillroom.config import GROUPS, Group, Objective, Training
 from stillroom.distillation_student import DistillationStudent
 from stillroom.encoding import encode
 from stillroom.losses import HeadTargets, Outcomes, head_losses
 from stillroom.models import heads, load_model, load_tokenizer, vocabulary_size
-from stillroom.train_student import StepRunner, losses_of
+from stillroom.training_step import StepRunner, losses_of
 
 ALL = Objective(weights={"task": 1.0, "kd": 0.5, "hidden": 0.1, "attention": 0.1})
 
@@ -48,7 +49,10 @@ class Setup:
         self.student = DistillationStudent(load_model(student_ref), store.layout.width, seed=3).eval()
         teacher_tokenizer = load_tokenizer(type(student_ref)(model=str(store.path / "tokenizer")))
         self.map = teacher_to_student_ids(
-            teacher_tokenizer, self.tokenizer, store.manifest["vocabulary"], vocabulary_size(self.student.model)
+            teacher_tokenizer,
+            self.tokenizer,
+            store.manifest["vocabulary"],
+            vocabulary_size(self.student.model),
         )
         self.collate = Collator(store, objective, self.map, heads(self.student.model.config))
         self.training = Training(precision=precision, micro_batch_size=micro)
@@ -61,7 +65,9 @@ class Setup:
         items = prepare(examples, self.tokenizer, self.store, self.objective)
         parts = [items] if split is None else [items[a:b] for a, b in itertools.pairwise(split)]
         self.student.zero_grad(set_to_none=True)
-        sums, counts = self.runner._backward([self.collate(p) for p in parts], dict(self.objective.weights), lambda x: x)
+        sums, counts = self.runner._backward(
+            [self.collate(p) for p in parts], dict(self.objective.weights), lambda x: x
+        )
         totals = {f"{n}_sum": v for n, v in sums.items()} | {f"{n}_count": c for n, c in counts.items()}
         gradient = {n: p.grad.clone() for n, p in self.student.named_parameters() if p.grad is not None}
         return losses_of(totals, self.objective), gradient
@@ -110,7 +116,11 @@ def test_every_term_equals_the_reference(student_ref, teacher_ref, store, some, 
 
 def test_scales_are_what_they_say(student_ref, teacher_ref, store, some):
     """`teacher_rms` divides by the teacher's mean square, `row_sum` leaves the mean over columns out."""
-    setup = Setup(student_ref, store, ALL.model_copy(update={"hidden_scale": "teacher_rms", "attention_scale": "row_sum"}))
+    setup = Setup(
+        student_ref,
+        store,
+        ALL.model_copy(update={"hidden_scale": "teacher_rms", "attention_scale": "row_sum"}),
+    )
     found, _ = setup.step(some)
     expected = reference_means(student_ref, teacher_ref, setup, some)
     stored = np.concatenate([e.hidden[~e.encoding.special].ravel() for e in store]).astype(np.float64)
@@ -121,11 +131,18 @@ def test_scales_are_what_they_say(student_ref, teacher_ref, store, some):
 
 def test_paired_heads_equal_the_reference(tmp_path, sentencepiece, teacher_ref, store, some):
     """A student with as many heads as the teacher is compared head by head."""
-    ref = write_model(tmp_path, sentencepiece, {**STUDENT_SHAPE, "hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 3}, 8)
+    ref = write_model(
+        tmp_path,
+        sentencepiece,
+        {**STUDENT_SHAPE, "hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 3},
+        8,
+    )
     setup = Setup(ref, store)
     assert setup.collate.pair_heads
     found, _ = setup.step(some)
-    assert found["attention_loss"] == pytest.approx(reference_means(ref, teacher_ref, setup, some)["attention_loss"], rel=2e-5)
+    assert found["attention_loss"] == pytest.approx(
+        reference_means(ref, teacher_ref, setup, some)["attention_loss"], rel=2e-5
+    )
 
 
 def same(first, second, tolerance=2e-5):
@@ -156,7 +173,7 @@ def test_chunks_change_nothing(student_ref, store, some, monkeypatch):
     setup = Setup(student_ref, store)
     whole = setup.step(some)
     for chunk in (1, 7, 10_000):
-        monkeypatch.setattr("stillroom.train_student.head_losses", lambda *a, c=chunk: head_losses(*a, chunk=c))
+        monkeypatch.setattr("stillroom.training_step.head_losses", lambda *a, c=chunk: head_losses(*a, chunk=c))
         same(whole, setup.step(some))
 
 
@@ -210,7 +227,7 @@ def test_active_terms_move_the_gradient_and_inactive_ones_leave_it_bit_identical
 
 
 def test_teacher_as_its_own_student_gives_the_textbook_losses(tmp_path, teacher_ref, examples, some):
-    """Equal tokenizers, k = V: dense KL is 0, and so is the attention loss; the hidden loss is the projector's alone."""
+    """Equal tokenizers, k = V, projector the identity: every distillation term is 0."""
     store = make_store(tmp_path / "s", teacher_ref, examples, top_k=400)
     setup = Setup(teacher_ref, store)
     with torch.no_grad():
@@ -225,7 +242,12 @@ def test_teacher_as_its_own_student_gives_the_textbook_losses(tmp_path, teacher_
 
 def test_one_tokenizer_and_k_equal_v_is_the_dense_textbook_kl(tmp_path, byte_level, teacher_ref, examples, some):
     """With one tokenizer the general code is torch's own cross_entropy, kl_div and mse_loss."""
-    ref = write_model(tmp_path / "m", byte_level, {**STUDENT_SHAPE, "hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 3}, 9)
+    ref = write_model(
+        tmp_path / "m",
+        byte_level,
+        {**STUDENT_SHAPE, "hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 3},
+        9,
+    )
     store = make_store(tmp_path / "s", teacher_ref, examples, top_k=400)
     setup = Setup(ref, store)
     found, _ = setup.step(some)
@@ -234,8 +256,13 @@ def test_one_tokenizer_and_k_equal_v_is_the_dense_textbook_kl(tmp_path, byte_lev
         t, s = dense(teacher_ref, example.text), dense(ref, example.text, add_eos=True)
         supervised = [n for n in range(1, len(s["ids"])) if s["ends"][n] > len(example.prompt)]
         logits = torch.from_numpy(s["logits"][[n - 1 for n in supervised]])
-        task += torch.nn.functional.cross_entropy(logits, torch.from_numpy(s["ids"][supervised]).long(), reduction="none").tolist()
-        own, other = logits[:-1].log_softmax(-1), torch.from_numpy(t["logits"][[n - 1 for n in supervised[:-1]]]).log_softmax(-1)
+        task += torch.nn.functional.cross_entropy(
+            logits, torch.from_numpy(s["ids"][supervised]).long(), reduction="none"
+        ).tolist()
+        own, other = (
+            logits[:-1].log_softmax(-1),
+            torch.from_numpy(t["logits"][[n - 1 for n in supervised[:-1]]]).log_softmax(-1),
+        )
         kd += torch.nn.functional.kl_div(own, other, log_target=True, reduction="none").sum(-1).tolist()
         size = len(t["ids"])
         lower = np.tril_indices(size)
@@ -282,7 +309,9 @@ def test_gradient_on_the_spot_is_autograds(temperature, softcap, with_bias):
     weight = torch.randn(vocabulary, width, requires_grad=True)
     bias = torch.randn(vocabulary, requires_grad=True) if with_bias else None
     leaves = [hidden, weight, *([bias] if with_bias else [])]
-    total, task, kd = head_losses(hidden, weight, bias, HeadTargets(targets, outcomes, 0.7, 0.3, temperature, softcap), chunk=4)
+    total, task, kd = head_losses(
+        hidden, weight, bias, HeadTargets(targets, outcomes, 0.7, 0.3, temperature, softcap), chunk=4
+    )
     found = torch.autograd.grad(total * 2, leaves)
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     logits = wide[0] @ wide[1].T + (wide[2] if with_bias else 0)
@@ -299,7 +328,9 @@ def test_gradient_on_the_spot_is_autograds(temperature, softcap, with_bias):
 def plain_kl(logits, outcomes, temperature):
     """The plain twin: KL over K + 1 outcomes in float64, written out from the definition."""
     total = logits.new_zeros(())
-    for row, ids, valid, probs, ghost in zip(logits, outcomes.ids, outcomes.valid, outcomes.probs.double(), outcomes.ghost.double(), strict=True):
+    for row, ids, valid, probs, ghost in zip(
+        logits, outcomes.ids, outcomes.valid, outcomes.probs.double(), outcomes.ghost.double(), strict=True
+    ):
         q = row.softmax(-1)
         chosen = ids[valid]
         rest = torch.ones(len(q), dtype=torch.bool)
@@ -314,7 +345,9 @@ def plain_kl(logits, outcomes, temperature):
 
 def test_teacher_ids_that_share_a_student_id_add_up():
     """Two spellings of the same bytes are one outcome with both probabilities."""
-    ids, valid, probs, ghost = map_outcomes(np.array([[0, 1, 2, 3]]), np.log([[0.4, 0.3, 0.2, 0.05]]), np.array([7, -1, 7, 2]))
+    ids, valid, probs, ghost = map_outcomes(
+        np.array([[0, 1, 2, 3]]), np.log([[0.4, 0.3, 0.2, 0.05]]), np.array([7, -1, 7, 2])
+    )
     found = {int(i): float(p) for i, p, v in zip(ids[0], probs[0], valid[0], strict=True) if v}
     assert found == pytest.approx({7: 0.6, 2: 0.05})
     assert ghost[0] == pytest.approx(0.35)

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from stillroom.checkpoints import checkpoints
 from stillroom.config import GROUPS, Adaptation, Evaluation, ModelRef, Objective
 from stillroom.corpus import Examples
 from stillroom.provenance import write_json
-from stillroom.train_student import Progress, Trial, checkpoints, train
+from stillroom.train_student import Progress, Trial, train
 
 ADAPTED = "adapted.json"
 

@@ -99,7 +99,8 @@ def map_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any) -> Int32[ndar
     size = len(teacher_tokenizer)
     if same_vocabulary(teacher_tokenizer, student_tokenizer):
         return np.arange(size, dtype=np.int32)
-    plain, byte = {}, {}
+    plain: dict[bytes, int] = {}
+    byte: dict[bytes, int] = {}
     for token_id, (content, is_byte) in _token_bytes(student_tokenizer).items():
         (byte if is_byte else plain).setdefault(content, token_id)
     mapped = np.full(size, -1, dtype=np.int32)

@@ -63,15 +63,12 @@ def _attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     wanted = _Capture.layer is not None and getattr(module, "layer_idx", None) == _Capture.layer
-    if softcap is None and not wanted:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
-        )
     if softcap is None:
+        if wanted:
+            _Capture.map = attention_probabilities(query, key, attention_mask, scaling)
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
-        _Capture.map = attention_probabilities(query, key, attention_mask, scaling)
         return output, None
     return _softcapped(module, query, key, value, attention_mask, dropout, scaling, softcap, wanted), None
 
@@ -153,7 +150,9 @@ def check_capture(model: PreTrainedModel, ids: Tensor, head: Any) -> None:
         raise UserError(f"{name}: captured attention has shape {tuple(found.shape)}, its own {shape}; not supported")
     difference = (attention.float() - found).abs().max().item()
     if difference > tolerance:
-        raise UserError(f"{name}: captured attention differs from its eager attention by {difference:.2g}; not supported")
+        raise UserError(
+            f"{name}: captured attention differs from its eager attention by {difference:.2g}; not supported"
+        )
     logits, ours = own.logits.float(), head(hidden).float()
     gap = ((logits - ours).abs().max() / logits.abs().max().clamp(min=1e-6)).item()
     if not gap <= 5 * tolerance:

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stillroom.config import ModelRef, UserError
@@ -20,20 +29,21 @@ from stillroom.tasks import TASKS
 PREFIX = "builtin:"
 _SHAPES: dict[str, dict[str, int]] = {
     "teacher": {
-        "hidden_size": 192,
-        "intermediate_size": 512,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
     },
     "student": {
-        "hidden_size": 96,
-        "intermediate_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
     },
 }
+_VOCABULARIES = {"teacher": 640, "student": 560}
 
 
 def materialise(ref: ModelRef, folder: Path) -> ModelRef:
@@ -52,10 +62,21 @@ def materialise(ref: ModelRef, folder: Path) -> ModelRef:
     return ref.model_copy(update={"model": str(target)})
 
 
+def builtin_config(model: str) -> dict[str, Any] | None:
+    """The shape of a built-in model by its reference; None for any other reference."""
+    name = model.removeprefix(PREFIX)
+    if not model.startswith(PREFIX) or name not in _SHAPES:
+        return None
+    return {**_SHAPES[name], "vocab_size": _VOCABULARIES[name], "tie_word_embeddings": True}
+
+
 def write_builtin(name: str, target: Path) -> None:
     """Write one of the pair as a Hugging Face directory with random, seeded weights."""
-    texts = [task.build(row).text for task in TASKS.values() if task.generate_rows for row in task.generate_rows(9, 600)]
-    tokenizer = byte_level_tokenizer(texts, 640) if name == "teacher" else sentencepiece_tokenizer(texts, 512)
+    texts = [
+        task.build(row).text for task in TASKS.values() if task.generate_rows for row in task.generate_rows(9, 600)
+    ]
+    train = byte_level_tokenizer if name == "teacher" else sentencepiece_tokenizer
+    tokenizer = train(texts, _VOCABULARIES[name])
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -63,6 +84,7 @@ def write_builtin(name: str, target: Path) -> None:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=None,
+        initializer_range=_SHAPES[name]["hidden_size"] ** -0.5,  # the usual 0.02 is too small to start at such widths
         tie_word_embeddings=True,
         **_SHAPES[name],
     )

@@ -26,9 +26,9 @@ SetOption = Annotated[
 
 
 def _workspace(study: str, overrides: list[str] | None) -> Workspace:
-    from stillroom.config import load_study
     from stillroom.progress import ProgressBars
     from stillroom.stages import Workspace
+    from stillroom.studies import load_study
 
     return Workspace(load_study(study, overrides or []), ProgressBars())
 
@@ -46,8 +46,8 @@ def plan(study: StudyArgument, set_: SetOption = None, json: bool = typer.Option
 
     Example: stillroom plan paper
     """
-    from stillroom.config import load_study
     from stillroom.planning import plan_study, print_plan
+    from stillroom.studies import load_study
 
     print_plan(plan_study(load_study(study, set_ or [])), as_json=json)
 
@@ -58,8 +58,8 @@ def doctor(study: StudyArgument, set_: SetOption = None) -> None:
 
     Example: stillroom doctor paper
     """
-    from stillroom.config import load_study
     from stillroom.doctor import examine, print_findings
+    from stillroom.studies import load_study
 
     if not print_findings(examine(load_study(study, set_ or []))):
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""A study: one frozen section for each stage, loaded from YAML, checked before anything runs.
+"""A study: one frozen section for each stage, checked before anything runs. `studies.load_study` reads them.
 
 A stage is given its own section and never the whole study, so a field that could change a stage's output
 is a field that stage was given; `fingerprint` of those sections names the output.
@@ -9,13 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
-from importlib import resources
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Term = Literal["task", "kd", "hidden", "attention"]
 TERMS: tuple[Term, ...] = ("task", "kd", "hidden", "attention")
@@ -124,14 +122,22 @@ class Signals(Section):
     batch_tokens: int = Field(4096, ge=1, description="tokens a forward pass, padding included")
     shard_examples: int = Field(256, ge=1)
     minimum_coverage: float = Field(
-        0.5, ge=0, le=1, description="share of student tokens that must have an aligned teacher token, per task"
+        0.5,
+        ge=0,
+        le=1,
+        description="share of student tokens that must have an aligned teacher token, per task",
     )
 
 
 class Objective(Section):
     """Weights and scales of the loss terms, shared by the groups unless a group says otherwise."""
 
-    weights: dict[Term, Annotated[float, Field(ge=0)]] = {"task": 1.0, "kd": 0.5, "hidden": 0.1, "attention": 0.1}
+    weights: dict[Term, Annotated[float, Field(ge=0)]] = {
+        "task": 1.0,
+        "kd": 0.5,
+        "hidden": 0.1,
+        "attention": 0.1,
+    }
     temperature: float = Field(1.0, gt=0)
     hidden_scale: Literal["none", "teacher_rms"] = "none"
     attention_scale: Literal["none", "row_sum"] = "none"
@@ -249,72 +255,6 @@ class Study(Section):
             if group.name == name:
                 return group
         raise UserError(f"group {name!r} is not in study {self.name!r}; it has {[g.name for g in self.groups]}")
-
-
-def shipped_studies() -> list[str]:
-    """Names of the studies in the package."""
-    return sorted(p.name[:-5] for p in resources.files("stillroom.studies").iterdir() if p.name.endswith(".yaml"))
-
-
-def load_study(name_or_path: str, overrides: Iterable[str] = ()) -> Study:
-    """Load a study by a shipped name or a path, then apply `a.b=value` overrides.
-
-    Raises `UserError` with one line a fault, each naming the field.
-    """
-    raw = _read_yaml(name_or_path)
-    for override in overrides:
-        _apply(raw, override)
-    try:
-        return Study.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(_explain(name_or_path, error)) from None
-
-
-def _read_yaml(name_or_path: str) -> dict[str, Any]:
-    path = Path(name_or_path)
-    if name_or_path in shipped_studies():
-        text = resources.files("stillroom.studies").joinpath(f"{name_or_path}.yaml").read_text("utf-8")
-    elif path.is_file():
-        text = path.read_text("utf-8")
-    else:
-        raise UserError(
-            f"no study {name_or_path!r}: neither a file nor one of the shipped {', '.join(shipped_studies())}"
-        )
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{name_or_path}: not valid YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{name_or_path}: a study is a mapping of sections, this is {type(raw).__name__}")
-    return raw
-
-
-def _apply(raw: dict[str, Any], override: str) -> None:
-    """Set one `a.b=value` in the raw mapping; the value is read as YAML."""
-    key, sign, value = override.partition("=")
-    if not sign or not key:
-        raise UserError(f"--set {override!r}: write it as section.field=value")
-    *parents, leaf = key.split(".")
-    node = raw
-    for parent in parents:
-        child = node.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise UserError(f"--set {override!r}: {parent!r} is not a section")
-        node = child
-    try:
-        node[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise UserError(f"--set {override!r}: {value!r} is not valid YAML") from None
-
-
-def _explain(source: str, error: ValidationError) -> str:
-    lines = []
-    for fault in error.errors():
-        field = ".".join(str(part) for part in fault["loc"]) or "study"
-        given = f" (given {fault['input']!r})" if isinstance(fault["input"], str | int | float | bool) else ""
-        message = "unknown key" if fault["type"] == "extra_forbidden" else fault["msg"].removeprefix("Value error, ")
-        lines.append(f"{source}: {field}: {message}{given}")
-    return "\n".join(lines)
 
 
 def fingerprint(*parts: Any) -> str:

@@ -60,7 +60,10 @@ class DistillationStudent(nn.Module):
 def save_student(student: DistillationStudent, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
     """Write model, tokenizer and, beside them, the projector into an existing folder; weights in `dtype`."""
     save_model(student.model, tokenizer, folder, dtype)
-    save_file({k: v.detach().cpu().contiguous() for k, v in student.projector.state_dict().items()}, folder / PROJECTOR)
+    save_file(
+        {k: v.detach().cpu().contiguous() for k, v in student.projector.state_dict().items()},
+        folder / PROJECTOR,
+    )
 
 
 def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:

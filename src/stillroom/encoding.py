@@ -48,7 +48,12 @@ def encode_many(tokenizer: Any, texts: Sequence[str], *, add_eos: bool = False) 
 
 
 def _encoding(
-    tokenizer: Any, text: str, ids: list[int], offsets: list[tuple[int, int]], special: list[int], add_eos: bool
+    tokenizer: Any,
+    text: str,
+    ids: list[int],
+    offsets: list[tuple[int, int]],
+    special: list[int],
+    add_eos: bool,
 ) -> Encoding:
     if add_eos and not (ids and special[-1] and ids[-1] == tokenizer.eos_token_id):
         ids, special, offsets = [*ids, tokenizer.eos_token_id], [*special, 1], [*offsets, (0, 0)]
@@ -89,9 +94,7 @@ def in_answer(encoding: Encoding, prompt_length: int) -> Bool[ndarray, "T"]:
     return ~encoding.special & (encoding.ends > prompt_length)
 
 
-def supervised_predictions(
-    encoding: Encoding, prompt_length: int
-) -> tuple[Int32[ndarray, "N"], Int32[ndarray, "N"]]:
+def supervised_predictions(encoding: Encoding, prompt_length: int) -> tuple[Int32[ndarray, "N"], Int32[ndarray, "N"]]:
     """The shift: positions whose next token is supervised, and the ids of those next tokens.
 
     Supervised are the tokens that end inside the answer, and a final EOS. logits[position] predicts target.

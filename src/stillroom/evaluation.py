@@ -203,7 +203,7 @@ def _within(rows: Sequence[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
         yield batch
 
 
-class _Answered(StoppingCriteria):
+class _Answered(StoppingCriteria):  # type: ignore[misc]
     """Stops each sequence once its answer is complete or it begins another question."""
 
     def __init__(self, tokenizer: Any, start: int) -> None:
@@ -261,5 +261,7 @@ def generate(
 def worse_or_equal(teacher: dict[str, float], student: dict[str, float]) -> list[str]:
     """Tasks on which the teacher's accuracy is no better than the untouched student's."""
     prefix = "validation_accuracy_"
-    tasks: Iterable[str] = (key for key in teacher if key.startswith(prefix) and not key.endswith(("_macro", "_flexible")))
+    tasks: Iterable[str] = (
+        key for key in teacher if key.startswith(prefix) and not key.endswith(("_macro", "_flexible"))
+    )
     return [key.removeprefix(prefix) for key in tasks if teacher[key] <= student[key]]

@@ -66,7 +66,10 @@ def run_trial(
             progress=progress,
         )
     except Exception as error:
-        write_json(plan.folder / ERROR, {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()})
+        write_json(
+            plan.folder / ERROR,
+            {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()},
+        )
         raise
     (plan.folder / ERROR).unlink(missing_ok=True)
     return result
@@ -110,13 +113,18 @@ def _start_ray() -> None:
 
 
 def _tune(
-    missing: dict[str, TrialPlan], settings: Sweep, storage: Path, watch: Callable[[str, dict[str, Any]], None]
+    missing: dict[str, TrialPlan],
+    settings: Sweep,
+    storage: Path,
+    watch: Callable[[str, dict[str, Any]], None],
 ) -> None:
     import ray
     from ray import tune
 
     resources, concurrent = trial_resources(settings, ray.cluster_resources())
-    trainable = tune.with_resources(tune.with_parameters(_trainable, plans=missing, threads=resources["CPU"]), resources)
+    trainable = tune.with_resources(
+        tune.with_parameters(_trainable, plans=missing, threads=resources["CPU"]), resources
+    )
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     tuner = tune.Tuner(
         trainable,

@@ -117,10 +117,19 @@ def _rows_of(targets: HeadTargets, rows: slice) -> HeadTargets:
         first, last = torch.searchsorted(outcomes.rows, bounds).tolist()
         own = slice(first, last)
         outcomes = Outcomes(
-            outcomes.rows[own] - rows.start, outcomes.ids[own], outcomes.valid[own], outcomes.probs[own], outcomes.ghost[own]
+            outcomes.rows[own] - rows.start,
+            outcomes.ids[own],
+            outcomes.valid[own],
+            outcomes.probs[own],
+            outcomes.ghost[own],
         )
     return HeadTargets(
-        targets.targets[rows], outcomes, targets.task_weight, targets.kd_weight, targets.temperature, targets.softcap
+        targets.targets[rows],
+        outcomes,
+        targets.task_weight,
+        targets.kd_weight,
+        targets.temperature,
+        targets.softcap,
     )
 
 

@@ -1,6 +1,6 @@
 """The teacher's data: captured once, verified before anything trains on it, archived under a date.
 
-    capture → store/part-*.parquet, manifest.json → verify_saved_data → verified.json → archive → store_<UTC date>/
+capture → store/part-*.parquet, manifest.json → verify_saved_data → verified.json → archive → store_<UTC date>/
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -28,7 +27,6 @@ from stillroom.signal_store import (
     SCHEMA_VERSION,
     Layout,
     SignalStore,
-    StoredExample,
     _to_numpy_array,
     _to_py,
     id_dtype,
@@ -37,10 +35,17 @@ from stillroom.signal_store import (
     shard_name,
     write_shard,
 )
+from stillroom.store_checks import (
+    VERIFIED,
+    check_example,
+    check_shard,
+    refuse_difference,
+    require_matching,
+    require_verified,
+)
 from stillroom.tasks import Example
 from stillroom.teacher_signals import TeacherSignals, compute_signals
 
-VERIFIED = "verified.json"
 Progress = Callable[[int, int], None]
 """Called with (examples done, examples in all)."""
 
@@ -125,19 +130,11 @@ def _claim(store: Path, origin: dict[str, Any]) -> None:
     """Mark an empty folder as this capture's, or check that it is; a finished store counts as marked."""
     marker = store / "capture.json"
     if marker.exists():
-        _refuse_difference(store, read_json(marker), origin)
+        refuse_difference(store, read_json(marker), origin)
     elif any(store.glob("*.parquet")) or (store / MANIFEST).exists():
         raise UserError(f"{store} holds files of another capture; choose another folder with paths.store")
     else:
         write_json(marker, origin)
-
-
-def _refuse_difference(store: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
-    if keys:
-        lines = [f"  {key}: store has {found.get(key)!r}, study asks for {wanted.get(key)!r}" for key in keys]
-        remedy = "delete it, or choose another folder with --set paths.store=DIR"
-        raise UserError("\n".join([f"{store} was made from something else; {remedy}:", *lines]))
 
 
 def _done(store: Path, number: int, rows: list[int], examples: Sequence[Example], own: str) -> bool:
@@ -190,7 +187,14 @@ def _counted(rows: Iterator[Any], report: Callable[[int], None]) -> Iterator[Any
         report(number)
 
 
-def _finish(store: Path, layout: Layout, origin: dict[str, Any], shards: int, examples: Sequence[Example], vocabulary: int) -> None:
+def _finish(
+    store: Path,
+    layout: Layout,
+    origin: dict[str, Any],
+    shards: int,
+    examples: Sequence[Example],
+    vocabulary: int,
+) -> None:
     if (store / MANIFEST).exists():
         return
     prompts: dict[str, str] = {}
@@ -220,10 +224,10 @@ def verify_saved_data(path: Path | str, num_samples: int = 20, seed: int = 0) ->
     store = SignalStore.open(path)
     (path / VERIFIED).unlink(missing_ok=True) if os.access(path, os.W_OK) else None
     for shard in store.manifest["shards"]:
-        _check_shard(path / shard["name"], shard)
+        check_shard(path / shard["name"], shard)
     ids = sorted(store.index)
     for example_id in random.Random(seed).sample(ids, min(num_samples, len(ids))):
-        _check_example(store, store.read(example_id))
+        check_example(store, store.read(example_id))
     record = {
         "manifest_sha256": file_sha256(path / MANIFEST),
         "sampled": min(num_samples, len(ids)),
@@ -232,58 +236,6 @@ def verify_saved_data(path: Path | str, num_samples: int = 20, seed: int = 0) ->
     }
     write_json(path / VERIFIED, record)
     return record
-
-
-def _check_shard(path: Path, entry: dict[str, Any]) -> None:
-    if not path.is_file():
-        raise UserError(f"{path} is missing")
-    if path.stat().st_size != entry["bytes"]:
-        raise UserError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}: truncated?")
-    if file_sha256(path) != entry["sha256"]:
-        raise UserError(f"{path}: its bytes are not those that were written (SHA-256 differs)")
-
-
-def _check_example(store: SignalStore, example: StoredExample) -> None:
-    def require(holds: bool, message: str) -> None:
-        if not holds:
-            name = store.index[example.example_id][0]
-            raise UserError(f"{store.path / name}: example {example.example_id}: {message}")
-
-    assert example.topk_ids is not None
-    assert example.topk_logprobs is not None
-    assert example.hidden is not None
-    assert example.attention is not None
-    tokens, layout = len(example.encoding), store.layout
-    logprobs = example.topk_logprobs.astype(np.float64)
-    tolerance = 1e-5 if layout.dtype == "float32" else 5e-3
-    for name in ("topk_logprobs", "hidden", "attention"):
-        require(bool(np.isfinite(getattr(example, name)).all()), f"{name} has NaN or infinite values")
-    require(bool((np.diff(logprobs, axis=1) <= 0).all()), "top-k log-probabilities are not sorted")
-    require(bool((np.exp(logprobs).sum(1) <= 1 + tolerance).all()), "top-k probabilities sum to more than 1")
-    ids = np.sort(example.topk_ids.astype(np.int64), axis=1)
-    require(bool((np.diff(ids, axis=1) > 0).all()) and bool((ids >= 0).all()), "top-k ids repeat or are negative")
-    require(bool((np.diff(example.encoding.ends) >= 0).all()), "token ends decrease")
-    row_starts = np.arange(tokens) * (np.arange(tokens) + 1) // 2
-    sums = np.add.reduceat(example.attention.astype(np.float64), row_starts, axis=1)
-    require(bool((np.abs(sums - 1) <= tolerance).all()), f"attention rows sum to {sums.min():.4f}…{sums.max():.4f}, not 1")
-    require(bool((example.attention >= 0).all()), "attention has negative values")
-
-
-def require_verified(store: SignalStore) -> None:
-    """Raise `UserError` unless this very store has passed `verify_saved_data` and its shards have kept their sizes."""
-    if not (store.path / VERIFIED).is_file():
-        raise UserError(f"{store.path} has not been verified: run `stillroom verify` first")
-    if read_json(store.path / VERIFIED)["manifest_sha256"] != file_sha256(store.path / MANIFEST):
-        raise UserError(f"{store.path / MANIFEST} was changed after verification: run `stillroom verify` again")
-    for shard in store.manifest["shards"]:
-        path = store.path / shard["name"]
-        if not path.is_file() or path.stat().st_size != shard["bytes"]:
-            raise UserError(f"{path} is missing or truncated")
-
-
-def require_matching(store: SignalStore, origin: dict[str, Any]) -> None:
-    """Raise `UserError` with the differing fields side by side unless the store was made from `origin`."""
-    _refuse_difference(store.path, store.manifest["made_from"], origin)
 
 
 def archive(path: Path | str) -> Path:

@@ -19,7 +19,18 @@ from filelock import FileLock, Timeout
 
 from stillroom.config import UserError
 
-_PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "ray", "numpy", "scipy", "peft", "pandas")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "pyarrow",
+    "ray",
+    "numpy",
+    "scipy",
+    "peft",
+    "pandas",
+)
 
 
 @contextmanager
@@ -34,7 +45,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another folder") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
+        ) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

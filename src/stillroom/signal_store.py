@@ -130,7 +130,11 @@ def write_shard(
     rows: Iterable[tuple[str, str, Encoding, TeacherSignals]],
 ) -> None:
     """Write one shard, row by row, whole or not at all."""
-    metadata = {"stillroom_schema": str(SCHEMA_VERSION), "stillroom_fingerprint": fingerprint, "stillroom_shard": path.name}
+    metadata = {
+        "stillroom_schema": str(SCHEMA_VERSION),
+        "stillroom_fingerprint": fingerprint,
+        "stillroom_shard": path.name,
+    }
     with atomic_path(path) as temporary:
         options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
         with pq.ParquetWriter(temporary, SCHEMA.with_metadata(metadata), **options) as writer:
@@ -229,9 +233,7 @@ class SignalStore:
     def __iter__(self) -> Iterator[StoredExample]:
         return (self.read(example_id) for example_id in self.index)
 
-    def read(
-        self, example_id: str, signals: Iterable[Signal] = ("topk", "hidden", "attention")
-    ) -> StoredExample:
+    def read(self, example_id: str, signals: Iterable[Signal] = ("topk", "hidden", "attention")) -> StoredExample:
         """One example; arrays are read-only views of the mapped file. `UserError` names a missing or broken one."""
         if example_id not in self.index:
             raise UserError(f"{self.path}: example {example_id} is not in this store")

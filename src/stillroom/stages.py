@@ -19,7 +19,7 @@ from stillroom.analysis.frame import PLANNED, SUMMARY, read_results, summary_fra
 from stillroom.analysis.report import write_report
 from stillroom.builtin_pair import materialise
 from stillroom.config import Group, ModelRef, Study, UserError, fingerprint
-from stillroom.corpus import Examples, build_corpus, load_corpus, save_corpus
+from stillroom.corpus import Examples, build_corpus, examples_digest, load_corpus, save_corpus
 from stillroom.evaluation import accuracy_metrics, evaluate, nll_metrics, save_predictions, worse_or_equal
 from stillroom.experiment import EXPERIMENT, TrialPlan, finished, run_trial, sweep
 from stillroom.models import default_device, load_model, load_tokenizer, model_identity, tokenizer_hash
@@ -95,7 +95,7 @@ class Workspace:
         return f"{base} adapted {self._adaptation_fingerprint(base)}"
 
     def _adaptation_fingerprint(self, base: str) -> str:
-        return fingerprint(base, self.study.teacher.adapt, otd.examples_digest(self.examples.train))
+        return fingerprint(base, self.study.teacher.adapt, examples_digest(self.examples.train))
 
     def adapt(self) -> ModelRef:
         """The teacher to capture: adapted if the study says so, and then only once."""
@@ -203,7 +203,7 @@ class Workspace:
 
     def _baseline(self, name: str, identity: str, ref: Callable[[], ModelRef], dtype: Any) -> dict[str, Any]:
         path = self.results / "baselines" / f"{name}.json"
-        own = fingerprint(identity, dtype, self.study.evaluation, otd.examples_digest(self.examples.validation))
+        own = fingerprint(identity, dtype, self.study.evaluation, examples_digest(self.examples.validation))
         if path.is_file():
             known: dict[str, Any] = read_json(path)
             if known["fingerprint"] == own:
@@ -212,7 +212,11 @@ class Workspace:
         model = load_model(ref(), dtype, default_device())
         tokenizer = self.tokenizers[0 if name == "teacher" else 1]
         predictions = evaluate(
-            model, tokenizer, self.examples.validation, self.study.evaluation, lambda d, t: self.progress(what, d, t)
+            model,
+            tokenizer,
+            self.examples.validation,
+            self.study.evaluation,
+            lambda d, t: self.progress(what, d, t),
         )
         save_predictions(predictions, path.with_suffix(".parquet"))
         result = {
@@ -253,7 +257,13 @@ class Workspace:
         made_from = read_json(store / MANIFEST)["fingerprint"]
         objective = group.objective(self.study.objective)
         return fingerprint(
-            made_from, self.student_identity, self.study.training, self.study.evaluation, objective, group.name, seed
+            made_from,
+            self.student_identity,
+            self.study.training,
+            self.study.evaluation,
+            objective,
+            group.name,
+            seed,
         )[:8]
 
     def train_one(self, group: str, seed: int) -> dict[str, Any]:
@@ -265,7 +275,9 @@ class Workspace:
         if finished(chosen[0]):
             result: dict[str, Any] = read_json(chosen[0].folder / "result.json")
             return result
-        result = run_trial(chosen[0], progress=lambda d, t: self.progress(f"training {group}, seed {seed}, steps", d, t))
+        result = run_trial(
+            chosen[0], progress=lambda d, t: self.progress(f"training {group}, seed {seed}, steps", d, t)
+        )
         self.tracker.log_trial(chosen[0].folder)
         self.summarise()
         return result

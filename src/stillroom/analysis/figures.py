@@ -18,7 +18,7 @@ from stillroom.analysis.frame import accuracy_columns
 # Okabe & Ito's palette, which every common kind of colour blindness can tell apart
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#000000")
 
-_STYLE = {
+_STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -35,9 +35,7 @@ def group_colours(groups: Sequence[str]) -> dict[str, str]:
     return {group: PALETTE[n % len(PALETTE)] for n, group in enumerate(groups)}
 
 
-def accuracy_figure(
-    frame: pd.DataFrame, groups: Sequence[str], untrained: dict[str, dict[str, float]]
-) -> Any:
+def accuracy_figure(frame: pd.DataFrame, groups: Sequence[str], untrained: dict[str, dict[str, float]]) -> Any:
     """Accuracy by task and group: every seed a dot, the mean a bar across; untrained models as lines."""
     columns = {"all": "validation_accuracy", **accuracy_columns(frame)}
     colours = group_colours(groups)

@@ -32,7 +32,7 @@ def gather(results: Path) -> dict[str, Any]:
         if path.is_file():
             untrained[label] = read_json(path)
     groups = [group["name"] for group in planned["study"]["groups"]]
-    coverage = next((r["coverage"] for r in finished if r["coverage"]), {})
+    coverage: dict[str, Any] = next((r["coverage"] for r in finished if r["coverage"]), {})
     return {
         "study": planned["study"],
         "snapshot": planned["snapshot"],

@@ -1,0 +1,79 @@
+"""The shipped studies, and how any study is loaded: YAML, then `--set` overrides, then every check."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from stillroom.config import Study, UserError
+
+
+def shipped_studies() -> list[str]:
+    """Names of the studies in the package."""
+    return sorted(p.name[:-5] for p in resources.files("stillroom.studies").iterdir() if p.name.endswith(".yaml"))
+
+
+def load_study(name_or_path: str, overrides: Iterable[str] = ()) -> Study:
+    """Load a study by a shipped name or a path, then apply `a.b=value` overrides.
+
+    Raises `UserError` with one line a fault, each naming the field.
+    """
+    raw = _read_yaml(name_or_path)
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        return Study.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(_explain(name_or_path, error)) from None
+
+
+def _read_yaml(name_or_path: str) -> dict[str, Any]:
+    path = Path(name_or_path)
+    if name_or_path in shipped_studies():
+        text = resources.files("stillroom.studies").joinpath(f"{name_or_path}.yaml").read_text("utf-8")
+    elif path.is_file():
+        text = path.read_text("utf-8")
+    else:
+        raise UserError(
+            f"no study {name_or_path!r}: neither a file nor one of the shipped {', '.join(shipped_studies())}"
+        )
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{name_or_path}: not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{name_or_path}: a study is a mapping of sections, this is {type(raw).__name__}")
+    return raw
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """Set one `a.b=value` in the raw mapping; the value is read as YAML."""
+    key, sign, value = override.partition("=")
+    if not sign or not key:
+        raise UserError(f"--set {override!r}: write it as section.field=value")
+    *parents, leaf = key.split(".")
+    node = raw
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"--set {override!r}: {parent!r} is not a section")
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override!r}: {value!r} is not valid YAML") from None
+
+
+def _explain(source: str, error: ValidationError) -> str:
+    lines = []
+    for fault in error.errors():
+        field = ".".join(str(part) for part in fault["loc"]) or "study"
+        given = f" (given {fault['input']!r})" if isinstance(fault["input"], str | int | float | bool) else ""
+        message = "unknown key" if fault["type"] == "extra_forbidden" else fault["msg"].removeprefix("Value error, ")
+        lines.append(f"{source}: {field}: {message}{given}")
+    return "\n".join(lines)

@@ -20,16 +20,16 @@ def generate_rows(seed: int, count: int) -> list[dict[str, Any]]:
 
 def _problem(rng: random.Random) -> dict[str, Any]:
     name, thing, total = rng.choice(_NAMES), rng.choice(_THINGS), rng.randint(2, 9)
-    question, lines = f"{name} has {total} {thing}.", []
+    question, lines = f"{name} has {total} {thing}", []
     for _ in range(rng.choice((1, 1, 2))):
         change = rng.randint(1, 9)
         gains = change > total or rng.random() < 0.5
         result = total + change if gains else total - change
-        question += f" {name} {'finds' if gains else 'loses'} {change}."
+        question += f", {'finds' if gains else 'loses'} {change}"
         sum_ = f"{total}{'+' if gains else '-'}{change}"
-        lines.append(f"{sum_} = <<{sum_}={result}>>{result}")
+        lines.append(f"<<{sum_}={result}>>{result}")
         total = result
-    return {"question": f"{question} How many {thing} now?", "answer": "\n".join([*lines, f"#### {total}"])}
+    return {"question": f"{question}. How many now?", "answer": "\n".join([*lines, f"#### {total}"])}
 
 
 def build(row: Row) -> Example:
@@ -37,6 +37,4 @@ def build(row: Row) -> Example:
     return Example("arithmetic", f"Question: {row['question']}\nAnswer:", " " + row["answer"])
 
 
-TASK = Task(
-    "arithmetic", "generation", ("question", "answer"), build, extract_strict, extract_flexible, generate_rows
-)
+TASK = Task("arithmetic", "generation", ("question", "answer"), build, extract_strict, extract_flexible, generate_rows)

@@ -1,4 +1,4 @@
-"""Built-in: the sentiment of a made-up review; the last clause decides, and `not` turns it round."""
+"""Built-in: the sentiment of a made-up review; `not` turns a clause round, `but` and `although` weigh two."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from stillroom.tasks.example import Example, Row, Task
 
 CHOICES = (" negative", " positive")
-_THINGS = ("plot", "film", "ending", "music", "cast", "script", "camera", "story", "humour", "pace")
+_THINGS = ("plot", "film", "ending", "music", "cast", "script")
 _GOOD = ("bright", "warm", "clever", "moving", "fresh", "funny", "superb", "tender", "lively", "graceful")
 _BAD = ("dull", "cold", "stupid", "flat", "stale", "boring", "awful", "clumsy", "tired", "ugly")
 _DEGREES = ("", "very ", "quite ", "truly ")
 
 
 def generate_rows(seed: int, count: int) -> list[dict[str, Any]]:
-    """Seeded reviews with labels; a third of them have a second clause that outweighs the first."""
+    """Seeded reviews with labels; two in five have a second clause, of the other mood, that is outweighed."""
     rng = random.Random(f"sentiment{seed}")
     return [_review(rng) for _ in range(count)]
 
@@ -29,8 +29,9 @@ def _clause(rng: random.Random, positive: bool) -> str:
 def _review(rng: random.Random) -> dict[str, Any]:
     label = rng.randrange(2)
     text = _clause(rng, bool(label))
-    if rng.random() < 0.33:
-        text = f"{_clause(rng, not label)} but {text}"
+    if rng.random() < 0.4:
+        other = _clause(rng, not label)
+        text = f"{text} although {other}" if rng.random() < 0.3 else f"{other} but {text}"
     return {"sentence": text, "label": label}
 
 

@@ -1,0 +1,102 @@
+"""What a trial has done so far, on disk after each epoch, so that it goes on from there."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stillroom.collation import Batch
+from stillroom.config import Training, UserError
+from stillroom.distillation_student import DistillationStudent, load_projector, save_student
+from stillroom.models import DTYPES
+
+STATE = "trainer_state.pt"
+
+
+@dataclass
+class TrainingState:
+    """What a trial has done so far."""
+
+    epoch: int = 0
+    skipped: int = 0
+    consecutive: int = 0
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    gradients: list[dict[str, Any]] = field(default_factory=list)
+
+    def count_step(self, finite: bool, micro: Sequence[Batch], limit: int) -> None:
+        """Count skipped steps; stop the trial, naming the examples, when too many follow each other."""
+        self.consecutive = 0 if finite else self.consecutive + 1
+        self.skipped += not finite
+        if self.consecutive > limit:
+            ids = [example for batch in micro for example in batch.examples]
+            raise UserError(f"{self.consecutive} steps in a row had non-finite gradients; the last on examples {ids}")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints of a trial, oldest first."""
+    found = [p for p in folder.glob("checkpoint_*") if p.is_dir() and p.name.split("_")[1].isdigit()]
+    return sorted(found, key=lambda p: int(p.name.split("_")[1]))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that a trial can go on from."""
+    whole = [p for p in checkpoints(folder) if (p / STATE).is_file()]
+    return whole[-1] if whole else None
+
+
+def save_checkpoint(
+    student: DistillationStudent,
+    tokenizer: Any,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    state: TrainingState,
+    folder: Path,
+    training: Training,
+    keep: str,
+    final: bool,
+) -> None:
+    """Write `checkpoint_<epoch>`, in one step; then drop what is no longer needed.
+
+    The weights lie there in the training precision; `trainer_state.pt` holds them in float32, with the optimizer,
+    until the trial is finished.
+    """
+    target = folder / f"checkpoint_{state.epoch}"
+    building = folder / f".{target.name}.tmp"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    save_student(student, tokenizer, building, DTYPES[training.precision])
+    if not final:
+        whole = {
+            "student": student.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "state": {**vars(state)},
+        }
+        torch.save(whole, building / STATE)
+    shutil.rmtree(target, ignore_errors=True)
+    building.rename(target)
+    for old in checkpoints(folder):
+        if old != target and keep == "last":
+            shutil.rmtree(old)
+        elif old != target:
+            (old / STATE).unlink(missing_ok=True)
+
+
+def restore_checkpoint(
+    checkpoint: Path,
+    student: DistillationStudent,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> TrainingState:
+    """Load weights, optimizer and scaler in place; returns what the trial had done."""
+    load_projector(checkpoint)
+    saved = torch.load(checkpoint / STATE, map_location=student.model.device, weights_only=True)
+    student.load_state_dict(saved["student"])
+    optimizer.load_state_dict(saved["optimizer"])
+    scaler.load_state_dict(saved["scaler"])
+    return TrainingState(**saved["state"])

@@ -1,0 +1,253 @@
+"""Prepared examples and the store's signals, collated into one forward pass with explicit positions and masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from numpy import ndarray
+from torch import Tensor
+
+from stillroom.alignment import Segments, map_vocabulary, same_vocabulary
+from stillroom.batches import Prepared
+from stillroom.config import Objective, Term
+from stillroom.losses import Outcomes
+from stillroom.signal_store import Signal, SignalStore, StoredExample
+
+_SIGNAL_OF: dict[Term, Signal] = {"kd": "topk", "hidden": "hidden", "attention": "attention"}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One forward pass; every index and mask explicit. Rows count positions of (B, T) flattened."""
+
+    ids: Tensor
+    mask: Tensor
+    head_rows: Tensor
+    targets: Tensor
+    outcomes: Outcomes | None
+    hidden_rows: Tensor | None
+    teacher_hidden: Tensor | None
+    segment_rows: Tensor | None
+    segment_of: Tensor | None
+    segments: Tensor | None
+    teacher_attention: Tensor | None
+    counts: dict[str, int]
+    """Denominators: task and kd positions, hidden values, attention cells or rows (over heads)."""
+    examples: tuple[str, ...]
+    tokens: int
+    """Real tokens, padding left out."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device; from pinned memory and without waiting where that is a GPU."""
+        if device.type == "cpu":
+            return self
+        moved = {f.name: _move(getattr(self, f.name), device) for f in fields(self)}
+        return Batch(**moved)
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.pin_memory().to(device, non_blocking=True)
+    if isinstance(value, Outcomes):
+        return Outcomes(**{f.name: _move(getattr(value, f.name), device) for f in fields(value)})
+    return value
+
+
+class Collator:
+    """Turns prepared examples into batches, reading from the store just the signals the objective uses."""
+
+    def __init__(
+        self,
+        store: SignalStore | None,
+        objective: Objective,
+        vocabulary_map: ndarray | None = None,
+        student_heads: int = 0,
+    ) -> None:
+        """`vocabulary_map`: from `teacher_to_student_ids`; `student_heads` decides how attention heads pair."""
+        self.store, self.objective, self.map = store, objective, vocabulary_map
+        self.on: set[Term] = {term for term, weight in objective.weights.items() if weight > 0}
+        if store is None:
+            self.on &= {"task"}
+        self.wanted = [signal for term, signal in _SIGNAL_OF.items() if term in self.on]
+        self.pair_heads = store is not None and store.layout.heads == student_heads
+
+    def __call__(self, items: Sequence[Prepared]) -> Batch:
+        """Collate on the CPU."""
+        longest = max(len(item.encoding) for item in items)
+        ids = np.zeros((len(items), longest), dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for row, item in enumerate(items):
+            ids[row, : len(item.encoding)] = item.encoding.ids
+            mask[row, : len(item.encoding)] = 1
+        stored = [self.store.read(i.example.example_id, self.wanted) for i in items] if self.store else []
+        head_rows, targets = self._head(items, longest)
+        counts = {"task": int((targets >= 0).sum())}
+        parts: dict[str, Any] = {
+            "outcomes": self._outcomes(items, stored, head_rows, longest, counts) if "kd" in self.on else None,
+            **(self._hidden(items, stored, longest, counts) if "hidden" in self.on else _NO_HIDDEN),
+            **(self._attention(items, stored, longest, counts) if "attention" in self.on else _NO_ATTENTION),
+        }
+        return Batch(
+            ids=torch.from_numpy(ids),
+            mask=torch.from_numpy(mask),
+            head_rows=torch.from_numpy(head_rows),
+            targets=torch.from_numpy(targets),
+            counts=counts,
+            examples=tuple(item.example.example_id for item in items),
+            tokens=int(mask.sum()),
+            **parts,
+        )
+
+    def _head(self, items: Sequence[Prepared], longest: int) -> tuple[ndarray, ndarray]:
+        """Rows where the output head runs: supervised ones, and others that are distilled."""
+        rows = np.concatenate([n * longest + item.positions.astype(np.int64) for n, item in enumerate(items)])
+        targets = np.concatenate([item.targets.astype(np.int64) for item in items])
+        if "kd" not in self.on:
+            return rows, targets
+        kd = self._kd_rows(items, longest)
+        every = np.union1d(rows, kd)
+        spread = np.full(len(every), -1, dtype=np.int64)
+        spread[np.searchsorted(every, rows)] = targets
+        return every, spread
+
+    def _kd_rows(self, items: Sequence[Prepared], longest: int) -> ndarray:
+        return np.concatenate(
+            [
+                n * longest + item.kd_pairs[:, 1].astype(np.int64)
+                for n, item in enumerate(items)
+                if item.kd_pairs is not None
+            ]
+        )
+
+    def _outcomes(
+        self,
+        items: Sequence[Prepared],
+        stored: Sequence[StoredExample],
+        head_rows: ndarray,
+        longest: int,
+        counts: dict[str, int],
+    ) -> Outcomes:
+        assert self.map is not None
+        at = [item.kd_pairs[:, 0] for item in items if item.kd_pairs is not None]
+        teacher_ids = np.concatenate([s.topk_ids[j] for s, j in zip(stored, at, strict=True) if s.topk_ids is not None])
+        logprobs = np.concatenate(
+            [s.topk_logprobs[j] for s, j in zip(stored, at, strict=True) if s.topk_logprobs is not None]
+        )
+        rows = np.searchsorted(head_rows, self._kd_rows(items, longest))
+        counts["kd"] = len(rows)
+        ids, valid, probs, ghost = map_outcomes(teacher_ids, logprobs, self.map)
+        some = valid.any(1)  # with no entry at all the ghost is the only outcome: KL is 0, exactly
+        return Outcomes(*(torch.from_numpy(a[some]) for a in (rows, ids, valid, probs, ghost)))
+
+    def _hidden(
+        self, items: Sequence[Prepared], stored: Sequence[StoredExample], longest: int, counts: dict[str, int]
+    ) -> dict[str, Any]:
+        pairs = [item.alignment.pairs for item in items if item.alignment is not None]
+        rows = np.concatenate([n * longest + pair[:, 1].astype(np.int64) for n, pair in enumerate(pairs)])
+        teacher = np.concatenate(
+            [s.hidden[p[:, 0]] for s, p in zip(stored, pairs, strict=True) if s.hidden is not None]
+        )
+        counts["hidden"] = teacher.size
+        return {"hidden_rows": torch.from_numpy(rows), "teacher_hidden": torch.from_numpy(teacher)}
+
+    def _attention(
+        self, items: Sequence[Prepared], stored: Sequence[StoredExample], longest: int, counts: dict[str, int]
+    ) -> dict[str, Any]:
+        alignments = [item.alignment for item in items if item.alignment is not None]
+        maps = [
+            segment_map(s.attention, a.teacher, self.pair_heads)
+            for s, a in zip(stored, alignments, strict=True)
+            if s.attention is not None
+        ]
+        size = max(m.shape[-1] for m in maps)
+        teacher = np.zeros((len(items), maps[0].shape[0], size, size), dtype=np.float32)
+        rows = np.zeros((len(items), size), dtype=np.int64)
+        segment_of = np.full((len(items), longest), -1, dtype=np.int64)
+        for n, (own, alignment) in enumerate(zip(maps, alignments, strict=True)):
+            segments = own.shape[-1]
+            teacher[n, :, :segments, :segments] = own
+            rows[n, :segments] = alignment.student.rows
+            lengths = alignment.student.rows - alignment.student.starts + 1
+            segment_of[n, : lengths.sum()] = np.repeat(np.arange(segments), lengths)
+        sizes = np.array([m.shape[-1] for m in maps])
+        cells = sizes if self.objective.attention_scale == "row_sum" else sizes * (sizes + 1) // 2
+        counts["attention"] = int(cells.sum()) * teacher.shape[1]
+        return {
+            "segment_rows": torch.from_numpy(rows),
+            "segment_of": torch.from_numpy(segment_of),
+            "segments": torch.from_numpy(sizes),
+            "teacher_attention": torch.from_numpy(teacher),
+        }
+
+
+_NO_HIDDEN: dict[str, Any] = {"hidden_rows": None, "teacher_hidden": None}
+_NO_ATTENTION: dict[str, Any] = dict.fromkeys(("segment_rows", "segment_of", "segments", "teacher_attention"))
+
+
+def teacher_to_student_ids(
+    teacher_tokenizer: Any, student_tokenizer: Any, teacher_size: int, student_size: int
+) -> ndarray:
+    """`map_vocabulary` for the output head's sizes: entries beyond the tokenizer map only where all is equal."""
+    mapped = map_vocabulary(teacher_tokenizer, student_tokenizer)
+    whole = np.full(max(teacher_size, len(mapped)), -1, dtype=np.int64)
+    whole[: len(mapped)] = mapped
+    if same_vocabulary(teacher_tokenizer, student_tokenizer):
+        whole[len(mapped) :] = np.arange(len(mapped), len(whole))
+    whole[whole >= student_size] = -1
+    return whole
+
+
+def map_outcomes(
+    teacher_ids: ndarray, logprobs: ndarray, vocabulary_map: ndarray
+) -> tuple[ndarray, ndarray, ndarray, ndarray]:
+    """Teacher top-k (M, K) in student ids: (ids, valid, probs, ghost).
+
+    Teacher ids that share a student id add up in one entry; unmapped ones and the tail go to the ghost.
+    """
+    ids = vocabulary_map[teacher_ids.astype(np.int64)]
+    probs = np.exp(logprobs.astype(np.float32))
+    valid = ids >= 0
+    ids, valid, probs = _merge_repeated(ids, valid, probs)
+    probs = np.where(valid, probs, 0.0).astype(np.float32)
+    ghost = np.clip(1.0 - probs.sum(1, dtype=np.float64), 0.0, 1.0).astype(np.float32)
+    first = np.take_along_axis(ids, valid.argmax(1)[:, None], 1)
+    return np.where(valid, ids, first), valid, probs, ghost
+
+
+def _merge_repeated(ids: ndarray, valid: ndarray, probs: ndarray) -> tuple[ndarray, ndarray, ndarray]:
+    order = np.argsort(ids, axis=1, kind="stable")
+    ids, valid, probs = (np.take_along_axis(a, order, 1) for a in (ids, valid, probs))
+    repeated = np.zeros_like(valid)
+    repeated[:, 1:] = (ids[:, 1:] == ids[:, :-1]) & valid[:, 1:]
+    if repeated.any():
+        starts = np.flatnonzero(~repeated.ravel())
+        sums = np.zeros(probs.size, dtype=probs.dtype)
+        sums[starts] = np.add.reduceat(probs.ravel(), starts)
+        probs, valid = sums.reshape(probs.shape), valid & ~repeated
+    return ids, valid, probs
+
+
+def segment_map(triangle: ndarray, segments: Segments, pair_heads: bool) -> ndarray:
+    """A packed map (H, T(T+1)/2) over segments: (H or 1, G, G) float32, zero above the diagonal.
+
+    Row g is the query at rows[g]; column s the sum over tokens starts[s] … rows[s]. One head, their mean, unless
+    heads pair.
+    """
+    rows, starts = segments.rows.astype(np.int64), segments.starts.astype(np.int64)
+    count = len(rows)
+    offsets = rows * (rows + 1) // 2
+    lower, column = np.tril_indices(count)
+    # every sum's start, and after each row one more that swallows what lies before the next wanted row
+    cuts = np.concatenate([np.append(offsets[g] + starts[: g + 1], offsets[g] + rows[g] + 1) for g in range(count)])
+    keep = np.ones(len(cuts), dtype=bool)
+    keep[np.cumsum(np.arange(count) + 2) - 1] = False
+    values = triangle.astype(np.float32) if pair_heads else triangle.mean(0, keepdims=True, dtype=np.float32)
+    padded = np.concatenate([values, np.zeros((len(values), 1), np.float32)], 1)
+    sums = np.add.reduceat(padded, cuts, axis=1)[:, keep]
+    square = np.zeros((len(values), count, count), np.float32)
+    square[:, lower, column] = sums
+    return square

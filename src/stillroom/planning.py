@@ -1,0 +1,293 @@
+"""What a study will cost, before any weight is loaded: examples, tokens, bytes, steps, and hours by assumption.
+
+With the tokenizers and data sets at hand everything is counted; where one is missing, its figure is an assumption
+and the plan says so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from stillroom.builtin_pair import builtin_config
+from stillroom.config import ModelRef, Study, UserError
+from stillroom.encoding import encode_many
+from stillroom.models import load_config
+from stillroom.signal_store import Layout, id_dtype
+
+_SHAPES: dict[str, dict[str, Any]] = {
+    "mistralai/Mistral-7B-v0.1": {
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 32,
+        "intermediate_size": 14336,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
+    },
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": {
+        "hidden_size": 2048,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 22,
+        "intermediate_size": 5632,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
+    },
+    "Qwen/Qwen2.5-Coder-0.5B-Instruct": {
+        "hidden_size": 896,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 24,
+        "intermediate_size": 4864,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "HuggingFaceTB/SmolLM2-135M-Instruct": {
+        "hidden_size": 576,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "num_hidden_layers": 30,
+        "intermediate_size": 1536,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+}
+"""Published shapes of the shipped studies' models, for a machine that reaches neither hub nor cache."""
+
+_TOKENS: dict[str, tuple[float, float, float]] = {
+    "sst2": (27.6, 27.6, 424.0),
+    "mmlu": (132.0, 132.0, 11300.0),
+    "gsm8k": (207.0, 207.0, 24600.0),
+}
+"""Mean teacher tokens, student tokens and T(T+1)/2 of an example, under the tokenizers of Mistral and TinyLlama."""
+
+_PEAK_FLOPS, _UTILISATION = 312e12, 0.4
+_DECODE_TOKENS_PER_SECOND = 1500.0
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What the plan needs of a model."""
+
+    width: int
+    heads: int
+    layers: int
+    vocabulary: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """Tokens of a task's examples under both tokenizers, counted or assumed."""
+
+    teacher: np.ndarray
+    student: np.ndarray
+    triangle: float
+    """Mean of T(T+1)/2 under the teacher's tokenizer."""
+
+
+def plan_study(study: Study) -> dict[str, Any]:
+    """The plan as nested figures: `corpus`, `store_bytes`, `training`, `disk_bytes`, `hours`, `assumptions`."""
+    assumptions: list[str] = []
+    teacher, student = (_shape(ref, assumptions) for ref in (study.teacher, study.student))
+    lengths = _count(study, assumptions) or _assume(study, assumptions)
+    examples = sum(data.examples for data in study.corpus.tasks.values())
+    tokens = {name: int(own.teacher.sum()) for name, own in lengths.items()}
+    student_tokens = {name: int(own.student.sum()) for name, own in lengths.items()}
+    layout = Layout(
+        study.signals.top_k, teacher.width, teacher.heads, study.signals.dtype, id_dtype(teacher.vocabulary)
+    )
+    store = _store_bytes(lengths, layout)
+    training = _training(study, lengths)
+    disk = _disk(study, student, training["trials"])
+    return {
+        "study": study.name,
+        "corpus": {
+            "examples": examples,
+            "by_task": {
+                name: {
+                    "examples": study.corpus.tasks[name].examples,
+                    "teacher_tokens": tokens[name],
+                    "student_tokens": student_tokens[name],
+                }
+                for name in lengths
+            },
+            "teacher_tokens": sum(tokens.values()),
+            "student_tokens": sum(student_tokens.values()),
+        },
+        "store_bytes": {**store, "total": sum(store.values())},
+        "training": training,
+        "disk_bytes": disk,
+        "hours": _hours(study, teacher, student, sum(tokens.values()), training, lengths, assumptions),
+        "assumptions": assumptions,
+    }
+
+
+def _shape(ref: ModelRef, assumptions: list[str]) -> _Shape:
+    if (built_in := builtin_config(ref.model)) is not None:
+        return _of(built_in)
+    try:
+        return _of(load_config(ref).get_text_config().to_dict())
+    except UserError:
+        if ref.model not in _SHAPES:
+            raise
+        assumptions.append(f"{ref.model}: published shape; its config.json could not be read here")
+        return _of(_SHAPES[ref.model])
+
+
+def _of(config: dict[str, Any]) -> _Shape:
+    width, layers, vocabulary = config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]
+    head_width = config.get("head_dim") or width // config["num_attention_heads"]
+    queries = head_width * config["num_attention_heads"]
+    keys = head_width * (config.get("num_key_value_heads") or config["num_attention_heads"])
+    inner = config.get("intermediate_size") or 4 * width
+    per_layer = width * (2 * queries + 2 * keys) + 3 * width * inner + 2 * width
+    embeddings = vocabulary * width * (1 if config.get("tie_word_embeddings") else 2)
+    return _Shape(width, config["num_attention_heads"], layers, vocabulary, embeddings + layers * per_layer + width)
+
+
+def _count(study: Study, assumptions: list[str]) -> dict[str, _Lengths] | None:
+    """Tokens counted with the real tokenizers on the real data; None if either is not at hand."""
+    from stillroom.corpus import build_corpus
+    from stillroom.models import load_tokenizer
+
+    if study.teacher.model.startswith("builtin:") or study.student.model.startswith("builtin:"):
+        return None
+    try:
+        tokenizers = [load_tokenizer(ref) for ref in (study.teacher, study.student)]
+        examples = build_corpus(study.corpus, tokenizers)
+    except UserError as error:
+        assumptions.append(f"tokens per example: assumed, since they could not be counted ({error})")
+        return None
+    result = {}
+    for name in study.corpus.tasks:
+        texts = [example.text for example in examples.all if example.task == name]
+        teacher = np.array([len(e) for e in encode_many(tokenizers[0], texts)])
+        student = np.array([len(e) for e in encode_many(tokenizers[1], texts, add_eos=True)])
+        result[name] = _Lengths(teacher, student, float((teacher * (teacher + 1) / 2).mean()))
+    return result
+
+
+def _assume(study: Study, assumptions: list[str]) -> dict[str, _Lengths]:
+    result = {}
+    for name, data in study.corpus.tasks.items():
+        half = study.corpus.max_length / 2
+        teacher, student, triangle = _TOKENS.get(name, (half, half, half * (half + 1) / 2))
+        source = "measured with Mistral's and TinyLlama's tokenizers" if name in _TOKENS else "half of max_length"
+        assumptions.append(f"{name}: {teacher:g} tokens an example ({source})")
+        result[name] = _Lengths(np.full(data.examples, teacher), np.full(data.examples, student), triangle)
+    return result
+
+
+def _store_bytes(lengths: dict[str, _Lengths], layout: Layout) -> dict[str, int]:
+    value, index = np.dtype(layout.dtype).itemsize, np.dtype(layout.id_dtype).itemsize
+    tokens = sum(own.teacher.sum() for own in lengths.values())
+    triangle = sum(own.triangle * len(own.teacher) for own in lengths.values())
+    return {
+        "topk": int(tokens * layout.top_k * (value + index)),
+        "hidden": int(tokens * layout.width * value),
+        "attention": int(triangle * layout.heads * value),
+        "encoding": int(tokens * 9),
+    }
+
+
+def _training(study: Study, lengths: dict[str, _Lengths]) -> dict[str, int]:
+    share = study.corpus.validation_share
+    train = sum(len(own.student) - max(1, round(share * len(own.student))) for own in lengths.values())
+    trials = len(study.groups) * len(study.sweep.seeds)
+    steps = -(-train // study.training.batch_size) * study.training.epochs
+    tokens = sum(float(own.student.mean()) * (len(own.student) * (1 - share)) for own in lengths.values())
+    return {
+        "groups": len(study.groups),
+        "seeds": len(study.sweep.seeds),
+        "trials": trials,
+        "train_examples": train,
+        "steps_per_trial": steps,
+        "steps": steps * trials,
+        "tokens_per_trial": int(tokens * study.training.epochs),
+    }
+
+
+def _disk(study: Study, student: _Shape, trials: int) -> dict[str, int]:
+    saved = student.parameters * (4 if study.training.precision == "float32" else 2)
+    kept = 1 if study.sweep.keep_checkpoints == "last" else study.training.epochs
+    return {
+        "checkpoint": saved,
+        "checkpoints": saved * kept * trials,
+        "optimizer_state_of_a_running_trial": 12 * student.parameters,
+    }
+
+
+def _hours(
+    study: Study,
+    teacher: _Shape,
+    student: _Shape,
+    tokens: int,
+    training: dict[str, int],
+    lengths: dict[str, _Lengths],
+    assumptions: list[str],
+) -> dict[str, float]:
+    rate = _PEAK_FLOPS * _UTILISATION
+    assumptions.append(
+        f"hours: one GPU of {_PEAK_FLOPS / 1e12:.0f} TFLOP/s at {_UTILISATION:.0%}, 2 FLOPs a weight and token forward, "
+        f"6 in training; generation {_DECODE_TOKENS_PER_SECOND:.0f} tokens/s; not measured"
+    )
+    validation = sum(max(1, round(study.corpus.validation_share * len(own.student))) for own in lengths.values())
+    generated = validation * study.evaluation.max_new_tokens / max(len(lengths), 1)
+    return {
+        "teacher": 2 * teacher.parameters * tokens / rate / 3600,
+        "training": 6 * student.parameters * training["tokens_per_trial"] * training["trials"] / rate / 3600,
+        "evaluation": generated / _DECODE_TOKENS_PER_SECOND * study.training.epochs * training["trials"] / 3600,
+    }
+
+
+def print_plan(plan: dict[str, Any], as_json: bool = False) -> None:
+    """The plan as a table, or as JSON."""
+    if as_json:
+        print(json.dumps(plan, indent=2))
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(_table("Corpus", ("task", "examples", "teacher tokens", "student tokens"), _corpus_rows(plan)))
+    console.print(_table("Teacher data", ("signal", "size"), _rows(plan["store_bytes"], _bytes)))
+    console.print(_table("Training", ("what", "count"), _rows(plan["training"], "{:,}".format)))
+    console.print(_table("Disk for students", ("what", "size"), _rows(plan["disk_bytes"], _bytes)))
+    console.print(_table("GPU hours, estimated", ("stage", "hours"), _rows(plan["hours"], "{:.2f}".format)))
+    console.print("Assumptions")
+    for assumption in plan["assumptions"]:
+        console.print(f"  - {assumption}", markup=False, highlight=False)
+
+
+def _corpus_rows(plan: dict[str, Any]) -> list[tuple[str, ...]]:
+    corpus = plan["corpus"]
+    rows = {**corpus["by_task"], "total": corpus}
+    keys = ("examples", "teacher_tokens", "student_tokens")
+    return [(name, *(f"{own[key]:,}" for key in keys)) for name, own in rows.items()]
+
+
+def _rows(values: dict[str, Any], show: Callable[[Any], str]) -> list[tuple[str, ...]]:
+    return [(name.replace("_", " "), show(value)) for name, value in values.items()]
+
+
+def _table(title: str, headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _bytes(value: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= size:
+            return f"{value / size:.2f} {unit}"
+    return f"{value} B"

@@ -1,0 +1,296 @@
+"""Tensors to Parquet cells and back, the gate, the archive, and what the gate must stop."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from conftest import make_store
+from stillroom.config import Signals, UserError
+from stillroom.models import load_model, load_tokenizer
+from stillroom.offline_teacher_data import (
+    _to_numpy_array,
+    _to_py,
+    archive,
+    capture,
+    made_from,
+    require_matching,
+    require_verified,
+    verify_saved_data,
+)
+from stillroom.provenance import read_json, write_json
+from stillroom.signal_store import Layout, SignalStore
+from stillroom.teacher_signals import compute_signals
+
+LAYOUT = Layout(top_k=4, width=6, heads=2, dtype="float16", id_dtype="uint16")
+DTYPES = {
+    "float32": (torch.float32, "float32"),
+    "float16": (torch.float16, "float16"),
+    "bfloat16": (torch.bfloat16, "float32"),
+    "int32": (torch.int32, "int32"),
+    "uint16": (torch.int32, "uint16"),
+    "bool": (torch.bool, "bool"),
+}
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize("column", ["ids", "ends", "special", "topk_ids", "topk_logprobs", "hidden", "attention"])
+def test_every_signal_survives_the_round_trip(column, tokens):
+    """A cell gives back the tensor that went in: values, shape and dtype, for every column of the store."""
+    dtype, shape = LAYOUT.cell(column, tokens)
+    torch.manual_seed(0)
+    tensor = torch.randint(0, 2, shape) if dtype == "bool" else torch.randn(shape) * 100
+    tensor = tensor.abs() if dtype == "uint16" else tensor
+    expected = tensor.numpy().astype(dtype)
+    array = _to_numpy_array(pa.scalar(_to_py(tensor, dtype), pa.large_binary()), dtype, shape)
+    assert array.dtype == expected.dtype
+    assert array.shape == shape
+    assert (array == expected).all()
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_every_dtype_survives_the_round_trip(name):
+    """Torch dtypes, bfloat16 among them, to numpy cells and back without loss."""
+    torch_dtype, dtype = DTYPES[name]
+    tensor = (torch.arange(12).reshape(3, 4) - (0 if name in ("uint16", "bool") else 5)).to(torch_dtype)
+    array = _to_numpy_array(_to_py(tensor, dtype), dtype, (3, 4))
+    assert (array == tensor.to(torch.float64).numpy().astype(dtype)).all()
+
+
+def test_numpy_and_non_contiguous_tensors_are_taken_too():
+    """Slices and transposes are written in C order."""
+    tensor = torch.arange(12.0).reshape(3, 4).T
+    assert (_to_numpy_array(_to_py(tensor, "float32"), "float32", (4, 3)) == tensor.numpy()).all()
+    assert (_to_numpy_array(_to_py(tensor.numpy()[::2], "float16"), "float16", (2, 3)) == tensor.numpy()[::2]).all()
+
+
+def test_cells_are_little_endian():
+    """A store written on any machine reads the same on any other."""
+    assert _to_py(torch.tensor([1], dtype=torch.int32), "int32") == b"\x01\x00\x00\x00"
+
+
+def test_a_cell_of_the_wrong_size_is_an_error():
+    """A ragged cell cannot be taken for a smaller tensor."""
+    with pytest.raises(ValueError, match="holds 5 values"):
+        _to_numpy_array(_to_py(torch.zeros(5), "float32"), "float32", (2, 3))
+
+
+def test_the_store_holds_what_the_teacher_said(teacher_ref, examples, store):
+    """Every example is there, read from disk as it was computed alone."""
+    model, tokenizer = load_model(teacher_ref), load_tokenizer(teacher_ref)
+    from stillroom.encoding import encode
+
+    assert len(store) == len(examples.all)
+    for example in examples.all[::7]:
+        stored = store.read(example.example_id)
+        alone = compute_signals(model, [encode(tokenizer, example.text)], 32, torch.float32)[0]
+        assert stored.task == example.task
+        assert (stored.encoding.ids == encode(tokenizer, example.text).ids).all()
+        for name in ("topk_logprobs", "hidden", "attention"):
+            assert np.allclose(getattr(stored, name), getattr(alone, name).numpy(), atol=2e-5), name
+
+
+@pytest.fixture
+def copy(tmp_path, store):
+    """A copy of the store that a test may damage."""
+    return shutil.copytree(store.path, tmp_path / "data")
+
+
+def test_verify_passes_and_is_asked_for(copy):
+    """A store is trained on only after it passed the gate, and only as it was then."""
+    record = verify_saved_data(copy, num_samples=20)
+    assert record["sampled"] == 20
+    require_verified(SignalStore.open(copy))
+    (copy / "verified.json").unlink()
+    with pytest.raises(UserError, match="not been verified"):
+        require_verified(SignalStore.open(copy))
+
+
+def damaged(path, change):
+    """Rewrite one shard with some cells changed, and make manifest and checksums agree with it."""
+    import pyarrow.parquet as pq
+
+    from stillroom.signal_store import shard_entry
+
+    shard = path / "part-00000.parquet"
+    table = pq.read_table(shard)
+    metadata = pq.read_metadata(shard).metadata
+    columns = {name: table[name].to_pylist() for name in table.schema.names}
+    change(columns)
+    new = pa.table({n: pa.array(columns[n], table.schema.field(n).type) for n in columns}, schema=table.schema)
+    with pq.ParquetWriter(shard, new.schema, compression="none") as writer:
+        for row in range(new.num_rows):
+            writer.write_table(new.slice(row, 1))
+        writer.add_key_value_metadata({k.decode(): v.decode() for k, v in metadata.items() if k.startswith(b"hidden_")})
+    manifest = read_json(path / "manifest.json")
+    manifest["shards"][0] = shard_entry(shard)
+    write_json(path / "manifest.json", manifest)
+
+
+def set_values(column, dtype, change):
+    """A change to the first row's cell of a column, as an array."""
+
+    def apply(columns):
+        for row in range(len(columns[column])):
+            array = np.frombuffer(columns[column][row], dtype).copy()
+            change(array)
+            columns[column][row] = array.tobytes()
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_values("hidden", "float32", lambda a: a.__setitem__(3, np.nan)), "hidden has NaN"),
+        (set_values("attention", "float32", lambda a: a.__setitem__(0, 0.5)), "attention rows sum to"),
+        (set_values("topk_logprobs", "float32", lambda a: a.__setitem__(0, -50)), "not sorted"),
+        (set_values("topk_logprobs", "float32", lambda a: a.__iadd__(3)), "sum to more than 1"),
+        (set_values("topk_ids", "uint16", lambda a: a.__setitem__(1, a[0])), "ids repeat"),
+        (set_values("ends", "int32", lambda a: a.__setitem__(-1, 0)), "ends decrease"),
+        (lambda c: c.update(hidden=[cell[:-8] for cell in c["hidden"]]), "hidden: holds"),
+        (lambda c: c.update(tokens=[n + 1 for n in c["tokens"]]), "needs"),
+    ],
+)
+def test_wrong_values_are_found_and_named(copy, change, message):
+    """A store whose checksums agree but whose values cannot be a teacher's is refused at the file and example."""
+    damaged(copy, change)
+    with pytest.raises(UserError, match=rf"part-00000.parquet: example [0-9a-f]{{16}}: .*{message}"):
+        verify_saved_data(copy, num_samples=1000)
+    assert not (copy / "verified.json").exists()
+
+
+def flip_byte(path):
+    """Change one byte in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip_byte, "SHA-256 differs"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-100]), "truncated"),
+        (lambda p: p.unlink(), "missing"),
+    ],
+)
+def test_damaged_shards_are_found_and_named(copy, damage, message):
+    """A flipped byte, a truncated and a missing shard."""
+    damage(copy / "part-00002.parquet")
+    with pytest.raises(UserError, match=rf"part-00002.parquet.*{message}"):
+        verify_saved_data(copy)
+
+
+def test_an_edited_manifest_is_found(copy):
+    """What was verified is what is trained on."""
+    manifest = read_json(copy / "manifest.json")
+    manifest["layout"]["top_k"] = 5
+    write_json(copy / "manifest.json", manifest)
+    with pytest.raises(UserError, match="changed after verification"):
+        require_verified(SignalStore.open(copy))
+
+
+def test_a_store_of_something_else_is_refused_with_both_sides(store, examples):
+    """The differing fields are shown side by side."""
+    origin = {**store.manifest["made_from"], "top_k": 7, "teacher": "another"}
+    with pytest.raises(UserError) as error:
+        require_matching(store, origin)
+    assert "top_k: store has 32, study asks for 7" in str(error.value)
+    assert "teacher: store has" in str(error.value)
+    assert "corpus:" not in str(error.value)
+
+
+def test_the_archive_is_whole_read_only_and_made_once(copy):
+    """The snapshot keeps its values when the store goes; archiving again gives the same one."""
+    verify_saved_data(copy)
+    snapshot = archive(copy)
+    assert snapshot.name.startswith("data_20")
+    assert archive(copy) == snapshot
+    assert all(p.stat().st_mode & 0o222 == 0 for p in snapshot.glob("*.parquet"))
+    shutil.rmtree(copy)
+    assert verify_saved_data(snapshot)["sampled"] == 20
+    require_verified(SignalStore.open(snapshot))
+
+
+def test_an_unverified_store_is_not_archived(copy):
+    """The gate stands before the archive."""
+    (copy / "verified.json").unlink()
+    with pytest.raises(UserError, match="verify"):
+        archive(copy)
+
+
+def test_capture_goes_on_where_it_stopped(tmp_path, teacher_ref, examples, store, monkeypatch):
+    """Finished shards are kept, the rest is computed, and the store equals an uninterrupted one, value for value."""
+    import stillroom.offline_teacher_data as otd
+
+    tokenizer, model = load_tokenizer(teacher_ref), load_model(teacher_ref)
+    signals = Signals(top_k=32, dtype="float32", shard_examples=16, batch_tokens=512)
+    origin = made_from(teacher_ref.model, tokenizer, signals, examples.all)
+    calls, real = [], otd.compute_signals
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(otd, "compute_signals", failing)
+    with pytest.raises(KeyboardInterrupt):
+        capture(model, tokenizer, examples.all, signals, tmp_path / "s", origin)
+    kept = sorted(p.name for p in (tmp_path / "s").glob("*.parquet"))
+    assert kept
+    assert not (tmp_path / "s" / "manifest.json").exists()
+    assert not list((tmp_path / "s").glob("*.tmp"))
+    before, calls[:] = len(calls), [1] * 100
+    capture(model, tokenizer, examples.all, signals, tmp_path / "s", origin)
+    assert before + len(calls) - 100 < 2 * len(examples.all)
+    resumed = SignalStore.open(tmp_path / "s")
+    for entry, other in zip(resumed.manifest["shards"], store.manifest["shards"], strict=True):
+        assert entry["sha256"] == other["sha256"]
+
+
+def test_another_capture_in_the_same_folder_is_refused(tmp_path, teacher_ref, examples):
+    """Half of one store and half of another never mix."""
+    tokenizer, model = load_tokenizer(teacher_ref), load_model(teacher_ref)
+    signals = Signals(top_k=8, dtype="float32")
+    origin = made_from(teacher_ref.model, tokenizer, signals, examples.all)
+    write_json(tmp_path / "capture.json", {**origin, "top_k": 16})
+    with pytest.raises(UserError, match="top_k: store has 16, study asks for 8"):
+        capture(model, tokenizer, examples.all, signals, tmp_path, origin)
+
+
+def test_k_beyond_the_vocabulary_is_refused(tmp_path, teacher_ref, examples):
+    """More entries than there are ids is a mistake, said before work starts."""
+    with pytest.raises(UserError, match=r"signals.top_k: 100000 exceeds"):
+        make_store(tmp_path / "s", teacher_ref, examples, top_k=100_000)
+
+
+def test_too_small_a_disk_is_said_before_work_starts(tmp_path, teacher_ref, examples, monkeypatch):
+    """Free space is compared with the plan."""
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(UserError, match=r"GB are free.*OFFLINE_DATA_PATH"):
+        make_store(tmp_path / "s", teacher_ref, examples)
+
+
+def test_float16_halves_the_store_and_passes_the_gate(tmp_path, teacher_ref, examples, store):
+    """The default storage dtype, through the whole gate."""
+    half = make_store(tmp_path / "s", teacher_ref, examples, dtype="float16")
+    sizes = [sum(s["bytes"] for s in one.manifest["shards"]) for one in (half, store)]
+    assert sizes[0] < 0.65 * sizes[1]
+
+
+def test_the_default_path_follows_variable_drive_and_folder(monkeypatch):
+    """OFFLINE_DATA_PATH, else D: on a Windows machine that has it, else the working folder."""
+    from pathlib import Path
+
+    from stillroom.config import default_store_path
+
+    assert default_store_path({"OFFLINE_DATA_PATH": "/somewhere"}) == Path("/somewhere")
+    assert default_store_path({}, "posix") == Path("offline_teacher_data")
+    monkeypatch.setattr(Path, "exists", lambda self: str(self).startswith("D:"))
+    assert str(default_store_path({}, "nt")) == "D:\\offline_teacher_data"
