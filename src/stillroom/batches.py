@@ -132,7 +132,8 @@ class Prefetched(Generic[T]):
     def _put(self, entry: tuple[T | None, BaseException | None]) -> None:
         while not self._stop.is_set():
             try:
-                return self._queue.put(entry, timeout=0.1)
+                self._queue.put(entry, timeout=0.1)
+                break
             except queue.Full:
                 continue
 

@@ -91,14 +91,20 @@ def verify(
     study: StudyArgument,
     set_: SetOption = None,
     samples: int = typer.Option(20, min=1, help="rows to rebuild and check"),
+    recompute: int = typer.Option(0, min=0, help="rows to compare with a new forward pass of the teacher"),
 ) -> None:
     """The gate before training: checksums of every shard, values of sampled rows.
 
-    Example: stillroom verify small --samples 50
+    Example: stillroom verify small --samples 50 --recompute 20
     """
     workspace = _workspace(study, set_)
-    record = workspace.verify(samples)
+    record = workspace.verify(samples, recompute)
     _say(f"{workspace.store_path}: {record['sampled']} of {record['examples']} examples checked, all shards whole.")
+    for how in ("recomputed", "with_output_head"):
+        if errors := record.get(how):
+            listed = ", ".join(f"{name} {error:.2g}" for name, error in errors.items())
+            _say(f"{how.replace('_', ' ')}, largest difference: {listed}")
+    _say(f"Next: stillroom archive {study}")
 
 
 @app.command()

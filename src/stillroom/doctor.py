@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from dataclasses import dataclass
 
 from stillroom.alignment import compare_vocabularies
@@ -32,8 +31,6 @@ def _python() -> Finding:
     versions = package_versions()
     absent = [name for name, version in versions.items() if version == "absent"]
     listed = ", ".join(f"{name} {version}" for name, version in versions.items() if version != "absent")
-    if sys.version_info < (3, 11):
-        return Finding("python", False, f"{versions['python']}: 3.11 or newer is needed")
     return Finding("packages", not absent, f"missing: {', '.join(absent)}; run make install" if absent else listed)
 
 
@@ -93,9 +90,8 @@ def _accelerator(study: Study) -> Finding:
         names = ", ".join(sorted({torch.cuda.get_device_name(i) for i in range(count)}))
         return Finding("accelerator", True, f"{count} × {names}")
     large = study.name == "paper"
-    return Finding(
-        "accelerator", not large, "no GPU: everything runs on the CPU" + ("; days for this study" if large else "")
-    )
+    says = "no GPU: everything runs on the CPU" + ("; this study needs GPUs" if large else "")
+    return Finding("accelerator", not large, says)
 
 
 def print_findings(findings: list[Finding]) -> bool:

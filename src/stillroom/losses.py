@@ -104,7 +104,7 @@ class _HeadLosses(torch.autograd.Function):
         return total, task_sum, kd_sum
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         hidden_grad, weight_grad, bias_grad = (None if g is None else g * upstream for g in ctx.grads)
         return hidden_grad, weight_grad, bias_grad, None, None, None, None
 

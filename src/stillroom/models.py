@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import errors as hub_errors
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from stillroom.attention_capture import ATTENTION
 from stillroom.config import ModelRef, Precision, UserError
-from stillroom.provenance import file_sha256
+from stillroom.provenance import file_sha256, read_json
 
 DTYPES: dict[Precision, torch.dtype] = {
     "float32": torch.float32,
@@ -134,6 +135,21 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(backend, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def load_output_head(ref: ModelRef) -> torch.Tensor | None:
+    """The output head (V, D) of a local checkpoint, read alone; None where it cannot be found by its usual names."""
+    folder = Path(ref.model)
+    index = folder / "model.safetensors.index.json"
+    files = read_json(index)["weight_map"] if index.is_file() else {}
+    for name in ("lm_head.weight", "model.embed_tokens.weight", "transformer.wte.weight"):
+        path = folder / files.get(name, "model.safetensors")
+        if path.is_file():
+            with safe_open(path, "pt") as tensors:
+                if name in tensors.keys():  # noqa: SIM118 - not a mapping
+                    head: torch.Tensor = tensors.get_tensor(name)
+                    return head
+    return None
+
+
 def output_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """Next-token logits (..., V) from the last hidden state (..., D), soft-capped where the model does so."""
     logits: torch.Tensor = model.get_output_embeddings()(hidden)
@@ -143,7 +159,12 @@ def output_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
 
 def logit_softcap(model: PreTrainedModel) -> float | None:
     """The cap c of `c·tanh(logits / c)`, or None (Gemma 2 is the known case)."""
-    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return softcap_of(model.config)
+
+
+def softcap_of(config: Any) -> float | None:
+    """As `logit_softcap`, from the architecture alone."""
+    return getattr(config.get_text_config(), "final_logit_softcapping", None)
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

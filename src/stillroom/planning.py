@@ -234,8 +234,8 @@ def _hours(
 ) -> dict[str, float]:
     rate = _PEAK_FLOPS * _UTILISATION
     assumptions.append(
-        f"hours: one GPU of {_PEAK_FLOPS / 1e12:.0f} TFLOP/s at {_UTILISATION:.0%}, 2 FLOPs a weight and token forward, "
-        f"6 in training; generation {_DECODE_TOKENS_PER_SECOND:.0f} tokens/s; not measured"
+        f"hours: one GPU of {_PEAK_FLOPS / 1e12:.0f} TFLOP/s at {_UTILISATION:.0%}, 2 FLOPs a weight and token "
+        f"forward, 6 in training; generation {_DECODE_TOKENS_PER_SECOND:.0f} tokens/s; not measured"
     )
     validation = sum(max(1, round(study.corpus.validation_share * len(own.student))) for own in lengths.values())
     generated = validation * study.evaluation.max_new_tokens / max(len(lengths), 1)

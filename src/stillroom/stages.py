@@ -22,8 +22,19 @@ from stillroom.config import Group, ModelRef, Study, UserError, fingerprint
 from stillroom.corpus import Examples, build_corpus, examples_digest, load_corpus, save_corpus
 from stillroom.evaluation import accuracy_metrics, evaluate, nll_metrics, save_predictions, worse_or_equal
 from stillroom.experiment import EXPERIMENT, TrialPlan, finished, run_trial, sweep
-from stillroom.models import default_device, load_model, load_tokenizer, model_identity, tokenizer_hash
+from stillroom.models import (
+    DTYPES,
+    default_device,
+    load_config,
+    load_model,
+    load_output_head,
+    load_tokenizer,
+    model_identity,
+    softcap_of,
+    tokenizer_hash,
+)
 from stillroom.provenance import exclusive, read_json, record_run, utc_now, write_json
+from stillroom.recomputation import check_with_head, recompute, sample_ids
 from stillroom.signal_store import MANIFEST, SignalStore
 from stillroom.tracker import Tracker
 from stillroom.train_student import Trial
@@ -156,10 +167,22 @@ class Workspace:
         if made_from != origin and self._archived(made_from) is not None:
             shutil.rmtree(self.store_path)
 
-    def verify(self, samples: int = 20) -> dict[str, Any]:
-        """The gate: check the store and that it is this study's; see `verify_saved_data`."""
-        otd.require_matching(SignalStore.open(self.store_path), self.origin())
+    def verify(self, samples: int = 20, recomputed: int = 0) -> dict[str, Any]:
+        """The gate: check the store and that it is this study's; see `verify_saved_data`.
+
+        `recomputed` examples are run through the teacher again; with none, stored hidden states times the output
+        head must give the stored top-k back, where the teacher's files are at hand.
+        """
+        store = SignalStore.open(self.store_path)
+        otd.require_matching(store, self.origin())
         record = otd.verify_saved_data(self.store_path, samples)
+        teacher = self.adapt()
+        if recomputed:
+            model = load_model(teacher, self.study.teacher.dtype, "auto")
+            record["recomputed"] = recompute(store, model, sample_ids(store, recomputed))
+        elif (head := load_output_head(teacher)) is not None:
+            softcap, dtype = softcap_of(load_config(teacher)), DTYPES[self.study.teacher.dtype]
+            record["with_output_head"] = check_with_head(store, head, softcap, sample_ids(store, 2), dtype)
         self._record("verify", record)
         return record
 

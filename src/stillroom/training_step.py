@@ -57,7 +57,7 @@ class StepRunner:
             )
             rows = flat[batch.head_rows]
             total, task, kd = head_losses(rows, head.weight, getattr(head, "bias", None), targets)
-        sums = {"task": task, "kd": kd}
+        sums: dict[str, Tensor] = {"task": task, "kd": kd}
         for name, value in self._alignment_sums(batch, output, flat, weights).items():
             sums[name] = value.detach()
             total = total + weights[name] / max(counts[name], 1) * value
@@ -65,8 +65,8 @@ class StepRunner:
 
     def _alignment_sums(
         self, batch: Batch, output: StudentOutputs, flat: Tensor, weights: Mapping[Term, float]
-    ) -> dict[str, Tensor]:
-        sums = {}
+    ) -> dict[Term, Tensor]:
+        sums: dict[Term, Tensor] = {}
         if weights.get("hidden", 0.0) > 0 and batch.hidden_rows is not None and batch.teacher_hidden is not None:
             projected = self.student.project(flat[batch.hidden_rows])
             sums["hidden"] = hidden_loss(projected, batch.teacher_hidden) / self.hidden_scale

@@ -1,0 +1,162 @@
+"""Studies: what is shipped is what was specified, and every mistake is one message that names the field."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from stillroom.config import GROUPS, Objective, UserError, fingerprint
+from stillroom.studies import load_study, shipped_studies
+
+
+def test_the_shipped_studies_load():
+    """The three studies are there and valid."""
+    assert shipped_studies() == ["paper", "quickstart", "small"]
+    for name in shipped_studies():
+        assert load_study(name).name == name
+
+
+def test_paper_is_the_study_as_given():
+    """Models, data, weights, hyperparameters, groups, seeds and resources, to the letter."""
+    study = load_study("paper")
+    assert study.teacher.model == "mistralai/Mistral-7B-v0.1"
+    assert study.student.model == "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
+    assert len(study.teacher.revision) == len(study.student.revision) == 40
+    assert {n: t.examples for n, t in study.corpus.tasks.items()} == {"sst2": 5000, "mmlu": 1000, "gsm8k": 1000}
+    assert all(len(task.revision) == 40 for task in study.corpus.tasks.values())
+    assert study.objective.weights == {"task": 1.0, "kd": 0.5, "hidden": 0.1, "attention": 0.1}
+    assert (study.objective.temperature, study.objective.hidden_scale, study.objective.attention_scale) == (
+        1,
+        "none",
+        "none",
+    )
+    assert [g.name for g in study.groups] == ["black_box", "hidden", "attention", "combined"]
+    assert study.sweep.seeds == tuple(range(7))
+    training = study.training
+    assert (training.learning_rate, training.weight_decay, training.batch_size, training.epochs) == (1e-4, 0.01, 8, 3)
+    assert (training.max_gradient_norm, training.precision) == (1.0, "float16")
+    assert (study.teacher.dtype, study.corpus.max_length, study.corpus.validation_share) == ("float16", 512, 0.1)
+    assert (study.sweep.gpus_per_trial, study.sweep.cpus_per_trial) == (1, 4)
+    assert study.teacher.adapt.method == "none"
+    assert study.signals.top_k == 256
+
+
+def test_groups_switch_on_the_terms_of_the_table():
+    """The activation table of the study."""
+    active = {
+        name: {t for t, w in group.objective(Objective()).weights.items() if w > 0} for name, group in GROUPS.items()
+    }
+    assert active == {
+        "task_only": {"task"},
+        "black_box": {"task", "kd"},
+        "hidden": {"task", "kd", "hidden"},
+        "attention": {"task", "kd", "attention"},
+        "combined": {"task", "kd", "hidden", "attention"},
+    }
+
+
+def test_a_study_declares_its_own_groups():
+    """Weights and scales of one group override the study's for it alone."""
+    study = load_study("small")
+    scaled = study.group("attention_scaled").objective(study.objective)
+    assert scaled.attention_scale == "row_sum"
+    assert scaled.weights["hidden"] == 0
+    assert study.group("attention").objective(study.objective).attention_scale == "none"
+
+
+def test_overrides_reach_any_field():
+    """`--set a.b=value`, read as YAML."""
+    study = load_study("quickstart", ["training.epochs=1", "sweep.seeds=[4, 5]", "corpus.tasks.quiz.examples=50"])
+    assert (study.training.epochs, study.sweep.seeds, study.corpus.tasks["quiz"].examples) == (1, (4, 5), 50)
+
+
+MISTAKES = [
+    ("training.epoch=1", "training.epoch: unknown key"),
+    ("training.epochs=0", "training.epochs"),
+    ("training.epochs=three", "training.epochs"),
+    ("training.batch_size=0", "training.batch_size"),
+    ("training.batch_size=2.5", "training.batch_size"),
+    ("training.learning_rate=-1", "training.learning_rate"),
+    ("training.precision=int8", "training.precision"),
+    ("training.max_gradient_norm=0", "training.max_gradient_norm"),
+    ("objective.weights.kd=-0.5", "objective.weights.kd"),
+    ("objective.weights={task: 1}", "missing: kd, hidden, attention"),
+    ("objective.weights.logits=1", "objective.weights.logits"),
+    ("objective.temperature=0", "objective.temperature"),
+    ("objective.hidden_scale=rms", "objective.hidden_scale"),
+    ("sweep.seeds=[]", "sweep.seeds"),
+    ("sweep.seeds=[1, 1]", "seeds are repeated"),
+    ("sweep.seeds=[-1]", "sweep.seeds"),
+    ("sweep.cpus_per_trial=0", "sweep.cpus_per_trial"),
+    ("sweep.gpus_per_trial=-1", "sweep.gpus_per_trial"),
+    ("groups=[grey_box]", "unknown group 'grey_box'"),
+    ("groups=[hidden, hidden]", "groups are repeated"),
+    ("groups=[]", "groups"),
+    ("groups=[{name: x}]", "terms"),
+    ("groups=[{name: ../x, terms: [task]}]", "name"),
+    ("groups=[{name: x, terms: [logits]}]", "terms"),
+    ("corpus.tasks={}", "corpus.tasks"),
+    ("corpus.tasks.quiz.examples=1", "corpus.tasks.quiz.examples"),
+    ("corpus.tasks.quiz.example=9", "unknown key"),
+    ("corpus.validation_share=1", "corpus.validation_share"),
+    ("corpus.validation_share=0", "corpus.validation_share"),
+    ("corpus.max_length=3", "corpus.max_length"),
+    ("signals.top_k=0", "signals.top_k"),
+    ("signals.dtype=bfloat16", "signals.dtype"),
+    ("signals.minimum_coverage=2", "signals.minimum_coverage"),
+    ("teacher.model=", "teacher.model"),
+    ("teacher.dtype=float8", "teacher.dtype"),
+    ("teacher.adapt.method=qlora", "teacher.adapt.method"),
+    ("name=../../etc", "name"),
+    ("training=fast", "training"),
+    ("evaluation.max_new_tokens=0", "evaluation.max_new_tokens"),
+    ("training", "write it as section.field=value"),
+    ("training.epochs=[1", "not valid YAML"),
+    ("name.epochs=1", "'name' is not a section"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), MISTAKES, ids=[m[0] for m in MISTAKES])
+def test_a_mistake_is_one_message_that_names_the_field(override, message):
+    """Nothing misspelt passes in silence, and no message is a traceback."""
+    with pytest.raises(UserError) as error:
+        load_study("quickstart", [override])
+    assert message in str(error.value)
+    assert "Traceback" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- a list", "a mapping of sections"), ("a: [", "not valid YAML"), ("name: x", "teacher: Field required")],
+)
+def test_a_broken_file_is_named(tmp_path, text, message):
+    """A study file that is no study."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_study(str(path))
+
+
+def test_an_absent_study_lists_those_there_are():
+    """A misspelt name."""
+    with pytest.raises(UserError, match="paper, quickstart, small"):
+        load_study("quickstar")
+
+
+def test_yaml_cannot_run_code(tmp_path):
+    """Safe loading only."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: !!python/object/apply:os.system ['true']")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_study(str(path))
+
+
+def test_sections_are_frozen_and_fingerprints_follow_values():
+    """A stage cannot change its settings; the same settings have the same fingerprint, others another."""
+    study = load_study("quickstart")
+    with pytest.raises(ValueError, match="frozen"):
+        study.training.epochs = 9
+    again, other = load_study("quickstart"), load_study("quickstart", ["training.epochs=9"])
+    assert fingerprint(study.training) == fingerprint(again.training) != fingerprint(other.training)
+    dumped = yaml.safe_dump(study.model_dump(mode="json"))
+    assert type(study).model_validate(yaml.safe_load(dumped)) == study

@@ -1,0 +1,160 @@
+"""Examples: the right wording, no duplicates, no leak, a split that depends on nothing but the example."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stillroom.config import Corpus, TaskData, UserError
+from stillroom.corpus import build_corpus, check_leaks, load_corpus, save_corpus, split
+from stillroom.models import load_tokenizer
+from stillroom.tasks import TASKS, Example, get_task
+from stillroom.tasks.gsm8k import extract_flexible, extract_strict
+
+
+def test_prompts_are_the_harness_wording():
+    """lm-evaluation-harness' sst2, mmlu and gsm8k, zero-shot, character by character."""
+    sst2 = get_task("sst2").build({"sentence": "a gem .", "label": 1})
+    assert sst2.prompt == "a gem .\nQuestion: Is this sentence positive or negative?\nAnswer:"
+    assert (sst2.answer, sst2.choices, sst2.gold) == (" positive", (" negative", " positive"), 1)
+    row = {"question": " 1+1? ", "subject": "abstract_algebra", "choices": ["1", "2", "3", "4"], "answer": 1}
+    mmlu = get_task("mmlu").build(row)
+    assert mmlu.prompt == (
+        "The following are multiple choice questions (with answers) about abstract algebra.\n\n"
+        "1+1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"
+    )
+    assert (mmlu.answer, mmlu.gold) == (" B", 1)
+    gsm8k = get_task("gsm8k").build({"question": "How many?", "answer": "2+2 = <<2+2=4>>4\n#### 4"})
+    assert gsm8k.text == "Question: How many?\nAnswer: 2+2 = <<2+2=4>>4\n#### 4"
+
+
+@pytest.mark.parametrize(
+    ("text", "strict", "flexible"),
+    [
+        ("so 3+4 = 7\n#### 7", "7", "7"),
+        ("#### 1,234", "1234", "1234"),
+        ("#### -5.\nThen 9", "-5", "9"),
+        ("it costs $12.50.", None, "12.50"),
+        ("#### $70", None, "70"),
+        ("no number", None, None),
+        ("#### 3\n#### 4", "3", "4"),
+    ],
+)
+def test_answers_are_read_as_the_harness_reads_them(text, strict, flexible):
+    """First number after ####, and last number anywhere."""
+    assert extract_strict(text) == strict
+    assert extract_flexible(text) == flexible
+
+
+def test_built_in_answers_are_right():
+    """The generator's own arithmetic and choices, checked independently."""
+    for row in TASKS["arithmetic"].generate_rows(3, 200):
+        example = TASKS["arithmetic"].build(row)
+        sums = [part.split(">>")[0].split("=") for part in example.answer.split("<<")[1:]]
+        total = None
+        for sum_, result in sums:
+            left, sign, right = sum_.partition("+") if "+" in sum_ else sum_.partition("-")
+            assert total in (None, int(left))
+            total = int(left) + int(right) if sign == "+" else int(left) - int(right)
+            assert total == int(result) >= 0
+        assert extract_strict(example.answer) == str(total)
+    kinds = {"fruit", "animal", "tool", "metal"}
+    for row in TASKS["quiz"].generate_rows(3, 50):
+        assert row["question"].split()[-1].strip("?") in kinds
+        assert len(set(row["choices"])) == 4
+
+
+@pytest.fixture
+def tokenizers(teacher_ref, student_ref):
+    """The test pair's."""
+    return [load_tokenizer(teacher_ref), load_tokenizer(student_ref)]
+
+
+def local(tmp_path, rows, examples, task="sst2", **settings):
+    """A corpus of one task from local Parquet."""
+    folder = tmp_path / task
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+    return Corpus(tasks={task: TaskData(dataset=str(folder), examples=examples)}, **settings)
+
+
+ROWS = [{"sentence": f"film number {n}", "label": n % 2, "idx": n} for n in range(40)]
+
+
+def test_duplicates_are_dropped_and_long_ones_replaced(tmp_path, tokenizers):
+    """White space and case do not make two examples; nothing is truncated; both are counted."""
+    rows = [
+        *ROWS,
+        {"sentence": "FILM  number 3", "label": 0, "idx": 99},
+        {"sentence": "long " * 200, "label": 0, "idx": 100},
+    ]
+    built = build_corpus(local(tmp_path, rows, 40, max_length=64), tokenizers)
+    counts = built.counts["sst2"]
+    assert (counts["used"], counts["duplicates"]) == (40, 1)
+    assert counts["too_long"] <= 1
+    assert len({e.prompt.lower() for e in built.all}) == 40
+    with pytest.raises(UserError, match=r"examples: 41 asked for, but only 40 can be used.*'too_long': 1"):
+        build_corpus(local(tmp_path, rows, 41, max_length=64), tokenizers)
+
+
+def test_the_split_depends_on_the_examples_and_the_seed_alone(tmp_path, tokenizers):
+    """10 % of each task; the order of rows does not matter, another seed gives another part."""
+    first = build_corpus(local(tmp_path, ROWS, 40), tokenizers)
+    second = build_corpus(local(tmp_path, ROWS[::-1], 40), tokenizers)
+    other = build_corpus(local(tmp_path, ROWS, 40, split_seed=1), tokenizers)
+    ids = [{e.example_id for e in one.validation} for one in (first, second, other)]
+    assert len(ids[0]) == 4
+    assert ids[0] == ids[1] != ids[2]
+    assert split(first.all, 0.1, 0)[1] == first.validation
+
+
+def test_a_leak_is_named():
+    """The same prompt in both parts stops the study."""
+    example = Example("sst2", "A prompt", " positive")
+    held_out = Example("sst2", "a  PROMPT", " negative")
+    with pytest.raises(UserError, match=held_out.example_id):
+        check_leaks([example], [held_out])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": "x", "label": 0}] * 3, r"lacks the columns \['sentence'\]"),
+        ([{"sentence": "x", "label": 7}] * 3, "no row can be used; row 2 .*label must be 0 or 1, not 7"),
+        ([{"sentence": None, "label": None}] * 3, "no row can be used"),
+    ],
+)
+def test_unusable_data_are_named(tmp_path, tokenizers, rows, message):
+    """Missing columns and wrong labels are said with the file, not trained on."""
+    with pytest.raises(UserError, match=message):
+        build_corpus(local(tmp_path, rows, 2), tokenizers)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ({"sst3": TaskData(dataset="builtin", examples=5)}, r"corpus.tasks.sst3: unknown task"),
+        ({"sst2": TaskData(dataset="builtin", examples=5)}, "no built-in rows"),
+        ({"sst2": TaskData(dataset="/no/such/folder", examples=5)}, "cannot be loaded"),
+    ],
+)
+def test_unknown_sources_are_named(tasks, message, tokenizers):
+    """A task, or a data set, that is not there."""
+    with pytest.raises(UserError, match=message):
+        build_corpus(Corpus(tasks=tasks), tokenizers)
+
+
+def test_a_missing_split_lists_those_there_are(tmp_path, tokenizers):
+    """A local directory without the asked split."""
+    settings = local(tmp_path, ROWS, 4)
+    data = settings.tasks["sst2"].model_copy(update={"split": "test"})
+    with pytest.raises(UserError, match=r"test.parquet is missing; splits there: train"):
+        build_corpus(settings.model_copy(update={"tasks": {"sst2": data}}), tokenizers)
+
+
+def test_a_saved_corpus_is_the_same_corpus(tmp_path, examples):
+    """What trials read is what was built."""
+    save_corpus(examples, tmp_path, "f")
+    loaded, fingerprint = load_corpus(tmp_path)
+    assert (loaded, fingerprint) == (examples, "f")

@@ -1,0 +1,289 @@
+"""A trial: repeatable to the bit, paired across groups, resumable, saved as a plain model with its projector beside."""
+
+from __future__ import annotations
+
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from conftest import make_store
+from stillroom.batches import epoch_order
+from stillroom.config import GROUPS, Evaluation, Objective, Training, UserError
+from stillroom.models import load_model, load_tokenizer, without_adapters
+from stillroom.provenance import read_json
+from stillroom.train_student import Trial, train
+
+TRAINING = Training(learning_rate=3e-3, batch_size=8, epochs=2, precision="float32", gradient_interval=3)
+EVALUATION = Evaluation(max_new_tokens=12)
+TIMES = ("train_seconds", "data_wait_seconds", "evaluation_seconds")
+
+
+def run(folder, student_ref, store, examples, group="combined", seed=0, **changes):
+    """Train one trial with small settings."""
+    options = {k: changes.pop(k) for k in ("report", "keep_checkpoints", "adapter", "minimum_coverage") if k in changes}
+    training = TRAINING.model_copy(update=changes)
+    trial = Trial("t", GROUPS[group], seed)
+    return train(
+        trial, student_ref, training, Objective(), EVALUATION, examples, store and store.path, folder, **options
+    )
+
+
+def numbers(result):
+    """All metrics but the times."""
+    return [{k: v for k, v in epoch.items() if k not in TIMES} for epoch in result["epochs"]]
+
+
+@pytest.fixture(scope="module")
+def combined(tmp_path_factory, student_ref, store, examples):
+    """One finished trial of the combined group, and its folder."""
+    folder = tmp_path_factory.mktemp("trial")
+    return run(folder, student_ref, store, examples), folder
+
+
+def test_the_same_trial_twice_gives_identical_numbers(tmp_path, combined, student_ref, store, examples):
+    """Every metric of every epoch, to the bit, and every measured gradient."""
+    again = run(tmp_path, student_ref, store, examples)
+    assert numbers(again) == numbers(combined[0])
+    assert again["gradients"] == combined[0]["gradients"]
+
+
+def test_every_metric_of_the_specification_is_there(combined):
+    """Total and components, on training and validation, accuracy in all its forms, coverage and gradients."""
+    result, folder = combined
+    last = result["epochs"][-1]
+    for part in ("train", "validation"):
+        for name in ("loss", "task_loss", "kd_loss", "hidden_loss", "attention_loss"):
+            assert last[f"{part}_{name}"] > 0
+    for name in ("accuracy", "accuracy_macro", "accuracy_sentiment", "accuracy_quiz", "accuracy_arithmetic"):
+        assert 0 <= last[f"validation_{name}"] <= 1
+    weights = Objective().weights
+    total = sum(weights[n] * last[f"validation_{n}_loss"] for n in weights)
+    assert last["validation_loss"] == pytest.approx(total)
+    assert set(result["gradient_shares"]) == {"task", "kd", "hidden", "attention"}
+    assert sum(result["gradient_shares"].values()) == pytest.approx(1)
+    assert set(result["coverage"]) == {"sentiment", "quiz", "arithmetic"}
+    assert read_json(folder / "result.json")["validation_accuracy"] == last["validation_accuracy"]
+
+
+def test_predictions_are_kept_and_give_the_accuracy(combined, examples):
+    """One row an example, from which every accuracy can be computed again."""
+    result, folder = combined
+    frame = pd.read_parquet(folder / "predictions.parquet")
+    assert list(frame["example_id"]) == [e.example_id for e in examples.validation]
+    assert frame["correct"].mean() == result["validation_accuracy"]
+    own = frame[frame["task"] == "quiz"]["correct"].mean()
+    assert own == result["validation_accuracy_quiz"]
+
+
+def test_a_checkpoint_is_a_plain_model_with_the_projector_beside_it(combined, student_ref, store):
+    """AutoModelForCausalLM loads it; the projector was trained, is not lost, and is not inside."""
+    folder = combined[1]
+    assert [p.name for p in folder.glob("checkpoint_*")] == ["checkpoint_2"]
+    checkpoint = folder / "checkpoint_2"
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert not any("projector" in name for name in load_file(checkpoint / "model.safetensors"))
+    projector = load_file(checkpoint / "projector.safetensors")
+    assert projector["weight"].shape == (store.layout.width, model.config.hidden_size)
+    before = load_model(student_ref)
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+    from stillroom.distillation_student import DistillationStudent
+
+    untrained = DistillationStudent(before, store.layout.width, seed=0).projector.weight
+    assert not torch.equal(projector["weight"], untrained)
+    assert not (checkpoint / "trainer_state.pt").exists()
+    assert load_tokenizer(type(student_ref)(model=str(checkpoint))).eos_token_id is not None
+
+
+class Stop(Exception):
+    """Stands for a process that dies."""
+
+
+@pytest.mark.parametrize("group", ["combined", "black_box"])
+def test_a_stopped_trial_ends_with_the_numbers_of_an_unstopped_one(tmp_path, student_ref, store, examples, group):
+    """Weights, optimizer, step count and measured gradients go on from the checkpoint, to the bit."""
+
+    def stop(metrics):
+        raise Stop
+
+    whole = run(tmp_path / "whole", student_ref, store, examples, group)
+    with pytest.raises(Stop):
+        run(tmp_path / "stopped", student_ref, store, examples, group, report=stop)
+    assert (tmp_path / "stopped" / "checkpoint_1" / "trainer_state.pt").is_file()
+    resumed = run(tmp_path / "stopped", student_ref, store, examples, group)
+    assert numbers(resumed) == numbers(whole)
+    assert resumed["gradients"] == whole["gradients"]
+    first, second = (load_file(tmp_path / n / "checkpoint_2" / "model.safetensors") for n in ("whole", "stopped"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_half_a_checkpoint_is_not_taken_for_a_whole_one(tmp_path, student_ref, store, examples):
+    """A process killed while saving leaves a temporary folder, which is ignored and replaced."""
+    broken = tmp_path / ".checkpoint_1.tmp"
+    broken.mkdir()
+    (broken / "trainer_state.pt").write_bytes(b"half")
+    result = run(tmp_path, student_ref, store, examples, "task_only")
+    assert len(result["epochs"]) == 2
+    assert not broken.exists()
+
+
+def test_groups_of_a_seed_start_alike_and_seeds_differ(tmp_path, student_ref, store, examples, monkeypatch):
+    """Same initial student, projector, batches and dropout for all groups of a seed; other batches for another."""
+    import stillroom.train_student as ts
+
+    seen = {}
+
+    class Spy(ts.StepRunner):
+        def update(self, micro, optimizer):
+            key = (self.key, "first")
+            if key not in seen:
+                weights = [p.detach().clone() for p in self.student.parameters()]
+                seen[key] = weights, [b.examples for b in micro], torch.random.get_rng_state()
+            return super().update(micro, optimizer)
+
+    monkeypatch.setattr(ts, "StepRunner", Spy)
+    for group, seed in (("black_box", 0), ("combined", 0), ("black_box", 1)):
+        Spy.key = (group, seed)
+        run(tmp_path / f"{group}{seed}", student_ref, store, examples, group, seed, epochs=1)
+    a, b, c = (seen[((g, s), "first")] for g, s in (("black_box", 0), ("combined", 0), ("black_box", 1)))
+    assert all(torch.equal(x, y) for x, y in zip(a[0], b[0], strict=True))
+    assert a[1] == b[1]
+    assert torch.equal(a[2], b[2])
+    assert a[1] != c[1]
+
+
+def test_all_checkpoints_are_kept_when_asked(tmp_path, student_ref, store, examples):
+    """`keep_checkpoints=all` keeps each epoch's; optimizer states go once they are no longer needed."""
+    run(tmp_path, student_ref, store, examples, "task_only", keep_checkpoints="all")
+    assert sorted(p.name for p in tmp_path.glob("checkpoint_*")) == ["checkpoint_1", "checkpoint_2"]
+    assert not list(tmp_path.glob("*/trainer_state.pt"))
+
+
+def test_without_a_store_the_task_loss_alone_is_trained(tmp_path, student_ref, examples):
+    """What adapting a teacher uses."""
+    result = run(tmp_path, student_ref, None, examples, "task_only")
+    assert "validation_kd_loss" not in result
+    assert result["epochs"][1]["train_task_loss"] < result["epochs"][0]["train_task_loss"]
+
+
+def test_lora_trains_the_adapters_and_saves_them_merged(tmp_path, student_ref, examples):
+    """A LoRA-adapted model is saved as a plain one whose weights have moved."""
+    from stillroom.adaptation import _lora
+    from stillroom.config import Adaptation
+
+    result = run(tmp_path, student_ref, None, examples, "task_only", adapter=_lora(Adaptation(lora_rank=4)))
+    assert result["epochs"][1]["train_task_loss"] < result["epochs"][0]["train_task_loss"]
+    names = set(load_file(tmp_path / "checkpoint_2" / "model.safetensors"))
+    assert not any("lora" in name for name in names)
+    moved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint_2").state_dict()
+    before = load_model(student_ref).state_dict()
+    assert any(not torch.equal(moved[n], before[n]) for n in before if "q_proj" in n)
+    assert torch.equal(moved["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+
+
+def test_merged_adapters_compute_what_the_adapters_did(student_ref):
+    """Merging changes the form, not the function."""
+    from stillroom.adaptation import _lora
+    from stillroom.config import Adaptation
+
+    model = _lora(Adaptation(lora_rank=4))(load_model(student_ref))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    ids = torch.arange(3, 20)[None]
+    merged = without_adapters(model)
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, merged(ids).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_trains_with_float32_weights(tmp_path, student_ref, store, examples, precision):
+    """Autocast (and, for float16, the gradient scaler) around float32 weights and losses."""
+    result = run(tmp_path, student_ref, store, examples, precision=precision, learning_rate=1e-3)
+    assert result["epochs"][1]["train_task_loss"] < result["epochs"][0]["train_task_loss"]
+    assert result["skipped_steps"] <= 2
+    assert load_file(tmp_path / "checkpoint_2" / "model.safetensors")["model.norm.weight"].dtype == getattr(
+        torch, precision
+    )
+
+
+def test_non_finite_steps_are_skipped_counted_and_at_last_fatal(tmp_path, student_ref, store, examples, monkeypatch):
+    """One bad step costs one step; a run of them stops the trial and names the examples."""
+    import stillroom.train_student as ts
+
+    class Broken(ts.StepRunner):
+        calls, bad = 0, range(2, 3)
+
+        def losses(self, batch, weights, counts):
+            total, sums = super().losses(batch, weights, counts)
+            if torch.is_grad_enabled():
+                Broken.calls += 1
+            return (total * float("nan") if Broken.calls in Broken.bad else total), sums
+
+    monkeypatch.setattr(ts, "StepRunner", Broken)
+    result = run(tmp_path / "one", student_ref, store, examples, "task_only", gradient_interval=0)
+    assert result["skipped_steps"] == 1
+    assert all(
+        torch.isfinite(t).all() for t in load_file(tmp_path / "one" / "checkpoint_2" / "model.safetensors").values()
+    )
+    Broken.calls, Broken.bad = 0, range(1, 1000)
+    with pytest.raises(
+        UserError, match=r"4 steps in a row had non-finite gradients; the last on examples \['[0-9a-f]{16}'"
+    ):
+        run(tmp_path / "many", student_ref, store, examples, "task_only", gradient_interval=0, max_skipped_steps=3)
+
+
+def test_coverage_under_the_floor_is_refused_with_the_figures(tmp_path, student_ref, store, examples):
+    """A pair of tokenizers that hardly meet is not trained on in silence."""
+    with pytest.raises(UserError, match=r"minimum_coverage=99%.*sentiment: \d+\.\d% of student tokens"):
+        run(tmp_path, student_ref, store, examples, minimum_coverage=0.99)
+
+
+def test_training_refuses_an_unverified_store(tmp_path, student_ref, store, examples):
+    """The gate is mandatory."""
+    copy = shutil.copytree(store.path, tmp_path / "data")
+    (copy / "verified.json").unlink()
+    from stillroom.signal_store import SignalStore
+
+    with pytest.raises(UserError, match="has not been verified"):
+        run(tmp_path / "trial", student_ref, SignalStore.open(copy), examples)
+
+
+def test_a_shuffled_epoch_covers_all_once_and_is_seeded():
+    """Order is a function of seed and epoch; every example once; batches of like lengths."""
+    lengths = [(n * 37) % 200 for n in range(1003)]
+    order = epoch_order(lengths, 8, 16, seed=3, epoch=1)
+    assert sorted(i for batch in order for i in batch) == list(range(1003))
+    assert order == epoch_order(lengths, 8, 16, seed=3, epoch=1)
+    assert order != epoch_order(lengths, 8, 16, seed=3, epoch=2)
+    assert order != epoch_order(lengths, 8, 16, seed=4, epoch=1)
+    padded = sum(len(b) * max(lengths[i] for i in b) for b in order)
+    assert sum(lengths) / padded > 0.9
+
+
+def test_recomputation_finds_a_store_of_another_teacher(tmp_path, teacher_ref, student_ref, store, examples):
+    """The teacher run again gives the stored values; another model, or another head, does not."""
+    from stillroom.models import load_output_head
+    from stillroom.recomputation import check_with_head, recompute, sample_ids
+
+    ids = sample_ids(store, 5)
+    assert max(recompute(store, load_model(teacher_ref), ids).values()) < 1e-4
+    head = load_output_head(teacher_ref)
+    assert check_with_head(store, head, None, ids, torch.float32)["topk"] < 1e-4
+    with pytest.raises(UserError, match="not this teacher's"):
+        check_with_head(store, head + 0.2 * torch.randn_like(head), None, ids, torch.float32)
+    other = load_model(teacher_ref)
+    with torch.no_grad():
+        other.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+    with pytest.raises(UserError, match=r"part-\d+.parquet: example [0-9a-f]{16}: stored hidden differs"):
+        recompute(store, other, ids)
+
+
+def test_a_student_with_the_teachers_tokenizer_needs_no_other_path(tmp_path, teacher_ref, examples):
+    """One tokenizer on both sides trains through the same code; alignment is whole."""
+    store = make_store(tmp_path / "s", teacher_ref, examples)
+    result = run(tmp_path / "t", teacher_ref, store, examples, epochs=1)
+    assert all(own["token_coverage"] == 1.0 for own in result["coverage"].values())
