@@ -1,0 +1,212 @@
+"""The whole way, from a study file to a report, on Ray: real tokenizers, one tokenizer, and what goes wrong."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import MistralConfig, MistralForCausalLM
+
+import reference
+from conftest import STUDENT_SHAPE, TEACHER_SHAPE, real_tokenizer, write_model
+from stillroom.config import ModelRef, UserError
+from stillroom.provenance import read_json
+from stillroom.signal_store import SignalStore
+from stillroom.stages import Workspace
+from stillroom.studies import load_study
+from test_losses import dense
+
+pytestmark = pytest.mark.slow
+
+
+def study_file(tmp_path, teacher_dir, student_dir, **changes):
+    """A small study of local models on the built-in tasks."""
+    tasks = {name: {"dataset": "builtin", "examples": 20} for name in ("sentiment", "quiz", "arithmetic")}
+    study = {
+        "name": "tiny",
+        "teacher": {"model": teacher_dir, "dtype": "float32"},
+        "student": {"model": student_dir},
+        "corpus": {"tasks": tasks, "max_length": 128},
+        "signals": {"top_k": 64, "dtype": "float32", "shard_examples": 16, "minimum_coverage": 0.0},
+        "groups": ["task_only", "combined"],
+        "training": {"epochs": 1, "precision": "float32", "gradient_interval": 2},
+        "evaluation": {"max_new_tokens": 8},
+        "sweep": {"seeds": [0], "cpus_per_trial": 1, "retries": 0},
+        "paths": {"store": str(tmp_path / "offline_teacher_data"), "results": str(tmp_path / "results")},
+        **changes,
+    }
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(study))
+    return str(path)
+
+
+def run(path, *overrides):
+    """Every stage, as `stillroom run` does."""
+    workspace = Workspace(load_study(path, overrides))
+    workspace.baselines()
+    workspace.capture()
+    workspace.verify()
+    workspace.archive()
+    errors = workspace.sweep()
+    return workspace, errors
+
+
+@pytest.fixture
+def tiny_mistral(tmp_path):
+    """A random Mistral and a random Llama with the real, different, 32,000-entry tokenizers."""
+    torch.manual_seed(0)
+    shape = {k: v for k, v in TEACHER_SHAPE.items() if k != "vocab_size"}
+    config = MistralConfig(
+        vocab_size=32_000, sliding_window=8, bos_token_id=1, eos_token_id=2, initializer_range=0.2, **shape
+    )
+    MistralForCausalLM(config).save_pretrained(tmp_path / "mistral")
+    real_tokenizer("mistral-7b-v0.1").save_pretrained(tmp_path / "mistral")
+    write_model(tmp_path / "llama", real_tokenizer("tinyllama-1.1b"), STUDENT_SHAPE, 4)
+    return str(tmp_path / "mistral"), str(tmp_path / "llama")
+
+
+def test_mistral_teaches_llama_through_their_real_tokenizers(tmp_path, tiny_mistral):
+    """The study's own pair of tokenizers, all the way; files where the outline says; the outline's snippet works."""
+    path = study_file(tmp_path, *tiny_mistral)
+    workspace, errors = run(path)
+    assert errors == {}
+    results = tmp_path / "results"
+    frame = pd.read_csv(results / "results_summary.csv")
+    table = frame.groupby("config/distill_type")["validation_accuracy"].agg(["mean", "std"])
+    assert set(table.index) == {"task_only", "combined"}
+    trials = sorted(p.name for p in (results / "knowledge_distillation_experiment").iterdir() if p.is_dir())
+    assert [name.split("_", 2)[2] for name in trials] != []
+    assert {name.split("_", 2)[2] for name in trials} == {"task_only_seed_0", "combined_seed_0"}
+    for trial in trials:
+        folder = results / "knowledge_distillation_experiment" / trial
+        assert (folder / "checkpoint_1" / "config.json").is_file()
+        assert (folder / "checkpoint_1" / "projector.safetensors").is_file()
+        assert (folder / "predictions.parquet").is_file()
+        result = read_json(folder / "result.json")
+        if result["config"]["distill_type"] == "combined":
+            assert all(own["token_coverage"] > 0.85 for own in result["coverage"].values())
+            assert all(share > 0 for share in result["gradient_shares"].values())
+    report = workspace.report().read_text()
+    assert "untouched student" in report
+    assert "combined" in report
+    assert (results / "figures" / "accuracy.svg").is_file()
+    snapshots = list(tmp_path.glob("offline_teacher_data_20*"))
+    assert len(snapshots) == 1
+
+
+def test_a_second_run_computes_nothing_again(tmp_path, teacher_ref, student_ref, monkeypatch):
+    """Stages with an output of the right fingerprint are not run; a new seed adds just its trials."""
+    path = study_file(tmp_path, teacher_ref.model, student_ref.model, groups=["task_only"])
+    run(path)
+    first = {p: p.stat().st_mtime_ns for p in (tmp_path / "results").rglob("result.json")}
+    monkeypatch.setattr("stillroom.stages.load_model", lambda *a: pytest.fail("a model was loaded again"))
+    run(path)
+    _, errors = run(path, "sweep.seeds=[0, 1]")
+    assert errors == {}
+    after = {p: p.stat().st_mtime_ns for p in (tmp_path / "results").rglob("result.json")}
+    assert {p: after[p] for p in first} == first
+    assert sorted(pd.read_csv(tmp_path / "results" / "results_summary.csv")["config/seed"]) == [0, 1]
+
+
+def test_one_failing_trial_stops_no_other_and_is_retried_alone(tmp_path, teacher_ref, student_ref):
+    """It is listed with its error, the report is marked incomplete, and the same command completes it."""
+    path = study_file(tmp_path, teacher_ref.model, student_ref.model)
+    workspace = Workspace(load_study(path))
+    workspace.capture()
+    workspace.verify()
+    workspace.archive()
+    broken = next(p for p in workspace.plans() if p.trial.group.name == "combined").folder
+    broken.mkdir(parents=True)
+    (broken / "predictions_1.parquet").mkdir()  # in the way of the trial's own file
+    _, errors = run(path)
+    assert list(errors) == [broken.name]
+    assert "predictions_1.parquet" in errors[broken.name]
+    frame = pd.read_csv(tmp_path / "results" / "results_summary.csv")
+    assert list(frame["config/distill_type"]) == ["task_only"]
+    assert "Incomplete: 1 of 2 trials are missing" in workspace.report().read_text()
+    (broken / "predictions_1.parquet").rmdir()
+    _, errors = run(path)
+    assert errors == {}
+    assert "Incomplete" not in workspace.report().read_text()
+    assert len(pd.read_csv(tmp_path / "results" / "results_summary.csv")) == 2
+
+
+def kl(p, q):
+    """KL of two rows of log-probabilities."""
+    return float((p.exp() * (p - q)).sum())
+
+
+def test_with_one_tokenizer_the_reported_losses_are_the_textbook_ones(tmp_path, byte_level, teacher_ref):
+    """From the saved checkpoint and the teacher alone, dense cross-entropy, KL and errors give the reported numbers."""
+    shape = {**STUDENT_SHAPE, "hidden_size": 36, "num_attention_heads": 6, "num_key_value_heads": 3}
+    student = write_model(tmp_path / "student", byte_level, shape, 5)
+    signals = {"top_k": 400, "dtype": "float32", "shard_examples": 16}
+    workspace, errors = run(
+        study_file(tmp_path, teacher_ref.model, student.model, signals=signals, groups=["combined"])
+    )
+    assert errors == {}
+    folder = workspace.plans()[0].folder
+    result = read_json(folder / "result.json")
+    trained = ModelRef(model=str(folder / "checkpoint_1"))
+    projector = load_file(folder / "checkpoint_1" / "projector.safetensors")
+    weight, bias = projector["weight"].numpy(), projector["bias"].numpy()
+    sums = dict.fromkeys(("task", "kd", "hidden", "attention"), 0.0)
+    counts = dict.fromkeys(sums, 0)
+    for example in workspace.examples.validation:
+        teacher, own = dense(teacher_ref, example.text), dense(trained, example.text, add_eos=True)
+        answer = [t for t in range(len(own["ids"])) if own["ends"][t] > len(example.prompt)]
+        logprobs = torch.from_numpy(own["logits"]).double().log_softmax(-1)
+        expected = torch.from_numpy(teacher["logits"]).double().log_softmax(-1)
+        text = len(teacher["ids"])
+        terms = {
+            "task": [-float(logprobs[t - 1, own["ids"][t]]) for t in answer],
+            "kd": [
+                float((expected[t - 1].exp() * (expected[t - 1] - logprobs[t - 1])).sum()) for t in answer if t < text
+            ],
+            "hidden": ((own["hidden"][:text] @ weight.T + bias - teacher["hidden"]) ** 2).ravel().tolist(),
+            "attention": reference.attention_terms(teacher, own)[0],
+        }
+        for name, values in terms.items():
+            sums[name] += sum(values)
+            counts[name] += len(values)
+    for name in sums:
+        assert result[f"validation_{name}_loss"] == pytest.approx(sums[name] / counts[name], rel=1e-4), name
+
+
+def test_a_changed_study_is_not_mixed_with_the_old_one(tmp_path, teacher_ref, student_ref):
+    """Other settings are other trials; another k is another store, refused until it is captured, then both are kept."""
+    path = study_file(tmp_path, teacher_ref.model, student_ref.model, groups=["task_only"])
+    workspace, _ = run(path)
+    old = workspace.plans()[0].folder
+    changed = Workspace(load_study(path, ["training.learning_rate=0.01"]))
+    assert changed.plans()[0].folder != old
+    other = Workspace(load_study(path, ["signals.top_k=7"]))
+    with pytest.raises(UserError, match="top_k: store has 64, study asks for 7"):
+        other.sweep()
+    other.capture()
+    other.verify()
+    other.archive()
+    assert SignalStore.open(other.store_path).layout.top_k == 7
+    assert len(list(tmp_path.glob("offline_teacher_data_20*"))) == 2
+    assert workspace.snapshot() != other.snapshot()
+
+
+def test_an_adapted_teacher_is_another_teacher(tmp_path, teacher_ref, student_ref):
+    """Adaptation is part of the teacher's identity, improves it on the training part, and is done once."""
+    adapt = {"method": "full", "training": {"epochs": 2, "learning_rate": 0.003, "precision": "float32"}}
+    teacher = {"model": teacher_ref.model, "dtype": "float32", "adapt": adapt}
+    path = study_file(tmp_path, teacher_ref.model, student_ref.model, teacher=teacher)
+    workspace = Workspace(load_study(path))
+    adapted = workspace.adapt()
+    assert adapted.model != teacher_ref.model
+    assert workspace.adapt() == adapted
+    plain = Workspace(load_study(path, ["teacher.adapt.method=none"]))
+    assert plain.adapt() == plain.teacher_ref
+    assert plain.origin()["teacher"] != workspace.origin()["teacher"]
+    losses = [e["train_task_loss"] for e in read_json(tmp_path / "results" / "teacher" / "adapted.json")["epochs"]]
+    assert losses[1] < losses[0]
+    baselines = workspace.baselines()
+    assert set(baselines["teacher"]["metrics"]) == set(baselines["student"]["metrics"])
+    assert all(value > 0 for value in baselines["teacher"]["answer_nll"].values())
