@@ -100,6 +100,6 @@ def print_findings(findings: list[Finding]) -> bool:
 
     console = Console()
     for finding in findings:
-        mark = "ok  " if finding.fine else "TODO"
+        mark = "ok  " if finding.fine else "todo"
         console.print(f"{mark} {finding.subject}: {finding.says}", markup=False, highlight=False, soft_wrap=True)
     return all(finding.fine for finding in findings)

@@ -13,10 +13,10 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from stillroom.attention_capture import last_hidden_state
-from stillroom.config import Evaluation
+from stillroom.config import Evaluation, fingerprint
 from stillroom.encoding import Encoding, encode_many, in_answer
 from stillroom.models import output_logits
-from stillroom.provenance import atomic_path
+from stillroom.provenance import atomic_path, read_json, write_json
 from stillroom.tasks import Example, get_task
 from stillroom.teacher_signals import padded
 
@@ -115,6 +115,32 @@ def save_predictions(predictions: pd.DataFrame, path: Path) -> None:
     """Write predictions as Parquet, whole or not at all."""
     with atomic_path(path) as temporary:
         predictions.to_parquet(temporary, index=False)
+
+
+def measure_baseline(
+    path: Path,
+    identity: str,
+    load: Callable[[], PreTrainedModel],
+    tokenizer: Any,
+    examples: Sequence[Example],
+    settings: Evaluation,
+    precision: str,
+    progress: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """Accuracy and answer likelihood of a model no trial has touched; kept in `path`, predictions beside it.
+
+    `identity` pins the model; it is loaded only if `path` does not hold this very measurement.
+    """
+    own = fingerprint(identity, precision, settings, [example.example_id for example in examples])
+    if path.is_file() and (known := read_json(path))["fingerprint"] == own:
+        found: dict[str, Any] = known
+        return found
+    predictions = evaluate(load(), tokenizer, examples, settings, progress)
+    save_predictions(predictions, path.with_suffix(".parquet"))
+    metrics, nll = accuracy_metrics(predictions), nll_metrics(predictions)
+    result = {"fingerprint": own, "identity": identity, "metrics": metrics, "answer_nll": nll}
+    write_json(path, result)
+    return result
 
 
 @torch.no_grad()

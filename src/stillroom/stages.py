@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,8 @@ from stillroom import offline_teacher_data as otd
 from stillroom.adaptation import ADAPTED, adapt_teacher
 from stillroom.analysis.frame import PLANNED, SUMMARY, read_results, summary_frame, write_summary
 from stillroom.analysis.report import write_report
-from stillroom.builtin_pair import materialise
-from stillroom.config import Group, ModelRef, Study, UserError, fingerprint
-from stillroom.corpus import Examples, build_corpus, examples_digest, load_corpus, save_corpus
-from stillroom.evaluation import accuracy_metrics, evaluate, nll_metrics, save_predictions, worse_or_equal
+from stillroom.config import Group, ModelRef, Precision, UserError, fingerprint
+from stillroom.evaluation import measure_baseline, worse_or_equal
 from stillroom.experiment import EXPERIMENT, TrialPlan, finished, run_trial, sweep
 from stillroom.models import (
     DTYPES,
@@ -28,92 +25,26 @@ from stillroom.models import (
     load_config,
     load_model,
     load_output_head,
-    load_tokenizer,
     model_identity,
     softcap_of,
-    tokenizer_hash,
 )
 from stillroom.provenance import exclusive, read_json, record_run, utc_now, write_json
 from stillroom.recomputation import check_with_head, recompute, sample_ids
 from stillroom.signal_store import MANIFEST, SignalStore
+from stillroom.sources import Sources
 from stillroom.tracker import Tracker
 from stillroom.train_student import Trial
 
-Progress = Callable[[str, int, int], None]
-"""Called with (what is going on, done, total)."""
 
-
-def _silent(what: str, done: int, total: int) -> None:
-    return None
-
-
-@dataclass
-class Workspace:
-    """A study and the folders it writes to."""
-
-    study: Study
-    progress: Progress = _silent
-
-    @property
-    def results(self) -> Path:
-        """The results folder."""
-        return self.study.paths.results
-
-    @property
-    def store_path(self) -> Path:
-        """The folder of the teacher's data."""
-        return self.study.paths.store_path
-
-    @cached_property
-    def teacher_ref(self) -> ModelRef:
-        """The teacher before adaptation, built-in ones written to disk."""
-        return materialise(ModelRef(**_ref(self.study.teacher)), self.results / "models")
-
-    @cached_property
-    def student_ref(self) -> ModelRef:
-        """The untouched student."""
-        return materialise(ModelRef(**_ref(self.study.student)), self.results / "models")
-
-    @cached_property
-    def student_identity(self) -> str:
-        """What pins the student."""
-        return model_identity(self.student_ref)
-
-    @cached_property
-    def tokenizers(self) -> tuple[Any, Any]:
-        """The teacher's and the student's."""
-        return load_tokenizer(self.teacher_ref), load_tokenizer(self.student_ref)
-
-    @cached_property
-    def examples(self) -> Examples:
-        """The corpus, built on first use and then read."""
-        folder = self.results / "corpus"
-        own = fingerprint(self.study.corpus, [tokenizer_hash(t) for t in self.tokenizers])
-        if (folder / "corpus.json").is_file():
-            examples, found = load_corpus(folder)
-            if found == own:
-                return examples
-        examples = build_corpus(self.study.corpus, self.tokenizers)
-        save_corpus(examples, folder, own)
-        return examples
-
-    @cached_property
-    def teacher_identity(self) -> str:
-        """What pins the teacher: its weights and, if it is adapted, how and on what."""
-        base = model_identity(self.teacher_ref)
-        if self.study.teacher.adapt.method == "none":
-            return base
-        return f"{base} adapted {self._adaptation_fingerprint(base)}"
-
-    def _adaptation_fingerprint(self, base: str) -> str:
-        return fingerprint(base, self.study.teacher.adapt, examples_digest(self.examples.train))
+class Workspace(Sources):
+    """A study and its stages."""
 
     def adapt(self) -> ModelRef:
         """The teacher to capture: adapted if the study says so, and then only once."""
         if self.study.teacher.adapt.method == "none":
             return self.teacher_ref
         folder = self.results / "teacher"
-        own = self._adaptation_fingerprint(model_identity(self.teacher_ref))
+        own = self.adaptation_fingerprint(model_identity(self.teacher_ref))
         if (folder / ADAPTED).is_file():
             adapted = read_json(folder / ADAPTED)
             if adapted["origin"] == own and Path(adapted["model"]).is_dir():
@@ -217,39 +148,23 @@ class Workspace:
     def baselines(self) -> dict[str, dict[str, Any]]:
         """Teacher and untouched student on the validation part; `warnings` where the teacher is no better."""
         teacher = self._baseline("teacher", self.teacher_identity, self.adapt, self.study.teacher.dtype)
-        student = self._baseline("student", self.student_identity, lambda: self.student_ref, self._scoring_dtype())
+        precision = self.study.training.precision
+        student = self._baseline("student", self.student_identity, lambda: self.student_ref, precision)
         no_better = worse_or_equal(teacher["metrics"], student["metrics"])
         return {"teacher": teacher, "student": student, "teacher_no_better": {"tasks": no_better}}
 
-    def _scoring_dtype(self) -> Any:
-        return self.study.training.precision
-
-    def _baseline(self, name: str, identity: str, ref: Callable[[], ModelRef], dtype: Any) -> dict[str, Any]:
-        path = self.results / "baselines" / f"{name}.json"
-        own = fingerprint(identity, dtype, self.study.evaluation, examples_digest(self.examples.validation))
-        if path.is_file():
-            known: dict[str, Any] = read_json(path)
-            if known["fingerprint"] == own:
-                return known
+    def _baseline(self, name: str, identity: str, ref: Callable[[], ModelRef], dtype: Precision) -> dict[str, Any]:
         what = f"evaluating the {'teacher' if name == 'teacher' else 'untouched student'}, examples"
-        model = load_model(ref(), dtype, default_device())
-        tokenizer = self.tokenizers[0 if name == "teacher" else 1]
-        predictions = evaluate(
-            model,
-            tokenizer,
+        return measure_baseline(
+            self.results / "baselines" / f"{name}.json",
+            identity,
+            lambda: load_model(ref(), dtype, default_device()),
+            self.tokenizers[0 if name == "teacher" else 1],
             self.examples.validation,
             self.study.evaluation,
-            lambda d, t: self.progress(what, d, t),
+            dtype,
+            lambda done, total: self.progress(what, done, total),
         )
-        save_predictions(predictions, path.with_suffix(".parquet"))
-        result = {
-            "fingerprint": own,
-            "identity": identity,
-            "metrics": accuracy_metrics(predictions),
-            "answer_nll": nll_metrics(predictions),
-        }
-        write_json(path, result)
-        return result
 
     def plans(self) -> list[TrialPlan]:
         """Every trial of the study, group by group, seed by seed; needs the archived snapshot."""
@@ -345,10 +260,6 @@ class Workspace:
         record_run(path, stage, facts)
         log = read_json(path)
         write_json(path, {**log, "study": self.study.model_dump(mode="json"), "updated": utc_now()})
-
-
-def _ref(model: Any) -> dict[str, Any]:
-    return {"model": model.model, "revision": model.revision, "trust_remote_code": model.trust_remote_code}
 
 
 def _absolute(model: str) -> str:

@@ -1,0 +1,88 @@
+"""What a study is made from: its models, tokenizers and examples, and what pins each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from stillroom.builtin_pair import materialise
+from stillroom.config import ModelRef, Study, fingerprint
+from stillroom.corpus import Examples, build_corpus, examples_digest, load_corpus, save_corpus
+from stillroom.models import load_tokenizer, model_identity, tokenizer_hash
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what is going on, done, total)."""
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    return None
+
+
+@dataclass
+class Sources:
+    """A study with its models, tokenizers and examples, each made or read on first use."""
+
+    study: Study
+    progress: Progress = _silent
+
+    @property
+    def results(self) -> Path:
+        """The results folder."""
+        return self.study.paths.results
+
+    @property
+    def store_path(self) -> Path:
+        """The folder of the teacher's data."""
+        return self.study.paths.store_path
+
+    @cached_property
+    def teacher_ref(self) -> ModelRef:
+        """The teacher before adaptation, built-in ones written to disk."""
+        return materialise(ModelRef(**_ref(self.study.teacher)), self.results / "models")
+
+    @cached_property
+    def student_ref(self) -> ModelRef:
+        """The untouched student."""
+        return materialise(ModelRef(**_ref(self.study.student)), self.results / "models")
+
+    @cached_property
+    def student_identity(self) -> str:
+        """What pins the student."""
+        return model_identity(self.student_ref)
+
+    @cached_property
+    def tokenizers(self) -> tuple[Any, Any]:
+        """The teacher's and the student's."""
+        return load_tokenizer(self.teacher_ref), load_tokenizer(self.student_ref)
+
+    @cached_property
+    def examples(self) -> Examples:
+        """The corpus, built on first use and then read."""
+        folder = self.results / "corpus"
+        own = fingerprint(self.study.corpus, [tokenizer_hash(t) for t in self.tokenizers])
+        if (folder / "corpus.json").is_file():
+            examples, found = load_corpus(folder)
+            if found == own:
+                return examples
+        examples = build_corpus(self.study.corpus, self.tokenizers)
+        save_corpus(examples, folder, own)
+        return examples
+
+    @cached_property
+    def teacher_identity(self) -> str:
+        """What pins the teacher: its weights and, if it is adapted, how and on what."""
+        base = model_identity(self.teacher_ref)
+        if self.study.teacher.adapt.method == "none":
+            return base
+        return f"{base} adapted {self.adaptation_fingerprint(base)}"
+
+    def adaptation_fingerprint(self, base: str) -> str:
+        """What an adapted teacher was made from; `base` pins the teacher before it."""
+        return fingerprint(base, self.study.teacher.adapt, examples_digest(self.examples.train))
+
+
+def _ref(model: Any) -> dict[str, Any]:
+    return {"model": model.model, "revision": model.revision, "trust_remote_code": model.trust_remote_code}
