@@ -208,6 +208,24 @@ def test_padding_changes_nothing(student_ref, store, some, side, amount):
     same(plain, setup.step(some))
 
 
+@pytest.mark.parametrize("group", ["black_box", "combined"])
+def test_the_gradient_is_that_of_the_reported_loss(student_ref, store, some, group):
+    """Moving the weights along the gradient changes the reported total by what the gradient says."""
+    setup = Setup(student_ref, store, GROUPS[group].objective(ALL))
+    _, gradient = setup.step(some, [0, 2, 6])
+    norm = float(sum(g.double().square().sum() for g in gradient.values())) ** 0.5
+    named, values = dict(setup.student.named_parameters()), []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for name, g in gradient.items():
+                named[name].add_(g, alpha=sign * 2e-3 / norm)
+        values.append(setup.step(some)[0]["loss"])
+        with torch.no_grad():
+            for name, g in gradient.items():
+                named[name].add_(g, alpha=-sign * 2e-3 / norm)
+    assert (values[0] - values[1]) / 4e-3 == pytest.approx(norm, rel=0.02)
+
+
 def test_active_terms_move_the_gradient_and_inactive_ones_leave_it_bit_identical(student_ref, store, some):
     """A group trains on what its name says and on nothing else; the projector moves only with the hidden term."""
     gradients = {name: Setup(student_ref, store, group.objective(ALL)).step(some)[1] for name, group in GROUPS.items()}

@@ -215,6 +215,27 @@ class Sweep(Section):
         return self
 
 
+class Analysis(Section):
+    """What is compared, declared before anything is run."""
+
+    primary: tuple[tuple[str, str], ...] = Field(
+        (("hidden", "black_box"), ("attention", "black_box"), ("combined", "black_box")),
+        description="contrasts that answer the first question; p-values are Holm-adjusted over them",
+    )
+    secondary: tuple[tuple[str, str], ...] = (
+        ("hidden", "attention"),
+        ("combined", "hidden"),
+        ("combined", "attention"),
+    )
+    alpha: float = Field(0.05, gt=0, lt=0.5)
+    equivalence_margin: float = Field(0.02, gt=0, lt=1, description="share of accuracy within which groups are alike")
+    simple_tasks: tuple[str, ...] = Field((), description="tasks on which the hypothesis expects groups to be alike")
+    hard_tasks: tuple[str, ...] = Field((), description="tasks on which it expects white-box groups to be better")
+    incomplete: Literal["refuse", "common_seeds"] = Field(
+        "refuse", description="with trials missing: no verdict, or verdicts over the seeds all compared groups have"
+    )
+
+
 class Paths(Section):
     """Where a study writes."""
 
@@ -240,6 +261,7 @@ class Study(Section):
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
     sweep: Sweep
+    analysis: Analysis = Analysis()
     paths: Paths = Paths()
 
     @model_validator(mode="after")
@@ -247,6 +269,9 @@ class Study(Section):
         names = [g.name for g in self.groups]
         if len(set(names)) < len(names):
             raise ValueError(f"groups are repeated: {names}")
+        for task in (*self.analysis.simple_tasks, *self.analysis.hard_tasks):
+            if task not in self.corpus.tasks:
+                raise ValueError(f"analysis names the task {task!r}, which corpus.tasks has not")
         return self
 
     def group(self, name: str) -> Group:

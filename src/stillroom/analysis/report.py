@@ -11,7 +11,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from stillroom.analysis.figures import accuracy_figure, save_figure
 from stillroom.analysis.frame import PLANNED, accuracy_columns, group_table, read_results, summary_frame
-from stillroom.config import UserError
+from stillroom.analysis.verdicts import answer_questions
+from stillroom.config import Analysis, UserError
 from stillroom.provenance import read_json, write_text
 
 _EXPERIMENT = "knowledge_distillation_experiment"
@@ -33,8 +34,10 @@ def gather(results: Path) -> dict[str, Any]:
             untrained[label] = read_json(path)
     groups = [group["name"] for group in planned["study"]["groups"]]
     coverage: dict[str, Any] = next((r["coverage"] for r in finished if r["coverage"]), {})
+    study = planned["study"]
     return {
-        "study": planned["study"],
+        "answers": answer_questions(frame, Analysis.model_validate(study["analysis"]), study["sweep"]["seeds"]),
+        "study": study,
         "snapshot": planned["snapshot"],
         "groups": groups,
         "frame": frame,
@@ -87,6 +90,8 @@ def write_report(results: Path) -> Path:
     )
     environment.filters["percent"] = lambda value: "–" if pd.isna(value) else f"{100 * value:.1f} %"
     environment.filters["points"] = lambda value: "" if pd.isna(value) else f"± {100 * value:.1f}"
+    environment.filters["signed"] = lambda value: "–" if pd.isna(value) else f"{100 * value:+.1f}"
+    environment.filters["number"] = lambda value: "–" if pd.isna(value) else f"{value:.3g}"
     data = base64.b64encode(png.read_bytes()).decode()
     write_text(results / "report.html", environment.get_template("report.html.j2").render(**facts, accuracy_png=data))
     return results / "report.html"
@@ -106,6 +111,8 @@ def print_table(results: Path) -> None:
         table.add_row(str(name), str(int(row["seeds"])) if row["seeds"] else "untrained", *cells)
     console = Console()
     console.print(table)
+    for answer in facts["answers"]:
+        console.print(f"{answer.question} {answer.answer}", markup=False, highlight=False, soft_wrap=True)
     if facts["missing"]:
         console.print(f"incomplete: {len(facts['missing'])} of {len(facts['trials'])} trials are missing")
     for row in facts["gradients"]:

@@ -1,0 +1,186 @@
+"""Paired comparisons of groups: the unit is the difference between two groups at the same seed.
+
+Plain functions of arrays. S seeds, T tasks, E examples.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from numpy import ndarray
+from scipy import stats
+from statsmodels.stats.anova import AnovaRM
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
+from statsmodels.stats.weightstats import DescrStatsW
+
+_EXACT_LIMIT = 20
+"""Seeds up to which all 2ⁿ sign flips are counted."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One contrast: `first` minus `second`, over seeds. Undefined figures (too few seeds, no spread) are NaN."""
+
+    first: str
+    second: str
+    measure: str
+    seeds: int
+    difference: float
+    low: float
+    high: float
+    p: float
+    adjusted_p: float
+    effect_size: float
+    """d_z: mean difference over the standard deviation of the differences."""
+    detectable: float
+    """Smallest |d_z| that this many seeds detect with 80 % power at α, two-sided (paired t)."""
+    smallest_p: float
+    """Smallest p that an exact sign-flip test of this many seeds can reach."""
+
+
+def sign_flip_p(differences: Float[ndarray, "S"]) -> float:
+    """Exact two-sided p of a mean difference under random signs (Fisher's randomisation test, paired).
+
+    The share of the 2^S assignments of signs whose |mean| is at least the observed one. More than 20 differences
+    are an error: no study of this kind has so many, and the exact count would take too long.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    n = len(values)
+    if n == 0:
+        return math.nan
+    if n > _EXACT_LIMIT:
+        raise ValueError(f"{n} differences; the exact test is for at most {_EXACT_LIMIT}")
+    signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+    sums = np.abs(signs @ values)
+    observed = abs(values.sum())
+    return float((sums >= observed - 1e-12 * max(1.0, observed)).mean())
+
+
+def mean_interval(differences: Float[ndarray, "S"], alpha: float = 0.05) -> tuple[float, float]:
+    """Student's t interval of the mean, coverage 1 − α; NaN for fewer than two values."""
+    values = np.asarray(differences, dtype=np.float64)
+    if len(values) < 2:
+        return math.nan, math.nan
+    half = float(stats.t.ppf(1 - alpha / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+    return float(values.mean()) - half, float(values.mean()) + half
+
+
+def effect_size(differences: Float[ndarray, "S"]) -> float:
+    """d_z (Lakens 2013): mean over standard deviation of the differences; NaN without spread."""
+    values = np.asarray(differences, dtype=np.float64)
+    if len(values) < 2 or values.std(ddof=1) == 0:
+        return math.nan
+    return float(values.mean() / values.std(ddof=1))
+
+
+def detectable_effect(seeds: int, alpha: float = 0.05, power: float = 0.8) -> float:
+    """Smallest |d_z| a paired t-test of so many seeds detects with the given power; NaN for fewer than two."""
+    return float(TTestPower().solve_power(nobs=seeds, alpha=alpha, power=power)) if seeds > 1 else math.nan
+
+
+def seeds_needed(effect: float, alpha: float = 0.05, power: float = 0.8) -> int | None:
+    """Seeds a paired t-test needs to detect this d_z, and an exact sign-flip test to reach α; 10,000 at
+    most, None if undefined."""
+    if not math.isfinite(effect) or effect == 0:
+        return None
+    fewest = math.ceil(math.log2(2 / alpha))
+    power_of = TTestPower().power
+    enough = (n for n in itertools.count(fewest) if n >= 10_000 or power_of(abs(effect), n, alpha) >= power)
+    return next(enough)
+
+
+def compare(
+    pairs: Sequence[tuple[str, str]],
+    scores: dict[str, Float[ndarray, "S"]],
+    measure: str,
+    alpha: float = 0.05,
+) -> list[Comparison]:
+    """Every contrast of one declared family, Holm-adjusted over that family.
+
+    `scores`: for each group one value a seed, the same seeds in the same order.
+    """
+    differences = [scores[first] - scores[second] for first, second in pairs]
+    raw = [sign_flip_p(own) for own in differences]
+    adjusted = multipletests(raw, method="holm")[1] if all(math.isfinite(p) for p in raw) else raw
+    rows = []
+    for (first, second), own, p, adjusted_p in zip(pairs, differences, raw, adjusted, strict=True):
+        low, high = mean_interval(own, alpha)
+        rows.append(
+            Comparison(
+                first,
+                second,
+                measure,
+                len(own),
+                float(own.mean()) if len(own) else math.nan,
+                low,
+                high,
+                p,
+                float(adjusted_p),
+                effect_size(own),
+                detectable_effect(len(own), alpha),
+                2 / 2 ** len(own) if len(own) else math.nan,
+            )
+        )
+    return rows
+
+
+def equivalence_p(differences: Float[ndarray, "S"], margin: float) -> float:
+    """TOST (Schuirmann 1987): p of the hypothesis that the mean lies outside ±margin; NaN for fewer than two values.
+
+    Values without spread are inside or outside for certain.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    if len(values) < 2:
+        return math.nan
+    if values.std(ddof=1) == 0:
+        return 0.0 if abs(values.mean()) < margin else 1.0
+    return float(DescrStatsW(values).ttost_mean(-margin, margin)[0])
+
+
+def interaction_p(differences: Float[ndarray, "S T"]) -> float:
+    """Whether the benefit depends on the task: repeated-measures ANOVA of the differences, task within seed.
+
+    This is the group × task interaction of two groups. NaN with fewer than two seeds or tasks, or without spread.
+    """
+    seeds, tasks = differences.shape
+    if seeds < 2 or tasks < 2 or np.allclose(differences, differences[:, :1]):
+        return math.nan
+    frame = pd.DataFrame(
+        {
+            "seed": np.repeat(np.arange(seeds), tasks),
+            "task": np.tile(np.arange(tasks), seeds),
+            "difference": differences.ravel(),
+        }
+    )
+    table = AnovaRM(frame, "difference", "seed", within=["task"]).fit().anova_table
+    return float(table["Pr > F"].iloc[0])
+
+
+def bootstrap_interval(
+    first: Float[ndarray, "S E"],
+    second: Float[ndarray, "S E"],
+    rng: np.random.Generator,
+    draws: int = 2000,
+    alpha: float = 0.05,
+) -> tuple[float, float]:
+    """Percentile interval of the mean difference, seeds and examples drawn anew together (crossed bootstrap).
+
+    `first`, `second`: whether each example was answered right, by seed; the same examples in both. Holds for other
+    seeds and other examples, where the t interval holds for other seeds alone.
+    """
+    difference = first.astype(np.float64) - second.astype(np.float64)
+    seeds, examples = difference.shape
+    means = np.empty(draws)
+    for draw in range(draws):
+        seed_weights = rng.multinomial(seeds, np.full(seeds, 1 / seeds)) / seeds
+        example_weights = rng.multinomial(examples, np.full(examples, 1 / examples)) / examples
+        means[draw] = seed_weights @ difference @ example_weights
+    low, high = np.quantile(means, [alpha / 2, 1 - alpha / 2])
+    return float(low), float(high)

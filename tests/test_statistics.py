@@ -1,0 +1,136 @@
+"""Statistics against brute force, published worked examples, and simulation."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from stillroom.analysis.statistics import (
+    bootstrap_interval,
+    compare,
+    detectable_effect,
+    effect_size,
+    equivalence_p,
+    interaction_p,
+    mean_interval,
+    seeds_needed,
+    sign_flip_p,
+)
+
+# Darwin's Zea mays heights, crossed minus self-fertilised, eighths of an inch: Fisher, The Design of Experiments, 1935
+DARWIN = np.array([49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48], dtype=float)
+
+
+def test_sign_flips_reproduce_fishers_count():
+    """Fisher's own randomisation test: 863 sums of 32,768 in each tail, p = 1726/32768 = 5.267 %."""
+    assert sign_flip_p(DARWIN) == pytest.approx(1726 / 32768, abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 7])
+def test_sign_flips_equal_brute_force(n):
+    """Every assignment of signs, counted in plain Python; ties included."""
+    rng = np.random.default_rng(n)
+    for values in (rng.normal(0.3, 1, n), rng.integers(-2, 3, n).astype(float)):
+        observed = abs(values.sum())
+        sums = [
+            abs(sum(s * v for s, v in zip(signs, values, strict=True)))
+            for signs in itertools.product((1, -1), repeat=n)
+        ]
+        assert sign_flip_p(values) == pytest.approx(np.mean([s >= observed - 1e-12 for s in sums]))
+
+
+def test_seven_seeds_can_reach_two_in_two_to_the_seventh():
+    """The smallest p of seven seeds is 0.0156, and no smaller."""
+    assert sign_flip_p(np.arange(1.0, 8.0)) == 2 / 2**7 == pytest.approx(0.0156, abs=1e-4)
+
+
+def test_interval_and_effect_reproduce_darwins():
+    """Student's t on Darwin's data: t(14) = 2.148, p = 0.0497 (Fisher 1935, sec. 17)."""
+    low, high = mean_interval(DARWIN)
+    assert effect_size(DARWIN) * math.sqrt(15) == pytest.approx(2.148, abs=1e-3)
+    assert (low, high) == pytest.approx(stats.ttest_1samp(DARWIN, 0).confidence_interval(), rel=1e-9)
+    assert low > 0
+
+
+def test_detectable_effect_is_that_of_the_published_tables():
+    """d_z at 80 % power: 1.27 for 7 pairs, 0.5 for 34 (Cohen's tables; G*Power)."""
+    assert detectable_effect(7) == pytest.approx(1.27, abs=0.01)
+    assert detectable_effect(34) == pytest.approx(0.494, abs=0.01)
+    assert seeds_needed(0.5) == 34
+    assert seeds_needed(50.0) == 6  # with five seeds no sign-flip test reaches 0.05
+    assert seeds_needed(math.nan) is None
+
+
+def test_holm_is_over_the_declared_family():
+    """Smallest times three, next times two, never decreasing."""
+    rng = np.random.default_rng(0)
+    scores = {"b": np.zeros(7), "x": np.arange(1.0, 8), "y": rng.normal(0, 1, 7), "z": rng.normal(0.8, 1, 7)}
+    rows = compare([("x", "b"), ("y", "b"), ("z", "b")], scores, "accuracy")
+    raw = sorted(row.p for row in rows)
+    expected = np.maximum.accumulate([min(1, p * k) for p, k in zip(raw, (3, 2, 1), strict=True)])
+    assert sorted(row.adjusted_p for row in rows) == pytest.approx(list(expected))
+    assert rows[0].difference == 4
+    assert rows[0].smallest_p == 2 / 128
+
+
+def test_tost_is_two_one_sided_tests():
+    """Against the two t-tests written out; and it needs spread and seeds."""
+    values = np.array([0.01, -0.004, 0.006, 0.002, -0.001, 0.008, 0.0])
+    n, mean, se = 7, values.mean(), values.std(ddof=1) / math.sqrt(7)
+    lower = stats.t.sf((mean + 0.02) / se, n - 1)
+    upper = stats.t.cdf((mean - 0.02) / se, n - 1)
+    assert equivalence_p(values, 0.02) == pytest.approx(max(lower, upper))
+    assert equivalence_p(values + 0.05, 0.02) > 0.5
+    assert equivalence_p(np.zeros(5), 0.02) == 0.0
+    assert math.isnan(equivalence_p(np.zeros(1), 0.02))
+
+
+def test_two_tasks_interaction_is_the_paired_t_test():
+    """With two tasks the interaction is a paired t-test of one task's differences against the other's."""
+    rng = np.random.default_rng(1)
+    differences = rng.normal([0.0, 0.5], 1, (8, 2))
+    assert interaction_p(differences) == pytest.approx(stats.ttest_rel(differences[:, 0], differences[:, 1]).pvalue)
+    assert math.isnan(interaction_p(np.tile(rng.normal(size=(5, 1)), 3)))
+
+
+@pytest.mark.slow
+def test_false_positives_stay_under_the_nominal_rate():
+    """Under the null, Gaussian or skewed but symmetric in sign, p ≤ 0.05 happens at most that often."""
+    rng = np.random.default_rng(2)
+    for draw in (lambda: rng.normal(0, 1, 7), lambda: rng.standard_t(2, 7), lambda: rng.choice([-1.0, 0.0, 1.0], 7)):
+        rate = np.mean([sign_flip_p(draw()) <= 0.05 for _ in range(4000)])
+        assert rate <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 4000)
+
+
+@pytest.mark.slow
+def test_intervals_cover_and_power_is_as_predicted():
+    """95 % of t intervals hold the truth; an effect of detectable size is found by t about 80 % of the time."""
+    rng = np.random.default_rng(3)
+    draws = rng.normal(0.4, 1, (6000, 7))
+    covered = np.mean([low <= 0.4 <= high for low, high in map(mean_interval, draws)])
+    assert covered == pytest.approx(0.95, abs=0.01)
+    found = stats.ttest_1samp(rng.normal(detectable_effect(7), 1, (6000, 7)), 0, axis=1).pvalue <= 0.05
+    assert found.mean() == pytest.approx(0.8, abs=0.02)
+    equivalent = np.mean([equivalence_p(row, 1.0) <= 0.05 for row in rng.normal(1.0, 1, (4000, 7))])
+    assert equivalent <= 0.05 + 0.012
+
+
+@pytest.mark.slow
+def test_the_crossed_bootstrap_holds_for_other_seeds_and_examples():
+    """Its interval covers the true difference where both vary, and is wider than over seeds alone."""
+    rng = np.random.default_rng(4)
+    covered, widths = [], []
+    for _ in range(120):
+        ability = rng.normal(0, 1, 200)
+        chance = [1 / (1 + np.exp(-(ability + shift + rng.normal(0, 0.2, (8, 1))))) for shift in (0.3, 0.0)]
+        right = [rng.random((8, 200)) < c for c in chance]
+        low, high = bootstrap_interval(*right, rng, draws=300)
+        many = rng.normal(0, 1, 20_000)
+        truth = np.mean(1 / (1 + np.exp(-(many + 0.3))) - 1 / (1 + np.exp(-many)))
+        covered.append(low <= truth <= high)
+        widths.append(high - low)
+    assert np.mean(covered) >= 0.88

@@ -1,0 +1,102 @@
+"""The words of the report follow from the numbers, and say what they cannot say."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from stillroom.analysis.verdicts import answer_questions
+from stillroom.config import Analysis
+
+SEEDS = tuple(range(7))
+ANALYSIS = Analysis(simple_tasks=("easy",), hard_tasks=("hard",), equivalence_margin=0.02)
+NOISE = np.array([0.001, -0.001, 0.002, -0.002, 0.0005, -0.0005, 0.0])
+
+
+def frame(effects, seeds=SEEDS, drop=()):
+    """One row a trial; `effects[group] = (easy, hard)` is added to 0.5, with a little noise that differs by group."""
+    rows = []
+    for number, (group, (easy, hard)) in enumerate(effects.items()):
+        for seed in seeds:
+            if (group, seed) in drop:
+                continue
+            noise = float(np.roll(NOISE, number)[seed % 7])
+            values = {"easy": 0.5 + easy + noise, "hard": 0.5 + hard + 3 * noise}
+            row = {f"validation_accuracy_{task}": value for task, value in values.items()}
+            mean = sum(values.values()) / 2
+            rows.append({"config/distill_type": group, "config/seed": seed, "validation_accuracy": mean, **row})
+    return pd.DataFrame(rows)
+
+
+NOTHING = dict.fromkeys(("black_box", "hidden", "attention", "combined"), (0.0, 0.0))
+
+
+def verdicts(answers, question):
+    """Verdicts of one answer, by (first, measure)."""
+    return {(f.comparison.first, f.comparison.measure): f.verdict for f in answers[question].findings}
+
+
+def test_a_hypothesis_that_holds_is_said_to_hold():
+    """Alike on the simple task, better on the hard one."""
+    effects = {**NOTHING, "hidden": (0, 0.1), "attention": (0, 0.1), "combined": (0, 0.2)}
+    answers = answer_questions(frame(effects), ANALYSIS, SEEDS)
+    assert set(verdicts(answers, 0).values()) == {"improves"}
+    assert verdicts(answers, 2) == {("combined", "all"): "improves"}
+    assert verdicts(answers, 3)["hidden", "easy"] == "equivalent"
+    assert verdicts(answers, 3)["hidden", "hard"] == "improves"
+    assert "the benefit differs between tasks" in answers[3].answer
+    assert answers[4].answer.startswith("Supported")
+
+
+def test_a_hypothesis_that_fails_is_said_to_fail():
+    """A white-box group that is worse on a hard task contradicts it."""
+    answers = answer_questions(frame({**NOTHING, "hidden": (0, -0.1)}), ANALYSIS, SEEDS)
+    assert verdicts(answers, 0)["hidden", "all"] == "worse"
+    assert answers[4].answer.startswith("Contradicted")
+
+
+def test_no_difference_is_not_called_equality_without_a_test():
+    """Equivalent only within the declared margin; otherwise no evidence, with the seeds it would take."""
+    answers = answer_questions(frame(NOTHING), ANALYSIS, SEEDS)
+    assert set(verdicts(answers, 0).values()) == {"equivalent"}
+    strict = ANALYSIS.model_copy(update={"equivalence_margin": 0.0001})
+    noisy = answer_questions(frame(NOTHING), strict, SEEDS)
+    assert set(verdicts(noisy, 0).values()) == {"no evidence of a difference"}
+
+
+@pytest.mark.parametrize("seeds", [(0,), (0, 1), (0, 1, 2, 3, 4)])
+def test_too_few_seeds_give_no_verdict_and_say_how_many_it_takes(seeds):
+    """Fewer than six seeds cannot reach 0.05, however large the effect."""
+    effects = {**NOTHING, "hidden": (0.3, 0.3)}
+    answer = answer_questions(frame(effects, seeds), ANALYSIS, seeds)[0]
+    hidden = answer.findings[0]
+    assert hidden.verdict == "undecided"
+    assert f"with {len(seeds)} seed" in hidden.sentence
+    assert "fewer than 6" in hidden.sentence
+
+
+def test_a_missing_trial_stops_verdicts_unless_the_study_declares_otherwise():
+    """Never dropped in silence: no verdict by default; with the declared rule, said beside it."""
+    effects = {**NOTHING, "hidden": (0.1, 0.1), "attention": (0.1, 0.1), "combined": (0.1, 0.1)}
+    table = frame(effects, range(8), drop={("hidden", 3)})
+    refused = answer_questions(table, ANALYSIS, range(8))[0]
+    assert {f.verdict for f in refused.findings} == {"undecided"}
+    assert "hidden seed 3" in refused.answer
+    common = ANALYSIS.model_copy(update={"incomplete": "common_seeds"})
+    given = answer_questions(table, common, range(8))[0]
+    assert given.findings[0].comparison.seeds == 7
+    assert "over 7 seeds, since trials are missing" in given.answer
+
+
+def test_a_diverged_trial_is_a_missing_one():
+    """A NaN accuracy is not averaged away."""
+    table = frame(NOTHING)
+    table.loc[0, "validation_accuracy"] = np.nan
+    assert {f.verdict for f in answer_questions(table, ANALYSIS, SEEDS)[0].findings} == {"undecided"}
+
+
+def test_questions_without_their_groups_say_so():
+    """A study of other groups still has a report."""
+    answers = answer_questions(frame({"black_box": (0, 0)}), ANALYSIS, SEEDS)
+    assert all("has not the groups" in answer.answer for answer in answers)
