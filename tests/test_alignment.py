@@ -140,7 +140,7 @@ def check_segments(segments, ends, encoding):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("teacher", "student"), PAIRS, ids=["-to-".join(p) for p in PAIRS])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=TEXTS)
 def test_both_have_read_the_same_text_at_every_pair(tokenizer, teacher, student, text):
     """The property everything rests on, in both directions, for every pair of tokenizers."""
@@ -150,7 +150,7 @@ def test_both_have_read_the_same_text_at_every_pair(tokenizer, teacher, student,
     assert (found.pairs == back.pairs[:, ::-1]).all()
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=TEXTS)
 def test_equal_tokenizers_give_the_identity(tokenizer, text):
     """One tokenizer on both sides pairs every ending token with itself."""

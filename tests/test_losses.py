@@ -208,6 +208,20 @@ def test_padding_changes_nothing(student_ref, store, some, side, amount):
     same(plain, setup.step(some))
 
 
+def test_a_measured_gradient_has_its_weight_in_it(student_ref, store, some):
+    """The share of a term is that of what is added to the update: doubling a weight doubles its norm, no other."""
+    norms = []
+    for weight in (0.5, 1.0):
+        setup = Setup(student_ref, store, ALL.model_copy(update={"weights": {**ALL.weights, "kd": weight}}))
+        items = prepare(some, setup.tokenizer, store, setup.objective)
+        measured = setup.runner.measure([setup.collate(items[:2]), setup.collate(items[2:])])
+        assert sum(measured["shares"].values()) == pytest.approx(1)
+        norms.append(measured["norms"])
+    assert norms[1]["kd"] == pytest.approx(2 * norms[0]["kd"], rel=1e-4)
+    for term in ("task", "hidden", "attention"):
+        assert norms[1][term] == pytest.approx(norms[0][term], rel=1e-5)
+
+
 @pytest.mark.parametrize("group", ["black_box", "combined"])
 def test_the_gradient_is_that_of_the_reported_loss(student_ref, store, some, group):
     """Moving the weights along the gradient changes the reported total by what the gradient says."""

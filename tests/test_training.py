@@ -98,6 +98,18 @@ def test_a_checkpoint_is_a_plain_model_with_the_projector_beside_it(combined, st
     assert load_tokenizer(type(student_ref)(model=str(checkpoint))).eos_token_id is not None
 
 
+def test_a_groups_scale_reaches_its_training(tmp_path, student_ref, store, examples):
+    """With weights that do not move, `teacher_rms` divides the hidden loss by the store's mean square, exactly."""
+    scaled = GROUPS["hidden"].model_copy(update={"hidden_scale": "teacher_rms"})
+    still = TRAINING.model_copy(update={"learning_rate": 1e-12, "epochs": 1})
+    found = [
+        train(Trial("t", group, 0), student_ref, still, Objective(), EVALUATION, examples, store.path, tmp_path / name)
+        for name, group in (("plain", GROUPS["hidden"]), ("scaled", scaled))
+    ]
+    for name in ("train_hidden_loss", "validation_hidden_loss"):
+        assert found[0][name] / found[1][name] == pytest.approx(store.hidden_mean_square, rel=1e-4)
+
+
 class Stop(Exception):
     """Stands for a process that dies."""
 

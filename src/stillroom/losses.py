@@ -219,10 +219,10 @@ def aligned_attention(
 def attention_loss(
     student: Float[Tensor, "B H G G"], teacher: Float[Tensor, "B H G G"], segments: Int[Tensor, "B"]
 ) -> Float[Tensor, ""]:
-    """Sum over heads, rows and causal columns of the squared difference; `segments` is each example's G."""
-    size = student.shape[-1]
-    position = torch.arange(size, device=student.device)
-    real = position[None, :, None] < segments[:, None, None]
-    causal = position[:, None] >= position[None, :]
-    difference = (student.float() - teacher.float()).masked_fill(~(real & causal)[:, None], 0.0)
+    """Sum over heads, rows and causal columns of the squared difference; `segments` is each example's G.
+
+    Above the diagonal both maps are 0, so the sum over all columns is the sum over the causal ones.
+    """
+    real = torch.arange(student.shape[-1], device=student.device) < segments[:, None]
+    difference = (student.float() - teacher.float()).masked_fill(~real[:, None, :, None], 0.0)
     return difference.square().sum()

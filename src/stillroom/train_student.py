@@ -129,7 +129,7 @@ def train(
             tokens += sum(batch.tokens for batch in micro)
             progress(step + 1, steps * training.epochs)
         trained = time.perf_counter()
-        metrics = {f"train_{name}": value for name, value in losses_of(totals, own, hidden_scale).items()}
+        metrics = {f"train_{name}": value for name, value in losses_of(totals, own).items()}
         validation, predictions = _validate(
             student, tokenizer, parts["validation"], examples, step_of, collate, training, evaluation
         )

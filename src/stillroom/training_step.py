@@ -138,7 +138,7 @@ def accumulate(totals: dict[str, Any], sums: Mapping[str, Tensor], counts: Mappi
             totals[f"{name}_count"] += counts[name]
 
 
-def losses_of(totals: dict[str, Any], objective: Objective, hidden_scale: float = 1.0) -> dict[str, float]:
+def losses_of(totals: dict[str, Any], objective: Objective) -> dict[str, float]:
     """Means of the active terms and their weighted total, from sums and counts over many batches."""
     means = {
         f"{name}_loss": float(totals[f"{name}_sum"]) / totals[f"{name}_count"]

@@ -1,0 +1,33 @@
+"""How many trials run at once, and with what: from the GPUs found, else from the cores."""
+
+from __future__ import annotations
+
+import pytest
+
+from stillroom.config import Sweep, UserError
+from stillroom.experiment import trial_resources
+
+SEEDS = {"seeds": (0,)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "cluster", "resources", "concurrent"),
+    [
+        ({}, {"CPU": 112, "GPU": 28}, {"CPU": 4, "GPU": 1}, 28),
+        ({}, {"CPU": 16, "GPU": 8}, {"CPU": 2, "GPU": 1}, 8),
+        ({"gpus_per_trial": 0.5}, {"CPU": 8, "GPU": 1}, {"CPU": 4, "GPU": 0.5}, 2),
+        ({"max_concurrent": 3}, {"CPU": 64, "GPU": 8}, {"CPU": 4, "GPU": 1}, 3),
+        ({}, {"CPU": 2}, {"CPU": 2}, 1),
+        ({"cpus_per_trial": 1}, {"CPU": 2}, {"CPU": 1}, 2),
+        ({"gpus_per_trial": 0, "cpus_per_trial": 2}, {"CPU": 8, "GPU": 4}, {"CPU": 2}, 4),
+    ],
+)
+def test_concurrency_follows_the_gpus_else_the_cores(settings, cluster, resources, concurrent):
+    """As many trials as the GPUs allow; fewer cores than asked for do not stop a study."""
+    assert trial_resources(Sweep(**SEEDS, **settings), cluster) == (resources, concurrent)
+
+
+def test_more_gpus_than_there_are_is_said():
+    """A trial that could never start would wait for ever."""
+    with pytest.raises(UserError, match=r"gpus_per_trial: 4\.0 asked for, 2 found"):
+        trial_resources(Sweep(**SEEDS, gpus_per_trial=4), {"CPU": 8, "GPU": 2})
