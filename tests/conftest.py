@@ -59,7 +59,9 @@ def write_model(folder, tokenizer, shape, seed):
         eos_token_id=tokenizer.eos_token_id,
         **shape,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    torch.nn.init.uniform_(model.model.norm.weight, 0.5, 2.0)  # so that hidden states' mean square is not just 1
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return ModelRef(model=str(folder))
 

@@ -65,9 +65,14 @@ class Setup:
         items = prepare(examples, self.tokenizer, self.store, self.objective)
         parts = [items] if split is None else [items[a:b] for a, b in itertools.pairwise(split)]
         self.student.zero_grad(set_to_none=True)
-        sums, counts = self.runner._backward(
-            [self.collate(p) for p in parts], dict(self.objective.weights), lambda x: x
-        )
+        self.differentiated = []
+
+        def keep(total):
+            self.differentiated.append(float(total.detach()))
+            return total
+
+        batches = [self.collate(p) for p in parts]
+        sums, counts = self.runner._backward(batches, self.objective.weights, keep)
         totals = {f"{n}_sum": v for n, v in sums.items()} | {f"{n}_count": c for n, c in counts.items()}
         gradient = {n: p.grad.clone() for n, p in self.student.named_parameters() if p.grad is not None}
         return losses_of(totals, self.objective), gradient
@@ -224,9 +229,10 @@ def test_a_measured_gradient_has_its_weight_in_it(student_ref, store, some):
 
 @pytest.mark.parametrize("group", ["black_box", "combined"])
 def test_the_gradient_is_that_of_the_reported_loss(student_ref, store, some, group):
-    """Moving the weights along the gradient changes the reported total by what the gradient says."""
+    """What is differentiated is what is reported, and moving along the gradient changes it by what that says."""
     setup = Setup(student_ref, store, GROUPS[group].objective(ALL))
-    _, gradient = setup.step(some, [0, 2, 6])
+    reported, gradient = setup.step(some, [0, 2, 6])
+    assert sum(setup.differentiated) == pytest.approx(reported["loss"], rel=1e-5)
     norm = float(sum(g.double().square().sum() for g in gradient.values())) ** 0.5
     named, values = dict(setup.student.named_parameters()), []
     for sign in (1, -1):

@@ -1,0 +1,108 @@
+"""Docs that can fail: commands exist, files named are there, examples in help parse."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from stillroom.cli import app
+from stillroom.config import UserError
+from stillroom.studies import load_study
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+COMMANDS = [command.callback.__name__ for command in app.registered_commands]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_in_the_docs_exist(page):
+    """Every `stillroom X` names a command; every override in it is a field."""
+    text = page.read_text("utf-8").replace("\\\n", " ")
+    for command, rest in re.findall(r"(?:^|\$ |`)stillroom ([a-z]+)((?: [^`\n|]*)?)", text, re.M):
+        assert command in COMMANDS, command
+        study = rest.split()[0] if rest.split() else "quickstart"
+        overrides = re.findall(r"--set (\S+)", rest)
+        if study in ("quickstart", "small", "paper"):
+            load_study(study, overrides)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_and_modules_in_the_docs_exist(page):
+    """Relative links point at files."""
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text("utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+def test_tests_named_in_the_study_page_exist():
+    """A `pytest FILE -k WORD` selects something."""
+    text = (ROOT / "docs" / "study.md").read_text("utf-8")
+    for file, word in re.findall(r"`pytest (\S+\.py)(?: -k (\w+))?`", text):
+        source = (ROOT / file).read_text("utf-8")
+        names = re.findall(r"^def (test_\w+)", source, re.M)
+        assert names
+        if word:
+            assert any(word in name for name in names), (file, word)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command_has_an_example(command):
+    """`--help` helps."""
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert f"Example: stillroom {command}" in result.output
+
+
+def test_a_users_mistake_is_one_message_and_exit_code_two(capsys, monkeypatch):
+    """No traceback for a misspelt field."""
+    from stillroom.cli import main
+
+    monkeypatch.setattr("sys.argv", ["stillroom", "plan", "quickstart", "--set", "training.epoch=3"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "training.epoch: unknown key" in error
+    assert "Traceback" not in error
+
+
+def test_plan_and_doctor_of_the_embedded_study_need_nothing():
+    """Both work without network, weights or data."""
+    planned = CliRunner().invoke(app, ["plan", "quickstart", "--json"])
+    assert planned.exit_code == 0
+    assert '"trials": 15' in planned.output
+    examined = CliRunner().invoke(app, ["doctor", "quickstart"])
+    assert examined.exit_code == 0, examined.output
+
+
+def test_plan_of_the_paper_works_without_network_and_says_what_it_assumes():
+    """28 trials, 7,000 examples, under 7 GB of store; every assumed figure is listed."""
+    from stillroom.planning import plan_study
+
+    plan = plan_study(load_study("paper"))
+    assert plan["training"]["trials"] == 28
+    assert plan["corpus"]["examples"] == 7000
+    assert plan["store_bytes"]["total"] < 7e9
+    assert plan["assumptions"]
+
+
+def test_a_gated_model_without_a_login_is_one_line_that_says_what_to_do():
+    """Whatever the hub answers, the message names the remedy."""
+    from huggingface_hub.errors import GatedRepoError
+
+    from stillroom.config import ModelRef
+    from stillroom.models import _explain
+
+    response = type("R", (), {"headers": {}, "status_code": 401, "request": None, "text": ""})()
+    try:
+        raise GatedRepoError("gated", response=response)
+    except GatedRepoError as cause:
+        message = _explain(ModelRef(model="mistralai/Mistral-7B-v0.1"), cause)
+    assert "HF_TOKEN" in message
+    assert "\n" not in message
+    with pytest.raises(UserError, match="no such directory"):
+        from stillroom.models import load_tokenizer
+
+        load_tokenizer(ModelRef(model="./nowhere"))
