@@ -93,7 +93,7 @@ def test_a_gated_model_without_a_login_is_one_line_that_says_what_to_do():
     from huggingface_hub.errors import GatedRepoError
 
     from stillroom.config import ModelRef
-    from stillroom.models import _explain
+    from stillroom.models import _explain, load_tokenizer
 
     response = type("R", (), {"headers": {}, "status_code": 401, "request": None, "text": ""})()
     try:
@@ -103,6 +103,4 @@ def test_a_gated_model_without_a_login_is_one_line_that_says_what_to_do():
     assert "HF_TOKEN" in message
     assert "\n" not in message
     with pytest.raises(UserError, match="no such directory"):
-        from stillroom.models import load_tokenizer
-
         load_tokenizer(ModelRef(model="./nowhere"))

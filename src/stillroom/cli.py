@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -208,6 +209,7 @@ def main() -> None:
     """Entry point: a user's mistake ends with one message and exit code 2, Ctrl-C with 130."""
     from stillroom.config import UserError
 
+    warnings.simplefilter("ignore", FutureWarning)  # other packages' notices to their own developers
     try:
         app()
     except UserError as error:

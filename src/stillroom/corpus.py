@@ -77,9 +77,10 @@ def load_rows(task: Task, data: TaskData, seed: int) -> Sequence[dict[str, Any]]
         if task.generate_rows is None:
             raise UserError(f"corpus.tasks.{task.name}.dataset: this task has no built-in rows")
         return task.generate_rows(seed, 2 * data.examples + 200)
-    from datasets import load_dataset
+    from datasets import disable_progress_bars, load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
+    disable_progress_bars()
     local = Path(data.dataset)
     try:
         if local.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -100,6 +101,7 @@ def sweep(
 def _start_ray() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C leaves at once; finished epochs are on disk
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # our own progress stands in for Ray's tables
     import ray
 
@@ -150,6 +152,7 @@ def _trainable(config: dict[str, Any], plans: dict[str, TrialPlan], threads: int
     """What Ray calls in a worker: one trial, each epoch's metrics reported."""
     from ray import tune
 
+    gc.collect()  # the worker is used again: the last trial's models must not wait for a full collection
     torch.set_num_threads(max(1, int(threads)))
     run_trial(plans[config["trial"]], lambda metrics: tune.report(_numbers(metrics)))
 
