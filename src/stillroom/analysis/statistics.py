@@ -132,15 +132,13 @@ def compare(
 
 
 def equivalence_p(differences: Float[ndarray, "S"], margin: float) -> float:
-    """TOST (Schuirmann 1987): p of the hypothesis that the mean lies outside ±margin; NaN for fewer than two values.
+    """TOST (Schuirmann 1987): p of the hypothesis that the mean lies outside ±margin.
 
-    Values without spread are inside or outside for certain.
+    NaN for fewer than two values or without spread: seeds that all sit at a floor are no evidence of equality.
     """
     values = np.asarray(differences, dtype=np.float64)
-    if len(values) < 2:
+    if len(values) < 2 or values.std(ddof=1) == 0:
         return math.nan
-    if values.std(ddof=1) == 0:
-        return 0.0 if abs(values.mean()) < margin else 1.0
     return float(DescrStatsW(values).ttost_mean(-margin, margin)[0])
 
 

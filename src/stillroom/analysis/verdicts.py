@@ -161,7 +161,7 @@ def _task_dependence(
             scores, _ = _scores(frame, {first, second}, column, analysis, seeds)
             columns.append(scores[first] - scores[second])
         p = interaction_p(np.stack(columns, axis=1)) if len({len(c) for c in columns}) == 1 else math.nan
-        if not math.isfinite(p):
+        if not math.isfinite(p) or (p > analysis.alpha and 2 / 2 ** len(columns[0]) > analysis.alpha):
             sentences.append(f"{first} against {second}: undecided with {len(columns[0])} seeds")
         elif p <= analysis.alpha:
             sentences.append(f"{first} against {second}: the benefit differs between tasks (interaction p = {p:.3g})")
