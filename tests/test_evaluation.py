@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from stillroom.analysis.frame import worse_or_equal
 from stillroom.config import Evaluation
 from stillroom.encoding import encode
-from stillroom.evaluation import accuracy_metrics, answer_scores, evaluate, generate, worse_or_equal
+from stillroom.evaluation import accuracy_metrics, answer_scores, evaluate, generate
 from stillroom.models import load_model, load_tokenizer
 
 

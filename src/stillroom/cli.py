@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -220,4 +219,4 @@ def main() -> None:
         sys.exit(130)
 
 
-__all__ = ["Path", "app", "main"]
+__all__ = ["app", "main"]

@@ -42,6 +42,9 @@ def default_store_path(environ: Mapping[str, str] | None = None, system: str = o
 
 OFFLINE_DATA_PATH = default_store_path()
 
+EXPERIMENT = "knowledge_distillation_experiment"
+"""Folder of the trials, in the results folder."""
+
 
 class Section(BaseModel):
     """Base of every section: frozen, and an unknown key is an error."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -282,12 +282,3 @@ def generate(
     finally:
         model.generation_config = own
     return texts
-
-
-def worse_or_equal(teacher: dict[str, float], student: dict[str, float]) -> list[str]:
-    """Tasks on which the teacher's accuracy is no better than the untouched student's."""
-    prefix = "validation_accuracy_"
-    tasks: Iterable[str] = (
-        key for key in teacher if key.startswith(prefix) and not key.endswith(("_macro", "_flexible"))
-    )
-    return [key.removeprefix(prefix) for key in tasks if teacher[key] <= student[key]]

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 
-from stillroom.config import Evaluation, ModelRef, Objective, Sweep, Training, UserError
+from stillroom.config import EXPERIMENT, Evaluation, ModelRef, Objective, Sweep, Training, UserError
 from stillroom.corpus import load_corpus
 from stillroom.provenance import exclusive, read_json, write_json
 from stillroom.train_student import RESULT, Trial, train
 
-EXPERIMENT = "knowledge_distillation_experiment"
 ERROR = "error.json"
 
 

@@ -14,11 +14,11 @@ from typing import Any
 
 from stillroom import offline_teacher_data as otd
 from stillroom.adaptation import ADAPTED, adapt_teacher
-from stillroom.analysis.frame import PLANNED, SUMMARY, read_results, summary_frame, write_summary
+from stillroom.analysis.frame import PLANNED, SUMMARY, read_results, summary_frame, worse_or_equal, write_summary
 from stillroom.analysis.report import write_report
-from stillroom.config import Group, ModelRef, Precision, UserError, fingerprint
-from stillroom.evaluation import measure_baseline, worse_or_equal
-from stillroom.experiment import EXPERIMENT, TrialPlan, finished, run_trial, sweep
+from stillroom.config import EXPERIMENT, Group, ModelRef, Precision, UserError, fingerprint
+from stillroom.evaluation import measure_baseline
+from stillroom.experiment import TrialPlan, finished, run_trial, sweep
 from stillroom.models import (
     DTYPES,
     default_device,

@@ -52,6 +52,12 @@ def accuracy_columns(frame: pd.DataFrame) -> dict[str, str]:
     return {c.removeprefix(prefix): c for c in frame.columns if c.startswith(prefix) and not c.endswith(skip)}
 
 
+def worse_or_equal(teacher: dict[str, float], student: dict[str, float]) -> list[str]:
+    """Tasks on which the teacher's accuracy is no better than the untouched student's."""
+    columns = accuracy_columns(pd.DataFrame([teacher]))
+    return [task for task, column in columns.items() if teacher[column] <= student[column]]
+
+
 def group_table(frame: pd.DataFrame, groups: Sequence[str], untrained: dict[str, dict[str, float]]) -> pd.DataFrame:
     """Mean and standard deviation of accuracy by group, over all and per task; the untrained rows beside them.
 

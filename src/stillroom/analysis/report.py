@@ -10,18 +10,16 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from stillroom.analysis.figures import accuracy_figure, save_figure
-from stillroom.analysis.frame import PLANNED, accuracy_columns, group_table, read_results, summary_frame
+from stillroom.analysis.frame import PLANNED, accuracy_columns, group_table, read_results, summary_frame, worse_or_equal
 from stillroom.analysis.verdicts import answer_questions
-from stillroom.config import Analysis, UserError
+from stillroom.config import EXPERIMENT, Analysis, UserError
 from stillroom.provenance import read_json, write_text
-
-_EXPERIMENT = "knowledge_distillation_experiment"
 
 
 def gather(results: Path) -> dict[str, Any]:
     """All that a report says, from the files of a results folder. `UserError` if there is nothing to report."""
     planned = read_json(results / PLANNED)
-    folders = [results / _EXPERIMENT / trial["name"] for trial in planned["trials"]]
+    folders = [results / EXPERIMENT / trial["name"] for trial in planned["trials"]]
     finished = read_results(folders)
     if not finished:
         raise UserError(f"{results}: no trial is finished yet; run `stillroom sweep`")
@@ -44,7 +42,7 @@ def gather(results: Path) -> dict[str, Any]:
         "table": group_table(frame, groups, {k: v["metrics"] for k, v in untrained.items()}),
         "tasks": list(accuracy_columns(frame)),
         "untrained": untrained,
-        "teacher_no_better": _no_better(untrained),
+        "teacher_no_better": worse_or_equal(*(m["metrics"] for m in untrained.values())) if len(untrained) == 2 else [],
         "missing": [t for t in planned["trials"] if t["name"] not in done],
         "trials": planned["trials"],
         "coverage": coverage,
@@ -52,14 +50,6 @@ def gather(results: Path) -> dict[str, Any]:
         "corpus": read_json(results / "corpus" / "corpus.json")["counts"],
         "run": read_json(results / "run.json"),
     }
-
-
-def _no_better(untrained: dict[str, Any]) -> list[str]:
-    if len(untrained) < 2:
-        return []
-    teacher, student = untrained["teacher"]["metrics"], untrained["untouched student"]["metrics"]
-    columns = accuracy_columns(pd.DataFrame([teacher]))
-    return [task for task, column in columns.items() if teacher[column] <= student[column]]
 
 
 WEAK_SIGNAL = 0.01
