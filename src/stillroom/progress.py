@@ -1,10 +1,13 @@
-"""Progress of long work: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of long work: a bar on a terminal; elsewhere quiet, but for a line a minute."""
 
 from __future__ import annotations
 
 import sys
 import time
 from typing import Any
+
+QUIET_SECONDS = 60
+"""Off a terminal, the least time between two lines."""
 
 
 class ProgressBars:
@@ -14,7 +17,7 @@ class ProgressBars:
         """Bars go to standard error, so that output can be piped."""
         self._bars: Any = None
         self._tasks: dict[str, Any] = {}
-        self._last: tuple[str, float] = ("", 0.0)
+        self._printed = time.monotonic()
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Show progress; a bar ends when done reaches total."""
@@ -52,7 +55,6 @@ class ProgressBars:
             self._bars, self._tasks = None, {}
 
     def _print(self, what: str, done: int, total: int) -> None:
-        known, at = self._last
-        if what != known or done == total or time.monotonic() - at > 30:
+        if time.monotonic() - self._printed >= QUIET_SECONDS:
             print(f"{what}: {done}/{total}", file=sys.stderr, flush=True)
-            self._last = (what, time.monotonic())
+            self._printed = time.monotonic()

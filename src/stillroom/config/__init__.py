@@ -13,17 +13,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
-Term = Literal["task", "kd", "hidden", "attention"]
-TERMS: tuple[Term, ...] = ("task", "kd", "hidden", "attention")
+from stillroom.config.objective import GROUPS as GROUPS
+from stillroom.config.objective import TERMS as TERMS
+from stillroom.config.objective import Group as Group
+from stillroom.config.objective import Objective as Objective
+from stillroom.config.objective import StudyGroup
+from stillroom.config.objective import Term as Term
+from stillroom.config.section import NAME, Section
+from stillroom.config.section import UserError as UserError
+
 Precision = Literal["float32", "bfloat16", "float16"]
-
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9_\-]*$"
-
-
-class UserError(Exception):
-    """A mistake the user can mend; its message names the field, file or example and the remedy."""
 
 
 def default_store_path(environ: Mapping[str, str] | None = None, system: str = os.name) -> Path:
@@ -44,12 +45,6 @@ OFFLINE_DATA_PATH = default_store_path()
 
 EXPERIMENT = "knowledge_distillation_experiment"
 """Folder of the trials, in the results folder."""
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class ModelRef(Section):
@@ -110,7 +105,7 @@ class TaskData(Section):
 class Corpus(Section):
     """The examples of a study."""
 
-    tasks: dict[Annotated[str, Field(pattern=_NAME)], TaskData] = Field(min_length=1)
+    tasks: dict[Annotated[str, Field(pattern=NAME)], TaskData] = Field(min_length=1)
     max_length: int = Field(512, ge=8, description="tokens, under either tokenizer")
     validation_share: float = Field(0.1, gt=0, lt=1)
     sample_seed: int = Field(0, ge=0)
@@ -130,67 +125,6 @@ class Signals(Section):
         le=1,
         description="share of student tokens that must have an aligned teacher token, per task",
     )
-
-
-class Objective(Section):
-    """Weights and scales of the loss terms, shared by the groups unless a group says otherwise."""
-
-    weights: dict[Term, Annotated[float, Field(ge=0)]] = {
-        "task": 1.0,
-        "kd": 0.5,
-        "hidden": 0.1,
-        "attention": 0.1,
-    }
-    temperature: float = Field(1.0, gt=0)
-    hidden_scale: Literal["none", "teacher_rms"] = "none"
-    attention_scale: Literal["none", "row_sum"] = "none"
-    kd_positions: Literal["answer", "all"] = "answer"
-
-    @model_validator(mode="after")
-    def _all_weights(self) -> Objective:
-        missing = [t for t in TERMS if t not in self.weights]
-        if missing:
-            raise ValueError(f"weights must name every term; missing: {', '.join(missing)}")
-        return self
-
-
-class Group(Section):
-    """One experimental group: the terms that are on, and its own settings where they differ."""
-
-    name: str = Field(pattern=_NAME)
-    terms: tuple[Term, ...] = Field(min_length=1)
-    weights: dict[Term, Annotated[float, Field(ge=0)]] = {}
-    temperature: float | None = Field(None, gt=0)
-    hidden_scale: Literal["none", "teacher_rms"] | None = None
-    attention_scale: Literal["none", "row_sum"] | None = None
-    kd_positions: Literal["answer", "all"] | None = None
-
-    def objective(self, shared: Objective) -> Objective:
-        """The objective of this group: `shared` with this group's settings, weight 0 for a term that is off."""
-        own = self.model_dump(exclude={"name", "terms", "weights"}, exclude_none=True)
-        weights = {t: (self.weights.get(t, shared.weights[t]) if t in self.terms else 0.0) for t in TERMS}
-        return Objective(**{**shared.model_dump(), **own, "weights": weights})
-
-
-GROUPS: dict[str, Group] = {
-    group.name: group
-    for group in (
-        Group(name="task_only", terms=("task",)),
-        Group(name="black_box", terms=("task", "kd")),
-        Group(name="hidden", terms=("task", "kd", "hidden")),
-        Group(name="attention", terms=("task", "kd", "attention")),
-        Group(name="combined", terms=("task", "kd", "hidden", "attention")),
-    )
-}
-
-
-def _shipped_group(value: Any) -> Any:
-    """Let a study name a shipped group by its name alone."""
-    if not isinstance(value, str):
-        return value
-    if value not in GROUPS:
-        raise ValueError(f"unknown group {value!r}; shipped: {', '.join(GROUPS)}; or declare it with name and terms")
-    return GROUPS[value]
 
 
 class Evaluation(Section):
@@ -254,13 +188,13 @@ class Paths(Section):
 class Study(Section):
     """Everything that a study is."""
 
-    name: str = Field(pattern=_NAME)
+    name: str = Field(pattern=NAME)
     teacher: Teacher
     student: Student
     corpus: Corpus
     signals: Signals = Signals()
     objective: Objective = Objective()
-    groups: tuple[Annotated[Group, BeforeValidator(_shipped_group)], ...] = Field(min_length=1)
+    groups: tuple[StudyGroup, ...] = Field(min_length=1)
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
     sweep: Sweep

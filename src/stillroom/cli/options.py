@@ -1,0 +1,77 @@
+"""The command line's program, what its commands share, and how they end: one line, or JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from stillroom import __version__
+
+if TYPE_CHECKING:
+    from stillroom.stages import Workspace
+
+app = typer.Typer(
+    name="stillroom",
+    help="Measure what each signal of a large language model is worth when a small one is distilled from it.",
+    epilog="Exit codes: 0 done, 1 the doctor found something to do, 2 a mistake to mend or a trial that failed "
+    "(the message says which), 130 stopped with Ctrl-C; the same command goes on.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+BEFORE, STAGES, AFTER = "Before", "Stages, in order", "After"
+"""Headings under which `--help` lists the commands."""
+
+StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="quickstart, small, paper, or a YAML file")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="override any field; repeat as needed")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="print facts as JSON on standard output, and nothing else")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"stillroom {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options that stand before the command."""
+
+
+def open_workspace(study: str, overrides: list[str] | None) -> Workspace:
+    """The study's stages, with progress shown."""
+    from stillroom.progress import ProgressBars
+    from stillroom.stages import Workspace
+    from stillroom.studies import load_study
+
+    return Workspace(load_study(study, overrides or []), ProgressBars())
+
+
+def say(text: str) -> None:
+    """A line on standard output; brackets in it are no markup."""
+    from rich import print as rich_print
+    from rich.markup import escape
+
+    rich_print(escape(text))
+
+
+def finish(as_json: bool, facts: dict[str, Any], made: str, then: str) -> None:
+    """How a command ends: its facts for a machine, or what was made and what to do next."""
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2, default=str, ensure_ascii=False))
+    else:
+        say(f"{made} Next: {then}")
+
+
+def warn(text: str) -> None:
+    """A line on standard error, where it does not get into JSON."""
+    typer.secho(f"warning: {text}", err=True, fg="yellow")

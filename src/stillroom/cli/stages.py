@@ -1,0 +1,157 @@
+"""Commands that do a study's work: one a stage, and `run` for all of them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from stillroom.cli.options import STAGES, JsonOption, SetOption, StudyArgument, app, finish, open_workspace, say, warn
+
+
+@app.command(rich_help_panel=STAGES)
+def run(study: StudyArgument, set_: SetOption = None, json: JsonOption = False) -> None:
+    """Every stage in order; goes on where it stopped.
+
+    Example: stillroom run quickstart
+    """
+    workspace = open_workspace(study, set_)
+    workspace.adapt()
+    _tell_baselines(workspace.baselines(), json)
+    workspace.capture()
+    workspace.verify()
+    workspace.archive()
+    errors = workspace.sweep()
+    _finish_report(workspace, json, errors)
+    _fail_on(errors)
+
+
+@app.command(rich_help_panel=STAGES)
+def adapt(study: StudyArgument, set_: SetOption = None, json: JsonOption = False) -> None:
+    """Fine-tune the teacher on the training part, if the study says so.
+
+    Example: stillroom adapt small
+    """
+    model = open_workspace(study, set_).adapt().model
+    finish(json, {"teacher": model}, f"Teacher: {model}.", f"stillroom evaluate {study}")
+
+
+@app.command(rich_help_panel=STAGES)
+def evaluate(study: StudyArgument, set_: SetOption = None, json: JsonOption = False) -> None:
+    """Measure the teacher and the untouched student on the validation part.
+
+    Example: stillroom evaluate small
+    """
+    workspace = open_workspace(study, set_)
+    measured = workspace.baselines()
+    _tell_baselines(measured, json)
+    finish(json, measured, f"Measured, in {workspace.results / 'baselines'}.", f"stillroom capture {study}")
+
+
+@app.command(rich_help_panel=STAGES)
+def capture(study: StudyArgument, set_: SetOption = None, json: JsonOption = False) -> None:
+    """Run the teacher once over the corpus and store its signals; goes on where it stopped.
+
+    Example: stillroom capture small
+    """
+    store = open_workspace(study, set_).capture()
+    facts = {"store": store.path, "examples": len(store)}
+    finish(json, facts, f"{store.path}: signals of {len(store)} examples.", f"stillroom verify {study}")
+
+
+@app.command(rich_help_panel=STAGES)
+def verify(
+    study: StudyArgument,
+    set_: SetOption = None,
+    samples: Annotated[int, typer.Option(min=1, help="rows to rebuild and check")] = 20,
+    recompute: Annotated[int, typer.Option(min=0, help="rows to compare with a new forward pass of the teacher")] = 0,
+    json: JsonOption = False,
+) -> None:
+    """The gate before training: checksums of every shard, values of sampled rows.
+
+    Example: stillroom verify small --samples 50 --recompute 20
+    """
+    workspace = open_workspace(study, set_)
+    record = workspace.verify(samples, recompute)
+    for how in ("recomputed", "with_output_head"):
+        if (errors := record.get(how)) and not json:
+            listed = ", ".join(f"{name} {error:.2g}" for name, error in errors.items())
+            say(f"{how.replace('_', ' ')}, largest difference: {listed}")
+    made = f"{workspace.store_path}: {record['sampled']} of {record['examples']} examples checked, all shards whole."
+    finish(json, record, made, f"stillroom archive {study}")
+
+
+@app.command(rich_help_panel=STAGES)
+def archive(study: StudyArgument, set_: SetOption = None, json: JsonOption = False) -> None:
+    """Keep the verified store as a read-only, dated snapshot, which trials read.
+
+    Example: stillroom archive small
+    """
+    path = open_workspace(study, set_).archive()
+    finish(json, {"snapshot": path}, f"{path}.", f"stillroom sweep {study}")
+
+
+@app.command(rich_help_panel=STAGES)
+def sweep(study: StudyArgument, set_: SetOption = None, json: JsonOption = False) -> None:
+    """Run the trials that are missing on Ray Tune and write results_summary.csv.
+
+    Example: stillroom sweep small
+    """
+    workspace = open_workspace(study, set_)
+    errors = workspace.sweep()
+    summary = workspace.results / "results_summary.csv"
+    finish(json, {"summary": summary, "failed": errors}, f"{summary}.", f"stillroom report {study}")
+    _fail_on(errors)
+
+
+@app.command(rich_help_panel=STAGES)
+def train(
+    study: StudyArgument,
+    group: Annotated[str, typer.Option(help="the trial's group")],
+    seed: Annotated[int, typer.Option(help="the trial's seed")],
+    set_: SetOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Train one trial in this process, without Ray.
+
+    Example: stillroom train small --group hidden --seed 0
+    """
+    result = open_workspace(study, set_).train_one(group, seed)
+    made = f"{result['trial']}: accuracy {result['validation_accuracy']:.3f}."
+    finish(json, result, made, f"stillroom report {study}")
+
+
+@app.command(rich_help_panel=STAGES)
+def report(study: StudyArgument, set_: SetOption = None, json: JsonOption = False) -> None:
+    """Write report.html and print the table.
+
+    Example: stillroom report small
+    """
+    _finish_report(open_workspace(study, set_), json, {})
+
+
+def _finish_report(workspace: Any, as_json: bool, errors: dict[str, str]) -> None:
+    from stillroom.analysis.report import print_table
+
+    path = workspace.report()
+    if not as_json:
+        print_table(workspace.results)
+    facts = {"report": path, "summary": workspace.results / "results_summary.csv", "failed": errors}
+    finish(as_json, facts, f"Report: {path}.", "open it in a browser")
+
+
+def _tell_baselines(baselines: dict[str, Any], as_json: bool) -> None:
+    for name in ("teacher", "student"):
+        label = "teacher" if name == "teacher" else "untouched student"
+        if not as_json:
+            say(f"{label}: accuracy {baselines[name]['metrics']['validation_accuracy']:.3f}")
+    for task in baselines["teacher_no_better"]["tasks"]:
+        warn(f"on {task} the teacher is no better than the untouched student: it has nothing to give there")
+
+
+def _fail_on(errors: dict[str, str]) -> None:
+    from stillroom.config import UserError
+
+    if errors:
+        lines = [f"  {name}: {message}" for name, message in errors.items()]
+        raise UserError("\n".join(["trials failed; run the same command again to retry them:", *lines]))
