@@ -6,11 +6,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from conftest import SHARED, STUDENT_SHAPE, real_tokenizer, write_model
 from stillroom.analysis.frame import worse_or_equal
-from stillroom.config import Evaluation
+from stillroom.config import Evaluation, TaskData
+from stillroom.corpus import load_rows
 from stillroom.encoding import encode
-from stillroom.evaluation import accuracy_metrics, answer_scores, evaluate, generate
+from stillroom.evaluation import answer_scores, evaluate
+from stillroom.generation import _NextQuestion, generate
 from stillroom.models import load_model, load_tokenizer
+from stillroom.tasks import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +58,39 @@ def test_batch_size_and_padding_change_no_prediction(model, tokenizer, examples,
         assert found[column].equals(reference[column])
 
 
+def real_examples(count):
+    """The first rows of the real tasks where they lie beside the checkout, else rows of the built-in ones."""
+    splits = {"sst2": "validation", "mmlu": "validation", "gsm8k": "test"}
+    if not all((SHARED / "data" / name / f"{split}.parquet").is_file() for name, split in splits.items()):
+        return [
+            TASKS[n].build(row) for n in ("sentiment", "quiz", "arithmetic") for row in TASKS[n].generate_rows(3, count)
+        ]
+    found = []
+    for name, split in splits.items():
+        data = TaskData(dataset=str(SHARED / "data" / name), split=split, examples=count)
+        found += [TASKS[name].build(row) for row in load_rows(TASKS[name], data, 0)[:count]]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mistral-7b-v0.1", "tinyllama-1.1b", "smollm2-135m", "qwen2.5-coder-0.5b"])
+def test_batch_size_and_padding_change_no_prediction_under_real_tokenizers(tmp_path, name):
+    """Left and right padding, shared prefixes, batch mates: with BOS and without, with a pad token and without."""
+    real = real_tokenizer(name)
+    model = load_model(write_model(tmp_path, real, STUDENT_SHAPE, 6))
+    some = real_examples(6)
+    alone = evaluate(model, real, some, Evaluation(max_new_tokens=8, batch_tokens=1, generation_batch_size=1))
+    assert alone["scores"].dropna().map(lambda own: own[1] - own[0]).std() > 0.05  # the prompt matters
+    assert alone["generated"].dropna().nunique() > 1
+    for batch_tokens, size in ((400, 2), (100_000, 64)):
+        settings = Evaluation(max_new_tokens=8, batch_tokens=batch_tokens, generation_batch_size=size)
+        found = evaluate(model, real, some, settings)
+        for column in ("example_id", "prediction", "gold", "correct", "correct_flexible", "generated"):
+            assert found[column].equals(alone[column]), column
+        for together, single in zip(found["scores"].dropna(), alone["scores"].dropna(), strict=True):
+            assert together == pytest.approx(single, abs=1e-3)
+
+
 def test_generation_is_greedy_decoding(student_ref, model, tokenizer, examples):
     """Against a loop of argmax over whole forward passes, without a cache."""
     prompts = [e.prompt for e in examples.validation if not e.choices]
@@ -82,30 +119,13 @@ def test_a_models_own_generation_settings_do_not_count(model, tokenizer, example
         model.generation_config.repetition_penalty, model.generation_config.do_sample = 1.0, False
 
 
-def test_generation_stops_once_the_answer_is_complete(model, tokenizer, monkeypatch):
-    """After a line `#### n` nothing that follows can change the strict answer."""
-    from stillroom.evaluation import _Answered, _finished
-
-    assert _finished("3+4=7\n#### 7\n")
-    assert _finished("7\nQuestion: and")
-    assert not _finished("3+4=7\n#### 7")
-    ids = tokenizer(["x #### 7\n", "x #### 7 y"], add_special_tokens=False, padding=False)["input_ids"]
+def test_generation_goes_on_after_an_answer_and_stops_at_the_next_question(tokenizer):
+    """What follows `#### n` can change the last number, which the flexible reading takes; another question cannot."""
+    texts = ["3+4=7\n#### 7\nso", "#### 7\nQuestion:", "#### 7\nThe answer:"]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     longest = max(map(len, ids))
     rows = torch.tensor([[tokenizer.eos_token_id] * (longest - len(row)) + row for row in ids])
-    assert _Answered(tokenizer, 0)(rows, None).tolist() == [True, False]
-
-
-def test_metrics_are_shares_of_right_answers(model, tokenizer, examples):
-    """Over all examples, per task, and the tasks' unweighted mean."""
-    frame = evaluate(model, tokenizer, examples.validation, Evaluation(max_new_tokens=4))
-    frame["correct"] = [n % 3 == 0 for n in range(len(frame))]
-    metrics = accuracy_metrics(frame)
-    assert metrics["validation_accuracy"] == sum(frame["correct"]) / len(frame)
-    by_task = {t: g["correct"].mean() for t, g in frame.groupby("task")}
-    for task, value in by_task.items():
-        assert metrics[f"validation_accuracy_{task}"] == value
-    assert metrics["validation_accuracy_macro"] == pytest.approx(sum(by_task.values()) / len(by_task))
-    assert "validation_accuracy_arithmetic_flexible" in metrics
+    assert _NextQuestion(tokenizer, 0)(rows, None).tolist() == [False, True, False]
 
 
 def test_a_teacher_with_nothing_to_give_is_called_out():

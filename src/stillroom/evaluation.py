@@ -1,8 +1,7 @@
-"""Accuracy: choices by the likelihood of their text, generation by greedy decoding; every prediction kept."""
+"""A model's predictions: choices by the likelihood of their text, generation by greedy decoding; every one kept."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,18 +9,17 @@ from typing import Any
 
 import pandas as pd
 import torch
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedModel
 
 from stillroom.attention_capture import last_hidden_state
 from stillroom.config import Evaluation, fingerprint
 from stillroom.encoding import Encoding, encode_many, in_answer
+from stillroom.generation import generate
+from stillroom.metrics import accuracy_metrics, nll_metrics, save_predictions
 from stillroom.models import output_logits
-from stillroom.provenance import atomic_path, read_json, write_json
+from stillroom.provenance import read_json, write_json
 from stillroom.tasks import Example, get_task
 from stillroom.teacher_signals import padded
-
-_ANSWERED = re.compile(r"#### *-?[$0-9.,]+\s*\n")
-_NEXT_QUESTION = "Question:"
 
 
 @dataclass(frozen=True)
@@ -91,30 +89,6 @@ def _prediction(example: Example, scores: list[float], tokens: int, text: str | 
         "generated": text,
         "answer_nll": -scores[0],
     }
-
-
-def accuracy_metrics(predictions: pd.DataFrame, prefix: str = "validation_") -> dict[str, float]:
-    """Accuracy over all examples, per task, and the tasks' unweighted mean; likewise flexible where it differs."""
-    by_task = predictions.groupby("task", sort=True)
-    accuracy = by_task["correct"].mean()
-    metrics = {f"{prefix}accuracy": float(predictions["correct"].mean())}
-    metrics[f"{prefix}accuracy_macro"] = float(accuracy.mean())
-    for task, value in accuracy.items():
-        metrics[f"{prefix}accuracy_{task}"] = float(value)
-        if get_task(str(task)).kind == "generation":
-            metrics[f"{prefix}accuracy_{task}_flexible"] = float(by_task.get_group(task)["correct_flexible"].mean())
-    return metrics
-
-
-def nll_metrics(predictions: pd.DataFrame) -> dict[str, float]:
-    """Mean negative log-likelihood of the gold answer's text, nats an example, per task."""
-    return {str(task): float(value) for task, value in predictions.groupby("task")["answer_nll"].mean().items()}
-
-
-def save_predictions(predictions: pd.DataFrame, path: Path) -> None:
-    """Write predictions as Parquet, whole or not at all."""
-    with atomic_path(path) as temporary:
-        predictions.to_parquet(temporary, index=False)
 
 
 def measure_baseline(
@@ -227,58 +201,3 @@ def _within(rows: Sequence[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
         batch.append(row)
     if batch:
         yield batch
-
-
-class _Answered(StoppingCriteria):  # type: ignore[misc]
-    """Stops each sequence once its answer is complete or it begins another question."""
-
-    def __init__(self, tokenizer: Any, start: int) -> None:
-        self.tokenizer, self.start = tokenizer, start
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        latest = self.tokenizer.batch_decode(input_ids[:, -1:])
-        done = [
-            ("\n" in last or ":" in last) and _finished(self.tokenizer.decode(row[self.start :]))
-            for last, row in zip(latest, input_ids, strict=True)
-        ]
-        return torch.tensor(done, device=input_ids.device)
-
-
-def _finished(text: str) -> bool:
-    return _NEXT_QUESTION in text or _ANSWERED.search(text) is not None
-
-
-@torch.no_grad()
-def generate(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    prompts: Sequence[str],
-    settings: Evaluation,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    total: int = 0,
-) -> list[str]:
-    """Greedy continuations, cut where another question would begin; batched by length with a KV cache."""
-    encodings = encode_many(tokenizer, prompts)
-    order = sorted(range(len(prompts)), key=lambda n: len(encodings[n]))
-    texts = [""] * len(prompts)
-    size = settings.generation_batch_size
-    greedy = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=settings.max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-    )
-    own, model.generation_config = model.generation_config, greedy  # a model's own penalties must not count
-    try:
-        for first in range(0, len(order), size):
-            batch = order[first : first + size]
-            ids, mask = padded([encodings[n] for n in batch], "left", model.device)
-            stop = StoppingCriteriaList([_Answered(tokenizer, ids.shape[1])])
-            output = model.generate(ids, attention_mask=mask, generation_config=greedy, stopping_criteria=stop)
-            for n, row in zip(batch, output, strict=True):
-                text = tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True)
-                texts[n] = text.split(_NEXT_QUESTION)[0]
-            progress(total - len(order) + first + len(batch), total)
-    finally:
-        model.generation_config = own
-    return texts

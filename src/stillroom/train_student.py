@@ -24,7 +24,8 @@ from stillroom.collation import Batch, Collator, teacher_to_student_ids
 from stillroom.config import Evaluation, Group, ModelRef, Objective, Training, UserError
 from stillroom.corpus import Examples
 from stillroom.distillation_student import DistillationStudent
-from stillroom.evaluation import accuracy_metrics, evaluate, save_predictions
+from stillroom.evaluation import evaluate
+from stillroom.metrics import accuracy_metrics, save_predictions
 from stillroom.models import (
     DTYPES,
     default_device,

@@ -1,0 +1,112 @@
+"""Metrics of predictions against loops written from their definitions."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+import pytest
+
+from stillroom.config import UserError
+from stillroom.metrics import accuracy_metrics, agreement, calibration_error
+
+
+def choices(*rows, task="quiz"):
+    """Predictions of a choice task from (probabilities of the choices, gold index)."""
+    table = []
+    for number, (probabilities, gold) in enumerate(rows):
+        best = max(range(len(probabilities)), key=probabilities.__getitem__)
+        table.append(
+            {
+                "example_id": f"{task}{number}",
+                "task": task,
+                "prediction": "ABCD"[best],
+                "gold": "ABCD"[gold],
+                "correct": best == gold,
+                "correct_flexible": best == gold,
+                "scores": [math.log(p) - 3.0 for p in probabilities],  # likelihoods of texts do not add up to 1
+            }
+        )
+    return pd.DataFrame(table)
+
+
+def generated(*right, task="arithmetic"):
+    """Predictions of a generation task from whether each is right strictly and flexibly."""
+    return pd.DataFrame(
+        {"example_id": f"{task}{n}", "task": task, "prediction": str(n), "correct": strict, "correct_flexible": loose}
+        for n, (strict, loose) in enumerate(right)
+    )
+
+
+def by_definition(predictions):
+    """The error by a loop over bins and examples."""
+    total = 0.0
+    for low in range(10):
+        inside = []
+        for _, row in predictions.iterrows():
+            share = max(math.exp(s) for s in row["scores"]) / sum(math.exp(s) for s in row["scores"])
+            if low / 10 < share <= (low + 1) / 10:
+                inside.append((share, row["correct"]))
+        if inside:
+            gap = sum(right for _, right in inside) / len(inside) - sum(share for share, _ in inside) / len(inside)
+            total += len(inside) / len(predictions) * abs(gap)
+    return total
+
+
+def test_calibration_error_of_a_worked_example():
+    """Two bins: 0.7 right half the time twice over, 0.95 right always: (2·0.2 + 1·0.05) / 3."""
+    found = calibration_error(choices(([0.7, 0.3], 0), ([0.3, 0.7], 0), ([0.95, 0.05], 0)))
+    assert found == pytest.approx((2 * 0.2 + 0.05) / 3)
+
+
+def test_calibration_error_is_nought_when_as_right_as_sure():
+    """Nine of ten right at 0.9; misses and hits of one bin cancel, those of two bins do not."""
+    assert calibration_error(choices(*[([0.9, 0.1], 0)] * 9, ([0.9, 0.1], 1))) == pytest.approx(0, abs=1e-12)
+    assert calibration_error(choices(([0.6, 0.4], 0), ([0.9, 0.1], 1))) == pytest.approx((0.4 + 0.9) / 2)
+
+
+def test_calibration_error_is_the_sum_over_ten_bins():
+    """On spread-out confidences, against the definition."""
+    rows = []
+    for n in range(60):
+        weights = [1 + (7 * n + 3 * k) % 11 + (9 * n if k == n % 4 else 0) for k in range(4)]
+        rows.append(([w / sum(weights) for w in weights], (n // 3) % 4))
+    table = choices(*rows)
+    assert 0.05 < calibration_error(table) < 0.95
+    assert calibration_error(table) == pytest.approx(by_definition(table))
+
+
+def test_a_confidence_of_one_is_in_the_last_bin_and_none_is_an_error():
+    """The bins are closed above; likelihoods far apart do not overflow."""
+    assert calibration_error(choices(([1 - 1e-12, 1e-12], 0), ([0.95, 0.05], 0))) == pytest.approx(0.025)
+    certain = choices(([0.9, 0.1], 0)).assign(scores=[[-1.0, -2000.0]])
+    assert calibration_error(certain) == 0
+    with pytest.raises(UserError, match="no predictions"):
+        calibration_error(choices(([0.5, 0.5], 0)).iloc[:0])
+
+
+def test_metrics_are_shares_of_right_answers():
+    """Over all examples, per task, the tasks' unweighted mean; each kind of task has its own extra."""
+    quiz = choices(([0.7, 0.3], 0), ([0.3, 0.7], 0), ([0.95, 0.05], 0))
+    table = pd.concat([quiz, generated((True, True), (False, True), (False, False), (False, False), (False, True))])
+    metrics = accuracy_metrics(table, "official_")
+    assert metrics == {
+        "official_accuracy": pytest.approx(3 / 8),
+        "official_accuracy_macro": pytest.approx((2 / 3 + 1 / 5) / 2),
+        "official_accuracy_quiz": pytest.approx(2 / 3),
+        "official_accuracy_arithmetic": pytest.approx(1 / 5),
+        "official_accuracy_arithmetic_flexible": pytest.approx(3 / 5),
+        "official_ece_quiz": pytest.approx(0.15),
+    }
+
+
+def test_agreement_is_the_share_of_choices_that_are_the_teachers():
+    """Wrong together counts, right or wrong alone does not; generation has no agreement; other examples are refused."""
+    student = choices(([0.7, 0.3], 0), ([0.3, 0.7], 0), ([0.9, 0.1], 0), ([0.8, 0.2], 1))
+    teacher = choices(([0.6, 0.4], 0), ([0.1, 0.9], 0), ([0.2, 0.8], 0), ([0.9, 0.1], 1))
+    mood = choices(([0.7, 0.3], 0), ([0.3, 0.7], 0), task="sentiment")
+    words = generated((True, True))
+    found = agreement(pd.concat([student, words, mood]), pd.concat([teacher, words, mood]))
+    assert found == {"quiz": 0.75, "sentiment": 1.0}
+    with pytest.raises(UserError, match="same examples"):
+        agreement(student, teacher.iloc[::-1])
