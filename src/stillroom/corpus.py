@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +17,7 @@ import pyarrow.parquet as pq
 
 from stillroom.config import Corpus, TaskData, UserError
 from stillroom.encoding import encode_many, fits
-from stillroom.provenance import atomic_path, read_json, write_json
+from stillroom.provenance import atomic_path, file_sha256, read_json, write_json
 from stillroom.tasks import Example, Task, get_task
 
 Split = Literal["train", "validation"]
@@ -46,7 +47,7 @@ def build_corpus(corpus: Corpus, tokenizers: Sequence[Any]) -> Examples:
     validation: list[Example] = []
     counts: dict[str, dict[str, int]] = {}
     for name, data in corpus.tasks.items():
-        chosen, count = _draw(get_task(name), data, corpus, tokenizers)
+        chosen, count = _draw(get_task(name, data), data, corpus, tokenizers)
         parts = split(chosen, corpus.validation_share, corpus.split_seed)
         counts[name] = {"used": len(chosen), "train": len(parts[0]), "validation": len(parts[1]), **count}
         train += parts[0]
@@ -72,16 +73,20 @@ def _draw(
 
 
 def load_rows(task: Task, data: TaskData, seed: int) -> Sequence[dict[str, Any]]:
-    """A task's rows: generated (`builtin`), from a local directory, or from the hub."""
+    """A task's rows: generated (`builtin`), from a `.jsonl` file or a local directory, or from the hub."""
     if data.dataset == "builtin":
         if task.generate_rows is None:
             raise UserError(f"corpus.tasks.{task.name}.dataset: this task has no built-in rows")
         return task.generate_rows(seed, 2 * data.examples + 200)
+    local = Path(data.dataset)
+    if local.suffix == ".jsonl":
+        read = _read_lines(local)
+        _require_columns(task, data, list(dict.fromkeys(name for row in read for name in row)))
+        return [{column: row.get(column) for column in task.columns} for row in read]
     from datasets import disable_progress_bars, load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
     disable_progress_bars()
-    local = Path(data.dataset)
     try:
         if local.is_dir():
             file = local / f"{data.split}.parquet"
@@ -94,13 +99,41 @@ def load_rows(task: Task, data: TaskData, seed: int) -> Sequence[dict[str, Any]]
         raise UserError(
             f"corpus.tasks.{task.name}.dataset: {data.dataset!r} cannot be loaded: {str(error).splitlines()[0]}"
         ) from error
-    missing = [column for column in task.columns if column not in rows.column_names]
-    if missing:
-        raise UserError(
-            f"corpus.tasks.{task.name}: {data.dataset} lacks the columns {missing}; it has {rows.column_names}"
-        )
+    _require_columns(task, data, rows.column_names)
     listed: list[dict[str, Any]] = rows.select_columns(list(task.columns)).to_list()
     return listed
+
+
+def _require_columns(task: Task, data: TaskData, present: Sequence[str]) -> None:
+    missing = [column for column in task.columns if column not in present]
+    if missing:
+        raise UserError(f"corpus.tasks.{task.name}: {data.dataset} lacks the columns {missing}; it has {present}")
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
+    rows = []
+    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file}, line {number}: not valid JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise UserError(f'{file}, line {number}: expected an object, one a line, as in {{"question": "…"}}')
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{file} has no rows")
+    return rows
+
+
+def source_digest(data: TaskData) -> str | None:
+    """SHA-256 of a local source, whose rows can change under the same name; None for any other."""
+    local = Path(data.dataset)
+    file = local / f"{data.split}.parquet" if local.is_dir() else local
+    return file_sha256(file) if file.is_file() else None
 
 
 def _splits(folder: Path) -> str:
@@ -177,6 +210,7 @@ _SCHEMA = pa.schema(
         ("answer", pa.string()),
         ("choices", pa.list_(pa.string())),
         ("gold", pa.int32()),
+        ("definition", pa.string()),
     ]
 )
 
@@ -192,6 +226,7 @@ def save_corpus(examples: Examples, folder: Path, fingerprint: str) -> None:
             "answer": e.answer,
             "choices": e.choices,
             "gold": e.gold,
+            "definition": e.definition,
         }
         for part, members in (("train", examples.train), ("validation", examples.validation))
         for e in members
@@ -207,7 +242,8 @@ def load_corpus(folder: Path) -> tuple[Examples, str]:
     parts: dict[str, list[Example]] = {"train": [], "validation": []}
     for row in pq.read_table(folder / "corpus.parquet").to_pylist():
         choices = tuple(row["choices"]) if row["choices"] is not None else None
-        parts[row["split"]].append(Example(row["task"], row["prompt"], row["answer"], choices, row["gold"]))
+        example = Example(row["task"], row["prompt"], row["answer"], choices, row["gold"], row.get("definition", ""))
+        parts[row["split"]].append(example)
     return Examples(parts["train"], parts["validation"], described["counts"]), described["fingerprint"]
 
 

@@ -18,7 +18,7 @@ from stillroom.generation import generate
 from stillroom.metrics import accuracy_metrics, nll_metrics, save_predictions
 from stillroom.models import output_logits
 from stillroom.provenance import read_json, write_json
-from stillroom.tasks import Example, get_task
+from stillroom.tasks import Example, task_of
 from stillroom.teacher_signals import padded
 
 
@@ -46,7 +46,7 @@ def evaluate(
     scores (log-likelihood of each choice, nats), generated, answer_nll (nats of the gold answer's text), answer_tokens.
     """
     scores, tokens = answer_scores(model, tokenizer, examples, settings.batch_tokens)
-    generating = [n for n, example in enumerate(examples) if get_task(example.task).kind == "generation"]
+    generating = [n for n, example in enumerate(examples) if example.choices is None]
     progress(len(examples) - len(generating), len(examples))
     texts = dict(
         zip(
@@ -74,7 +74,7 @@ def _prediction(example: Example, scores: list[float], tokens: int, text: str | 
             "generated": None,
             "answer_nll": -scores[example.gold],
         }
-    task = get_task(example.task)
+    task = task_of(example)
     assert text is not None
     assert task.extract_strict is not None
     assert task.extract_flexible is not None

@@ -9,7 +9,6 @@ import pandas as pd
 
 from stillroom.config import UserError
 from stillroom.provenance import atomic_path
-from stillroom.tasks import get_task
 
 _BINS = 10
 
@@ -27,10 +26,10 @@ def accuracy_metrics(predictions: pd.DataFrame, prefix: str = "validation_") -> 
     for task, value in accuracy.items():
         metrics[f"{prefix}accuracy_{task}"] = float(value)
         own = by_task.get_group(task)
-        if get_task(str(task)).kind == "generation":
-            metrics[f"{prefix}accuracy_{task}_flexible"] = float(own["correct_flexible"].mean())
-        else:
+        if own["scores"].notna().all():
             metrics[f"{prefix}ece_{task}"] = calibration_error(own)
+        else:
+            metrics[f"{prefix}accuracy_{task}_flexible"] = float(own["correct_flexible"].mean())
     return metrics
 
 
@@ -59,8 +58,9 @@ def agreement(student: pd.DataFrame, teacher: pd.DataFrame) -> dict[str, float]:
     if list(student["example_id"]) != list(teacher["example_id"]):
         raise UserError("agreement: the two tables of predictions are not of the same examples in the same order")
     same = student["prediction"].to_numpy() == teacher["prediction"].to_numpy()
-    by_task = pd.Series(same).groupby(student["task"].to_numpy(), sort=True).mean()
-    return {str(task): float(share) for task, share in by_task.items() if get_task(str(task)).kind == "choice"}
+    of_choices = student["scores"].notna().to_numpy()
+    by_task = pd.Series(same[of_choices]).groupby(student["task"].to_numpy()[of_choices], sort=True).mean()
+    return {str(task): float(share) for task, share in by_task.items()}
 
 
 def nll_metrics(predictions: pd.DataFrame) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from stillroom.builtin_pair import materialise
 from stillroom.config import ModelRef, Study, fingerprint
-from stillroom.corpus import Examples, build_corpus, examples_digest, load_corpus, save_corpus
+from stillroom.corpus import Examples, build_corpus, examples_digest, load_corpus, save_corpus, source_digest
 from stillroom.models import load_tokenizer, model_identity, tokenizer_hash
 
 Progress = Callable[[str, int, int], None]
@@ -62,7 +62,8 @@ class Sources:
     def examples(self) -> Examples:
         """The corpus, built on first use and then read."""
         folder = self.results / "corpus"
-        own = fingerprint(self.study.corpus, [tokenizer_hash(t) for t in self.tokenizers])
+        sources = [source_digest(data) for data in self.study.corpus.tasks.values()]
+        own = fingerprint(self.study.corpus, [tokenizer_hash(t) for t in self.tokenizers], sources)
         if (folder / "corpus.json").is_file():
             examples, found = load_corpus(folder)
             if found == own:

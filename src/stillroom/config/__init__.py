@@ -15,6 +15,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from stillroom.config.columns import ChoiceColumns as ChoiceColumns
+from stillroom.config.columns import GenerationColumns as GenerationColumns
+from stillroom.config.columns import TaskColumns as TaskColumns
 from stillroom.config.objective import GROUPS as GROUPS
 from stillroom.config.objective import TERMS as TERMS
 from stillroom.config.objective import Group as Group
@@ -92,10 +95,13 @@ class Student(ModelRef):
     """The model that learns."""
 
 
-class TaskData(Section):
+class TaskData(TaskColumns):
     """Where a task's rows come from and how many are used."""
 
-    dataset: str = Field(min_length=1, description="hub id, local directory of `<split>.parquet`, or `builtin`")
+    dataset: str = Field(
+        min_length=1,
+        description="hub id, local directory of `<split>.parquet`, a `.jsonl` file, or `builtin`",
+    )
     subset: str | None = Field(None, description="the hub data set's configuration")
     revision: str | None = None
     split: str = "train"

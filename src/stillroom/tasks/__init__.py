@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from stillroom.config import UserError
+from stillroom.config import TaskColumns, UserError
 from stillroom.tasks import arithmetic, gsm8k, mmlu, quiz, sentiment, sst2
+from stillroom.tasks.columns import columns_task
 from stillroom.tasks.example import Example, Task
 
 TASKS: dict[str, Task] = {
@@ -11,11 +12,23 @@ TASKS: dict[str, Task] = {
 }
 
 
-def get_task(name: str) -> Task:
-    """The registered task; `UserError` lists those there are."""
+def get_task(name: str, columns: TaskColumns | None = None) -> Task:
+    """The registered task, or the one that `columns` define; `UserError` if there is neither, or both."""
+    if columns is not None and columns.definition:
+        if name in TASKS:
+            raise UserError(f"corpus.tasks.{name}: this name is a registered task's; give your own another name")
+        return columns_task(name, columns.definition)
     if name not in TASKS:
-        raise UserError(f"corpus.tasks.{name}: unknown task; registered: {', '.join(TASKS)}")
+        raise UserError(
+            f"corpus.tasks.{name}: unknown task; registered: {', '.join(TASKS)}; or define it there with choice or "
+            "generation"
+        )
     return TASKS[name]
 
 
-__all__ = ["TASKS", "Example", "Task", "get_task"]
+def task_of(example: Example) -> Task:
+    """The task an example belongs to, wherever it was defined."""
+    return columns_task(example.task, example.definition) if example.definition else get_task(example.task)
+
+
+__all__ = ["TASKS", "Example", "Task", "get_task", "task_of"]

@@ -22,6 +22,8 @@ class Example:
     answer: str
     choices: tuple[str, ...] | None = None
     gold: int | None = None
+    definition: str = ""
+    """The study file's own definition of the task (`TaskColumns.definition`); empty for a registered one."""
 
     @property
     def text(self) -> str:
@@ -30,8 +32,12 @@ class Example:
 
     @property
     def example_id(self) -> str:
-        """Stable name of the example: 16 hex digits of a hash of task, prompt and answer."""
-        whole = json.dumps([self.task, self.prompt, self.answer], ensure_ascii=False)
+        """Stable name of the example: 16 hex digits of a hash of task, prompt and answer.
+
+        Of a task that the study file defines, the choices and the definition too.
+        """
+        defined = [self.choices, self.definition] if self.definition else []
+        whole = json.dumps([self.task, self.prompt, self.answer, *defined], ensure_ascii=False)
         return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 

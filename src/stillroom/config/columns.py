@@ -1,0 +1,92 @@
+"""A task made of a data set's columns, without code: what is asked, and which answer is right."""
+
+from __future__ import annotations
+
+import re
+import string
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, field_validator, model_validator
+
+from stillroom.config.section import Section
+
+
+def fields_of(template: str) -> list[str]:
+    """Names of the columns that a template shows; ValueError where it is more than text and `{column}`."""
+    names = []
+    for _, name, spec, conversion in string.Formatter().parse(template):
+        if name is None:
+            continue
+        if spec or conversion or not name.strip() or set(name) & set(".[]"):
+            raise ValueError(f"{{{name}…}} is not the name of a column; write {{column}}, and {{{{ for a brace")
+        names.append(name)
+    return names
+
+
+def _template(value: str) -> str:
+    if not fields_of(value):
+        raise ValueError("shows no column; write {column} where a row's text goes")
+    return value
+
+
+Template = Annotated[str, AfterValidator(_template)]
+
+
+class _Columns(Section):
+    prompt: Template = Field(description="what comes before the answer: text, with `{column}` where a row's text goes")
+
+    @field_validator("prompt")
+    @classmethod
+    def _ends_in_text(cls, value: str) -> str:
+        if value != value.rstrip():
+            raise ValueError("ends in white space; the answer follows after one space by itself (in YAML, `|-`)")
+        return value
+
+
+class ChoiceColumns(_Columns):
+    """A choice task: the model's answer is the choice of highest likelihood."""
+
+    choices: str | Annotated[tuple[str, ...], Field(min_length=2)] = Field(
+        description="the answers, or the name of the column that lists a row's own"
+    )
+    label: str = Field(min_length=1, description="column of the right choice: its index, from 0, or its text")
+
+
+class GenerationColumns(_Columns):
+    """A generation task: the model writes, and `pattern` reads its answer."""
+
+    answer: Template = Field(description="what the student learns to write: text, with `{column}`")
+    pattern: str = Field(
+        description="regular expression; its one group is the answer. Strict reads its first match, flexible its last"
+    )
+
+    @field_validator("pattern")
+    @classmethod
+    def _one_group(cls, value: str) -> str:
+        try:
+            groups = re.compile(value).groups
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        if groups != 1:
+            raise ValueError(f"has {groups} groups; put the answer, and nothing else, in ( )")
+        return value
+
+
+class TaskColumns(Section):
+    """How rows become examples where no registered task of that name does it."""
+
+    choice: ChoiceColumns | None = Field(None, description="makes it a choice task of the data set's columns")
+    generation: GenerationColumns | None = Field(None, description="makes it a generation task of its columns")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> TaskColumns:
+        if self.choice and self.generation:
+            raise ValueError("gives both choice and generation; a task is one of them")
+        return self
+
+    @property
+    def definition(self) -> str:
+        """The definition as JSON, empty for a registered task: part of the identity of every example."""
+        if self.choice is None and self.generation is None:
+            return ""
+        return self.model_dump_json(include={"choice", "generation"}, exclude_none=True)
