@@ -114,7 +114,7 @@ def damaged(path, change):
     """Rewrite one shard with some cells changed, and make manifest and checksums agree with it."""
     import pyarrow.parquet as pq
 
-    from stillroom.signal_store import shard_entry
+    from stillroom.signal_store import shard_entry, write_manifest
 
     shard = path / "part-00000.parquet"
     table = pq.read_table(shard)
@@ -128,7 +128,8 @@ def damaged(path, change):
         writer.add_key_value_metadata({k.decode(): v.decode() for k, v in metadata.items() if k.startswith(b"hidden_")})
     manifest = read_json(path / "manifest.json")
     manifest["shards"][0] = shard_entry(shard)
-    write_json(path / "manifest.json", manifest)
+    manifest.pop("digest")
+    write_manifest(path, manifest)
 
 
 def set_values(column, dtype, change):
@@ -191,6 +192,18 @@ def test_an_edited_manifest_is_found(copy):
     manifest = read_json(copy / "manifest.json")
     manifest["layout"]["top_k"] = 5
     write_json(copy / "manifest.json", manifest)
+    for use in (verify_saved_data, archive, SignalStore.open):
+        with pytest.raises(UserError, match=r"manifest.json is not as it was written"):
+            use(copy)
+
+
+def test_a_store_made_anew_is_verified_anew(copy):
+    """The record of one store does not stand for another in its place."""
+    from stillroom.signal_store import write_manifest
+
+    manifest = read_json(copy / "manifest.json")
+    del manifest["digest"]
+    write_manifest(copy, {**manifest, "created": "2020-01-01T00:00:00Z"})
     with pytest.raises(UserError, match="changed after verification"):
         require_verified(SignalStore.open(copy))
 
@@ -211,7 +224,7 @@ def test_the_archive_is_whole_read_only_and_made_once(copy):
     snapshot = archive(copy)
     assert snapshot.name.startswith("data_20")
     assert archive(copy) == snapshot
-    assert all(p.stat().st_mode & 0o222 == 0 for p in snapshot.glob("*.parquet"))
+    assert all(p.stat().st_mode & 0o222 == 0 for p in [snapshot, *snapshot.rglob("*")])
     shutil.rmtree(copy)
     assert verify_saved_data(snapshot)["sampled"] == 20
     require_verified(SignalStore.open(snapshot))

@@ -6,7 +6,6 @@ BPE with byte fallback and BOS), so that the quickstart has everything that make
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from tokenizers import (
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stillroom.config import ModelRef, UserError
+from stillroom.provenance import atomic_path
 from stillroom.tasks import TASKS
 
 PREFIX = "builtin:"
@@ -55,10 +55,8 @@ def materialise(ref: ModelRef, folder: Path) -> ModelRef:
         raise UserError(f"model {ref.model!r}: built in are {', '.join(PREFIX + n for n in _SHAPES)}")
     target = folder / name
     if not target.is_dir():
-        building = folder / f".{name}.tmp"
-        shutil.rmtree(building, ignore_errors=True)
-        write_builtin(name, building)
-        building.rename(target)
+        with atomic_path(target) as building:
+            write_builtin(name, building)
     return ref.model_copy(update={"model": str(target)})
 
 

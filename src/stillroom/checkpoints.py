@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from stillroom.collation import Batch
 from stillroom.config import Training, UserError
 from stillroom.distillation_student import DistillationStudent, load_projector, save_student
 from stillroom.models import DTYPES
+from stillroom.provenance import atomic_path, remove_leftovers, remove_tree
 
 STATE = "trainer_state.pt"
 
@@ -57,33 +57,35 @@ def save_checkpoint(
     state: TrainingState,
     folder: Path,
     training: Training,
-    keep: str,
     final: bool,
 ) -> None:
-    """Write `checkpoint_<epoch>`, in one step; then drop what is no longer needed.
+    """Write `checkpoint_<epoch>`, in one step.
 
     The weights lie there in the training precision; `trainer_state.pt` holds them in float32, with the optimizer,
     until the trial is finished.
     """
     target = folder / f"checkpoint_{state.epoch}"
-    building = folder / f".{target.name}.tmp"
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    save_student(student, tokenizer, building, DTYPES[training.precision])
-    if not final:
-        whole = {
-            "student": student.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-            "state": {**vars(state)},
-        }
-        torch.save(whole, building / STATE)
-    shutil.rmtree(target, ignore_errors=True)
-    building.rename(target)
-    for old in checkpoints(folder):
-        if old != target and keep == "last":
-            shutil.rmtree(old)
-        elif old != target:
+    remove_leftovers(target)
+    with atomic_path(target) as building:
+        building.mkdir()
+        save_student(student, tokenizer, building, DTYPES[training.precision])
+        if not final:
+            whole = {
+                "student": student.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "state": {**vars(state)},
+            }
+            with (building / STATE).open("wb") as handle:  # a full disk is an OSError only through a handle of ours
+                torch.save(whole, handle)
+
+
+def drop_superseded(folder: Path, keep: str) -> None:
+    """Drop what the newest checkpoint replaces; after the last epoch, only once the trial's result is on disk."""
+    for old in checkpoints(folder)[:-1]:
+        if keep == "last":
+            remove_tree(old)
+        else:
             (old / STATE).unlink(missing_ok=True)
 
 

@@ -231,6 +231,7 @@ def save_corpus(examples: Examples, folder: Path, fingerprint: str) -> None:
         for part, members in (("train", examples.train), ("validation", examples.validation))
         for e in members
     ]
+    (folder / "corpus.json").unlink(missing_ok=True)  # it says what the other file is, so it goes first and comes last
     with atomic_path(folder / "corpus.parquet") as path:
         pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), path)
     write_json(folder / "corpus.json", {"fingerprint": fingerprint, "counts": examples.counts})
@@ -240,7 +241,13 @@ def load_corpus(folder: Path) -> tuple[Examples, str]:
     """Read what `save_corpus` wrote: the examples and their fingerprint."""
     described = read_json(folder / "corpus.json")
     parts: dict[str, list[Example]] = {"train": [], "validation": []}
-    for row in pq.read_table(folder / "corpus.parquet").to_pylist():
+    try:
+        rows = pq.read_table(folder / "corpus.parquet", schema=_SCHEMA).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(
+            f"{folder / 'corpus.parquet'} cannot be read: {error}; delete {folder} to make it anew"
+        ) from None
+    for row in rows:
         choices = tuple(row["choices"]) if row["choices"] is not None else None
         example = Example(row["task"], row["prompt"], row["answer"], choices, row["gold"], row.get("definition", ""))
         parts[row["split"]].append(example)

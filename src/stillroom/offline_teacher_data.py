@@ -21,7 +21,7 @@ from stillroom.config import Signals, UserError, fingerprint
 from stillroom.corpus import examples_digest
 from stillroom.encoding import Encoding, encode_many
 from stillroom.models import heads, output_logits, tokenizer_hash, vocabulary_size, width
-from stillroom.provenance import exclusive, file_sha256, package_versions, read_json, utc_now, write_json
+from stillroom.provenance import atomic_path, exclusive, file_sha256, package_versions, read_json, utc_now, write_json
 from stillroom.signal_store import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -33,6 +33,7 @@ from stillroom.signal_store import (
     shard_entry,
     shard_is_whole,
     shard_name,
+    write_manifest,
     write_shard,
 )
 from stillroom.store_checks import (
@@ -211,7 +212,7 @@ def _finish(
         "prompts": prompts,
         "shards": [shard_entry(store / shard_name(n)) for n in range(shards)],
     }
-    write_json(store / MANIFEST, manifest)
+    write_manifest(store, manifest)
 
 
 def verify_saved_data(path: Path | str, num_samples: int = 20, seed: int = 0) -> dict[str, Any]:
@@ -222,9 +223,11 @@ def verify_saved_data(path: Path | str, num_samples: int = 20, seed: int = 0) ->
     """
     path = Path(path)
     store = SignalStore.open(path)
-    (path / VERIFIED).unlink(missing_ok=True) if os.access(path, os.W_OK) else None
+    writable = os.access(path, os.W_OK)  # an archived store is not: it keeps the record it was archived with
+    if writable:
+        (path / VERIFIED).unlink(missing_ok=True)
     for shard in store.manifest["shards"]:
-        check_shard(path / shard["name"], shard)
+        check_shard(path / shard["name"], shard, store.manifest["fingerprint"])
     ids = sorted(store.index)
     for example_id in random.Random(seed).sample(ids, min(num_samples, len(ids))):
         check_example(store, store.read(example_id))
@@ -234,7 +237,10 @@ def verify_saved_data(path: Path | str, num_samples: int = 20, seed: int = 0) ->
         "examples": len(ids),
         "verified": utc_now(),
     }
-    write_json(path / VERIFIED, record)
+    if writable:
+        write_json(path / VERIFIED, record)
+    else:
+        require_verified(store)
     return record
 
 
@@ -250,18 +256,21 @@ def archive(path: Path | str) -> Path:
     for known in sorted(path.parent.glob(f"{path.name}_*")):
         if (known / MANIFEST).is_file() and file_sha256(known / MANIFEST) == digest:
             require_verified(SignalStore.open(known))
+            _make_read_only(known)
             return known
     target = path.with_name(f"{path.name}_{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}")
-    building = path.with_name(f".{target.name}.tmp")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir()
-    for name in [*(shard["name"] for shard in store.manifest["shards"]), MANIFEST, VERIFIED]:
-        _link_or_copy(path / name, building / name)
-        (building / name).chmod(0o444)
-    shutil.copytree(path / "tokenizer", building / "tokenizer")
-    building.rename(target)
-    target.chmod(0o555)
+    with atomic_path(target) as building:
+        building.mkdir()
+        for name in [*(shard["name"] for shard in store.manifest["shards"]), MANIFEST, VERIFIED]:
+            _link_or_copy(path / name, building / name)
+        shutil.copytree(path / "tokenizer", building / "tokenizer")
+    _make_read_only(target)
     return target
+
+
+def _make_read_only(snapshot: Path) -> None:
+    for found in [*snapshot.rglob("*"), snapshot]:
+        found.chmod(0o555 if found.is_dir() else 0o444)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import hashlib
 import json
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -35,22 +39,67 @@ _PACKAGES = (
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; on success it becomes `path` in one step, on failure it is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Give a temporary path beside `path`, for a file or a folder; on success it becomes `path` in one step.
+
+    On failure it is removed, and `UserError` says why the system did not write.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
+        _flush(temporary)
+        remove_tree(path)
         temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
-        ) from error
+    except Exception as error:
+        _discard(temporary)
+        reason = None if isinstance(error, UserError) else _system_reason(error)
+        if reason is None:
+            raise
+        raise UserError(f"cannot write {path}: {reason}; free space or choose another folder") from error
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _discard(temporary)
         raise
+
+
+def _flush(path: Path) -> None:
+    """Put a file, or all files of a folder, on the disk itself: a name must not outlive its content in a power cut."""
+    for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def _discard(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+
+
+def _system_reason(error: BaseException) -> str | None:
+    """What the system said, if it is why this failed; torch hides it in the context, Rust libraries in the text."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        return os.strerror(int(found[1]))
+    cause = error.__cause__ or error.__context__
+    return cause.strerror if isinstance(cause, OSError) and cause.errno in _FULL else None
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder so that, stopped half-way, nothing is left under its name; no folder, nothing done."""
+    if folder.is_dir():
+        leaving = folder.with_name(f".{folder.name}.{os.getpid()}.tmp.old")
+        folder.rename(leaving)
+        shutil.rmtree(leaving)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what a killed process left of its attempts to write `path`, which the caller alone may write now."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*tmp*"):
+        _discard(leftover)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -72,6 +121,8 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def file_sha256(path: Path) -> str:

@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 import torch
 from numpy import ndarray
 
-from stillroom.config import UserError
+from stillroom.config import UserError, fingerprint
 from stillroom.encoding import Encoding
-from stillroom.provenance import atomic_path, file_sha256, read_json
+from stillroom.provenance import atomic_path, file_sha256, read_json, remove_leftovers, write_json
 from stillroom.teacher_signals import TeacherSignals
 
 SCHEMA_VERSION = 1
@@ -125,18 +125,20 @@ def shard_name(number: int) -> str:
 
 def write_shard(
     path: Path,
-    fingerprint: str,
+    own: str,
     layout: Layout,
     rows: Iterable[tuple[str, str, Encoding, TeacherSignals]],
 ) -> None:
-    """Write one shard, row by row, whole or not at all."""
+    """Write one shard of the capture with fingerprint `own`, row by row, whole or not at all."""
+    remove_leftovers(path)
     metadata = {
         "stillroom_schema": str(SCHEMA_VERSION),
-        "stillroom_fingerprint": fingerprint,
+        "stillroom_fingerprint": own,
         "stillroom_shard": path.name,
     }
     with atomic_path(path) as temporary:
         options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+        options["write_page_checksum"] = True  # until the manifest has its SHA-256, a shard must vouch for itself
         with pq.ParquetWriter(temporary, SCHEMA.with_metadata(metadata), **options) as writer:
             squares, values = 0.0, 0
             for example_id, task, encoding, signals in rows:
@@ -159,7 +161,16 @@ def _row(example_id: str, task: str, encoding: Encoding, signals: TeacherSignals
 
 
 def shard_entry(path: Path) -> dict[str, Any]:
-    """What the manifest says of a shard: name, rows, bytes, SHA-256, examples in order."""
+    """What the manifest says of a shard: name, rows, bytes, SHA-256, examples in order.
+
+    `UserError` if its bytes are not those that were written.
+    """
+    try:
+        with pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
+            for row in range(file.num_row_groups):
+                file.read_row_group(row, use_threads=False)
+    except OSError as error:
+        raise UserError(f"{path} is damaged: {error}; delete it and run the same command again") from None
     table = pq.read_table(path, columns=["example_id", "tokens"])
     metadata = pq.read_metadata(path).metadata
     return {
@@ -174,16 +185,30 @@ def shard_entry(path: Path) -> dict[str, Any]:
     }
 
 
-def shard_is_whole(path: Path, fingerprint: str, example_ids: Sequence[str]) -> bool:
-    """Whether a shard on disk is the one this capture would write."""
-    if not path.is_file():
+def shard_is_whole(path: Path, own: str, example_ids: Sequence[str]) -> bool:
+    """Whether a shard on disk is the one the capture with fingerprint `own` would write."""
+    if not path.is_file() or shard_fingerprint(path) != own:
         return False
     try:
-        metadata = pq.read_schema(path).metadata or {}
         ids = pq.read_table(path, columns=["example_id"])["example_id"].to_pylist()
     except (pa.ArrowInvalid, OSError):
         return False
-    return metadata.get(b"stillroom_fingerprint") == fingerprint.encode() and ids == list(example_ids)
+    return bool(ids == list(example_ids))
+
+
+def shard_fingerprint(path: Path) -> str | None:
+    """Fingerprint of the capture that wrote a shard; None where it cannot be read."""
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (pa.ArrowInvalid, OSError):
+        return None
+    found = metadata.get(b"stillroom_fingerprint")
+    return None if found is None else found.decode(errors="replace")
+
+
+def write_manifest(store: Path, manifest: dict[str, Any]) -> None:
+    """Write a store's manifest, with the digest by which an edited one is known."""
+    write_json(store / MANIFEST, {"digest": fingerprint(manifest), **manifest})
 
 
 @dataclass
@@ -204,6 +229,8 @@ class SignalStore:
         manifest = read_json(path / MANIFEST)
         if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
             raise UserError(f"{path}: its schema version is not {SCHEMA_VERSION}; capture it again with this version")
+        if manifest.pop("digest", None) != fingerprint(manifest):
+            raise UserError(f"{path / MANIFEST} is not as it was written (its digest differs); capture the store again")
         return cls(path, manifest)
 
     @cached_property

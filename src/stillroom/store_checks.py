@@ -9,15 +9,20 @@ import numpy as np
 
 from stillroom.config import UserError
 from stillroom.provenance import file_sha256, read_json
-from stillroom.signal_store import MANIFEST, SignalStore, StoredExample
+from stillroom.signal_store import MANIFEST, SignalStore, StoredExample, shard_fingerprint
 
 VERIFIED = "verified.json"
 
 
-def check_shard(path: Path, entry: dict[str, Any]) -> None:
-    """Raise `UserError` unless the shard is there with the size and SHA-256 of its manifest entry."""
+def check_shard(path: Path, entry: dict[str, Any], own: str) -> None:
+    """Raise `UserError` unless the shard is there with the size and SHA-256 of its manifest entry.
+
+    `own` is the store's fingerprint: a shard that another capture wrote is called that.
+    """
     if not path.is_file():
         raise UserError(f"{path} is missing")
+    if (found := shard_fingerprint(path)) not in (None, own):
+        raise UserError(f"{path} belongs to another capture: its fingerprint is {found}, the store's {own}")
     if path.stat().st_size != entry["bytes"]:
         raise UserError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}: truncated?")
     if file_sha256(path) != entry["sha256"]:

@@ -19,7 +19,7 @@ import torch
 
 from stillroom.attention_capture import check_capture
 from stillroom.batches import Prefetched, Prepared, epoch_order, measure_coverage, prepare, require_coverage
-from stillroom.checkpoints import TrainingState, last_checkpoint, restore_checkpoint, save_checkpoint
+from stillroom.checkpoints import TrainingState, drop_superseded, last_checkpoint, restore_checkpoint, save_checkpoint
 from stillroom.collation import Batch, Collator, teacher_to_student_ids
 from stillroom.config import Evaluation, Group, ModelRef, Objective, Training, UserError
 from stillroom.corpus import Examples
@@ -147,10 +147,14 @@ def train(
         state.epoch, state.epochs = epoch + 1, [*state.epochs, metrics]
         final = epoch + 1 == training.epochs
         save_predictions(predictions, folder / f"predictions_{epoch + 1}.parquet")
-        save_checkpoint(student, tokenizer, optimizer, scaler, state, folder, training, keep_checkpoints, final)
+        save_checkpoint(student, tokenizer, optimizer, scaler, state, folder, training, final)
+        if not final:
+            drop_superseded(folder, keep_checkpoints)
         report(metrics)
 
-    return _finish(trial, own, state, coverage, folder, student)
+    result = _finish(trial, own, state, coverage, folder, student)
+    drop_superseded(folder, keep_checkpoints)
+    return result
 
 
 def seed_step(seed: int, step: int) -> None:
