@@ -24,10 +24,10 @@ SEEDS = {"seeds": (0,)}
 )
 def test_concurrency_follows_the_gpus_else_the_cores(settings, cluster, resources, concurrent):
     """As many trials as the GPUs allow; fewer cores than asked for do not stop a study."""
-    assert trial_resources(Sweep(**SEEDS, **settings), cluster) == (resources, concurrent)
+    assert trial_resources(Sweep(**SEEDS, **settings), [cluster]) == (resources, concurrent)
 
 
 def test_more_gpus_than_there_are_is_said():
     """A trial that could never start would wait for ever."""
     with pytest.raises(UserError, match=r"gpus_per_trial: 4\.0 asked for, 2 found"):
-        trial_resources(Sweep(**SEEDS, gpus_per_trial=4), {"CPU": 8, "GPU": 2})
+        trial_resources(Sweep(**SEEDS, gpus_per_trial=4), [{"CPU": 8, "GPU": 2}])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from stillroom.collation import Batch
-from stillroom.config import Training, UserError
+from stillroom.config import Retention, Training, UserError
 from stillroom.distillation_student import DistillationStudent, load_projector, save_student
 from stillroom.models import DTYPES
 from stillroom.provenance import atomic_path, remove_leftovers, remove_tree
@@ -80,13 +80,25 @@ def save_checkpoint(
                 torch.save(whole, handle)
 
 
-def drop_superseded(folder: Path, keep: str) -> None:
-    """Drop what the newest checkpoint replaces; after the last epoch, only once the trial's result is on disk."""
-    for old in checkpoints(folder)[:-1]:
-        if keep == "last":
-            remove_tree(old)
-        else:
+def drop_superseded(folder: Path, keep: Retention, epochs: Sequence[dict[str, Any]], finished: bool) -> None:
+    """Drop the checkpoints that `keep` does not ask for; after the last epoch, only once the trial's result is on disk.
+
+    An unfinished trial has its newest in any case, to go on from; older ones need no `trainer_state.pt`.
+    """
+    *older, newest = checkpoints(folder)
+    best = folder / f"checkpoint_{best_epoch(epochs)}"
+    for old in older:
+        if keep == "all" or (keep == "best" and old == best):
             (old / STATE).unlink(missing_ok=True)
+        else:
+            remove_tree(old)
+    if finished and keep == "best" and newest != best:
+        remove_tree(newest)
+
+
+def best_epoch(epochs: Sequence[dict[str, Any]]) -> int:
+    """The epoch of highest `validation_accuracy`; the earliest of several."""
+    return int(max(epochs, key=lambda metrics: (metrics["validation_accuracy"], -metrics["epoch"]))["epoch"])
 
 
 def restore_checkpoint(

@@ -1,128 +1,200 @@
-"""Groups × seeds on Ray Tune. The only module that imports ray; `train_student.train` runs as well without it."""
+"""Groups × seeds on Ray Tune, and capture shared among Ray's workers. The only module that imports ray.
+
+Ray finds a place for each job and starts it again elsewhere; what a job has done is on disk, in folders that every
+node sees, so `jobs.run_trial` and `jobs.run_capture` run as well without Ray.
+"""
 
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import os
-import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stillroom.config import EXPERIMENT, Evaluation, ModelRef, Objective, Sweep, Training, UserError
-from stillroom.corpus import load_corpus
-from stillroom.provenance import exclusive, read_json, write_json
-from stillroom.train_student import RESULT, Trial, train
+from stillroom.config import EXPERIMENT, Sweep, UserError
+from stillroom.jobs import ERROR, CapturePlan, Progress, TrialPlan, error_of, failures, finished, run_capture, run_trial
+from stillroom.provenance import exclusive, package_digest, write_text
+from stillroom.shares import Share
+from stillroom.signal_store import MANIFEST, SHARDS
 
-ERROR = "error.json"
+Watch = Callable[[str, dict[str, Any]], None]
 
+_ORPHAN_SECONDS = 300.0
+"""How long a trial waits for a process that still has its folder: one on a node that Ray has given up, say."""
 
-@dataclass(frozen=True)
-class TrialPlan:
-    """All that one trial needs, by path, so that it can run in any process that sees the same files."""
+_PROBE_SECONDS = 300.0
+"""How long a node may take to start a worker and import this package."""
 
-    trial: Trial
-    student: ModelRef
-    training: Training
-    objective: Objective
-    evaluation: Evaluation
-    corpus: Path
-    store: Path
-    experiment: Path
-    minimum_coverage: float
-    keep_checkpoints: str
-
-    @property
-    def folder(self) -> Path:
-        """Where the trial writes."""
-        return self.experiment / self.trial.name
+_WORKER_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
-def run_trial(
-    plan: TrialPlan,
-    report: Callable[[dict[str, Any]], None] = lambda metrics: None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Any]:
-    """Train one trial to its end; on failure leave `error.json` in its folder and raise."""
-    examples, _ = load_corpus(plan.corpus)
-    try:
-        result = train(
-            plan.trial,
-            plan.student,
-            plan.training,
-            plan.objective,
-            plan.evaluation,
-            examples,
-            plan.store,
-            plan.folder,
-            minimum_coverage=plan.minimum_coverage,
-            keep_checkpoints=plan.keep_checkpoints,
-            report=report,
-            progress=progress,
-        )
-    except Exception as error:
-        write_json(
-            plan.folder / ERROR,
-            {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()},
-        )
-        raise
-    (plan.folder / ERROR).unlink(missing_ok=True)
-    return result
-
-
-def finished(plan: TrialPlan) -> bool:
-    """Whether the trial has its result. Its folder's name holds a fingerprint of all it was made from."""
-    return (plan.folder / RESULT).is_file()
-
-
-def sweep(
-    plans: Sequence[TrialPlan], settings: Sweep, storage: Path, watch: Callable[[str, dict[str, Any]], None]
-) -> dict[str, str]:
+def sweep(plans: Sequence[TrialPlan], settings: Sweep, storage: str, watch: Watch) -> dict[str, str]:
     """Run the trials that are not finished; return the error of each one that failed on every try, by name.
 
-    `watch` is called with an event (started, epoch, finished, failed) and its facts. The other trials go on when
-    one fails. Raises `UserError` if another sweep is writing here.
+    `storage` is where Ray keeps its own files: a folder or a URI. `watch` is called with an event (started, epoch,
+    finished, failed) and its facts. The other trials go on when one fails. A trial lost with its node goes on from
+    its checkpoint on another, and that is not one of its tries. Raises `UserError` if another sweep is writing
+    here, or if a node does not see what a trial needs.
     """
     missing = {plan.trial.name: plan for plan in plans if not finished(plan)}
     if not missing:
         return {}
-    with exclusive(plans[0].experiment, "sweep"):
-        _start_ray()
-        _tune(missing, settings, storage, watch)
-    return {name: _error_of(plan) for name, plan in missing.items() if not finished(plan)}
+    with exclusive(plans[0].experiment, "sweep"), _ray(settings.address):
+        for plan in missing.values():
+            (plan.folder / ERROR).unlink(missing_ok=True)
+        pending = missing
+        while pending:
+            gone = {node["NodeID"] for node in _nodes(alive=False)}
+            _tune(pending, settings, storage, watch)
+            lost = {node["NodeID"] for node in _nodes(alive=False)} - gone
+            again = {n: p for n, p in pending.items() if not finished(p) and failures(p) <= settings.retries}
+            pending = again if lost else {}
+    return {name: error_of(plan) for name, plan in missing.items() if not finished(plan)}
 
 
-def _start_ray() -> None:
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+def capture_on_workers(plan: CapturePlan, workers: int, address: str | None, examples: int, progress: Progress) -> None:
+    """Capture a store of so many examples by so many Ray workers, a share each.
+
+    `progress` counts the examples of whole shards. Raises a worker's `UserError`, or one that names a node which
+    does not see what the work needs.
+    """
+    workers = min(workers, -(-examples // plan.signals.shard_examples))
+    with _ray(address):
+        import ray
+
+        cluster = _nodes()
+        resources = worker_resources(workers, [node["Resources"] for node in cluster])
+        models = [Path(ref.model) for ref in (plan.teacher, plan.tokenizer) if Path(ref.model).is_dir()]
+        _require_sight(cluster, resources, [plan.corpus, *models], [plan.store])
+        work = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))(_capture_share)
+        pending = [work.remote(plan, Share(n + 1, workers), resources["CPU"]) for n in range(workers)]
+        try:
+            while pending:
+                done, pending = ray.wait(pending, timeout=2)
+                for reference in done:
+                    _await(reference)
+                whole = len(list(plan.store.glob(SHARDS)))
+                progress(min(examples, whole * plan.signals.shard_examples), examples)
+        finally:
+            for reference in pending:
+                ray.cancel(reference, force=True)
+
+
+def _capture_share(plan: CapturePlan, share: Share, threads: float) -> None:
+    torch.set_num_threads(max(1, int(threads)))
+    run_capture(plan, share)
+
+
+def _await(reference: Any) -> None:
+    import ray
+
+    try:
+        ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        raise UserError(f"a worker was lost: {error}; the same command goes on where it stopped") from error
+
+
+@contextmanager
+def _ray(address: str | None) -> Iterator[None]:
+    """Ray, for the length of a sweep or capture: the cluster at `address` or RAY_ADDRESS, else one of our own.
+
+    Our own is kept for the next sweep of this process.
+    """
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C leaves at once; finished epochs are on disk
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # our own progress stands in for Ray's tables
+    for name, value in _WORKER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     import ray
 
-    if not ray.is_initialized():
-        ray.init(
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": {"TOKENIZERS_PARALLELISM": "false"}},
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local" and ray.is_initialized():
+        yield
+        return
+    if address.startswith("ray://"):
+        raise UserError(
+            f"sweep.address: {address} is a Ray client's address; run stillroom on a node of the cluster instead, "
+            "as a Ray job for instance, with address=auto"
         )
+    ray.shutdown()
+    own: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    environment = {"env_vars": _WORKER_ENVIRONMENT}
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **own)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"sweep.address: no Ray cluster can be joined at {address} (sweep.address or RAY_ADDRESS): {error}; "
+            "start one with `ray start`, or leave both out to use this machine alone"
+        ) from error
+    try:
+        yield
+    finally:
+        if address != "local":
+            ray.shutdown()
 
 
-def _tune(
-    missing: dict[str, TrialPlan],
-    settings: Sweep,
-    storage: Path,
-    watch: Callable[[str, dict[str, Any]], None],
-) -> None:
+def _nodes(alive: bool = True) -> list[dict[str, Any]]:
     import ray
+
+    return [node for node in ray.nodes() if node["Alive"] == alive]
+
+
+def _require_sight(
+    cluster: Sequence[dict[str, Any]], resources: dict[str, float], paths: list[Path], folders: list[Path]
+) -> None:
+    """Raise `UserError` naming the node unless each that has the resources sees package, paths and folders as here."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def look(digest: str, paths: list[Path], probes: list[Path]) -> list[str]:  # within: sent whole, not by its name
+        try:
+            from stillroom.jobs import unseen
+        except Exception as error:
+            return [f"it cannot import stillroom ({type(error).__name__}: {error}); install the version used here"]
+        return unseen(digest, paths, probes)
+
+    asked = []
+    for node in cluster:
+        if any(node["Resources"].get(name, 0) < wanted for name, wanted in resources.items()):
+            continue
+        probes = [folder / f".{node['NodeID']}.probe" for folder in folders]
+        for probe in probes:
+            write_text(probe, "")
+        where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=where)(look)
+        asked.append((node, probes, task.remote(package_digest(), paths, probes)))
+    for node, probes, reference in asked:
+        name = f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+        try:
+            faults = ray.get(reference, timeout=_PROBE_SECONDS)
+        except ray.exceptions.RayError as error:
+            faults = [f"it does not answer: {error}"]
+        finally:
+            for probe in probes:
+                probe.unlink(missing_ok=True)
+        if faults:
+            listed = "; ".join(faults)
+            raise UserError(f"{name}: {listed}. Every node must see the same files under the same paths")
+
+
+def _tune(missing: dict[str, TrialPlan], settings: Sweep, storage: str, watch: Watch) -> None:
     from ray import tune
 
-    resources, concurrent = trial_resources(settings, ray.cluster_resources())
+    cluster = _nodes()
+    resources, concurrent = trial_resources(settings, [node["Resources"] for node in cluster])
+    plan = next(iter(missing.values()))
+    student = [Path(plan.student.model)] if Path(plan.student.model).is_dir() else []
+    folders = [plan.experiment, *([] if "://" in storage else [Path(storage)])]
+    _require_sight(cluster, resources, [plan.corpus, plan.store / MANIFEST, *student], folders)
     trainable = tune.with_resources(
         tune.with_parameters(_trainable, plans=missing, threads=resources["CPU"]), resources
     )
@@ -138,7 +210,7 @@ def _tune(
         ),
         run_config=tune.RunConfig(
             name=EXPERIMENT,
-            storage_path=str(storage.resolve()),
+            storage_path=storage,
             failure_config=tune.FailureConfig(max_failures=settings.retries),
             callbacks=[_watcher(watch)],
             verbose=0,
@@ -147,35 +219,55 @@ def _tune(
     tuner.fit()
 
 
-def _trainable(config: dict[str, Any], plans: dict[str, TrialPlan], threads: int) -> None:
+def _trainable(config: dict[str, Any], plans: dict[str, TrialPlan], threads: float) -> None:
     """What Ray calls in a worker: one trial, each epoch's metrics reported."""
     from ray import tune
 
     gc.collect()  # the worker is used again: the last trial's models must not wait for a full collection
     torch.set_num_threads(max(1, int(threads)))
-    run_trial(plans[config["trial"]], lambda metrics: tune.report(_numbers(metrics)))
+    run_trial(plans[config["trial"]], lambda metrics: tune.report(_numbers(metrics)), wait=_ORPHAN_SECONDS)
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in metrics.items() if isinstance(value, int | float)}
 
 
-def trial_resources(settings: Sweep, cluster: dict[str, float]) -> tuple[dict[str, float], int]:
-    """Resources of a trial, and how many run at once: as many as the GPUs found allow, else the cores."""
-    cores, gpus = cluster.get("CPU", 1.0), cluster.get("GPU", 0.0)
-    cpus = min(float(settings.cpus_per_trial), cores)
-    if gpus and settings.gpus_per_trial:
-        if settings.gpus_per_trial > gpus:
-            raise UserError(f"sweep.gpus_per_trial: {settings.gpus_per_trial} asked for, {gpus:g} found")
-        cpus = min(cpus, cores * settings.gpus_per_trial / gpus) if cores >= 1 else 1.0
-        resources = {"CPU": max(1.0, float(int(cpus))), "GPU": settings.gpus_per_trial}
-        fit = int(gpus / settings.gpus_per_trial)
-    else:
-        resources, fit = {"CPU": cpus}, max(1, int(cores / cpus))
+def trial_resources(settings: Sweep, nodes: Sequence[dict[str, float]]) -> tuple[dict[str, float], int]:
+    """Resources of a trial, and how many run at once: as many as the GPUs found allow, else the cores.
+
+    `nodes` are the resources of each node; a trial runs within one.
+    """
+    resources, fit = _fitting(settings.gpus_per_trial, settings.cpus_per_trial, nodes, "sweep.gpus_per_trial")
     return resources, min(fit, settings.max_concurrent or fit)
 
 
-def _watcher(watch: Callable[[str, dict[str, Any]], None]) -> Any:
+def worker_resources(workers: int, nodes: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Resources of one of so many capturing workers: its part of the GPUs, one at least, and of the cores."""
+    gpus, cores = (sum(node.get(name, 0.0) for node in nodes) / workers for name in ("GPU", "CPU"))
+    within = max(node.get("GPU", 0.0) for node in nodes)
+    return _fitting(min(max(1, int(gpus)), within), max(1, int(cores)), nodes, "--workers")[0]
+
+
+def _fitting(
+    gpus: float, cpus: float, nodes: Sequence[dict[str, float]], asked_by: str
+) -> tuple[dict[str, float], int]:
+    """What a job gets where there are GPUs, or else cores, and how many such jobs fit; fewer cores stop none."""
+    with_gpus = [node for node in nodes if node.get("GPU", 0) > 0] if gpus else []
+    usable = [node for node in with_gpus or nodes if node.get("GPU", 0) >= gpus or not with_gpus]
+    if not usable:
+        found = max(node["GPU"] for node in with_gpus)
+        raise UserError(f"{asked_by}: {gpus} asked for, {found:g} found on a node")
+    if with_gpus:
+        part = min(node.get("CPU", 1.0) * gpus / node["GPU"] for node in usable)
+        return {"CPU": max(1.0, float(int(min(cpus, part)))), "GPU": gpus}, sum(int(n["GPU"] / gpus) for n in usable)
+    cores = max((node.get("CPU", 0.0) for node in usable), default=0.0)
+    if not cores:
+        raise UserError("no node of the Ray cluster has a CPU to give")
+    cpus = min(float(cpus), cores)
+    return {"CPU": cpus}, sum(int(node.get("CPU", 0.0) / cpus) for node in usable)
+
+
+def _watcher(watch: Watch) -> Any:
     from ray import tune
 
     class Watcher(tune.Callback):  # type: ignore[misc]
@@ -194,10 +286,3 @@ def _watcher(watch: Callable[[str, dict[str, Any]], None]) -> Any:
             watch("failed", {"trial": trial.config["trial"]})
 
     return Watcher()
-
-
-def _error_of(plan: TrialPlan) -> str:
-    try:
-        return str(read_json(plan.folder / ERROR)["error"])
-    except (UserError, KeyError, json.JSONDecodeError):
-        return "no result and no error message: the process was stopped"

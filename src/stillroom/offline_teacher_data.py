@@ -22,6 +22,7 @@ from stillroom.corpus import examples_digest
 from stillroom.encoding import Encoding, encode_many
 from stillroom.models import heads, output_logits, tokenizer_hash, vocabulary_size, width
 from stillroom.provenance import atomic_path, exclusive, file_sha256, package_versions, read_json, utc_now, write_json
+from stillroom.shares import Share, hold, plan_shards, token_batches
 from stillroom.signal_store import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -55,6 +56,7 @@ __all__ = [
     "_to_py",
     "archive",
     "capture",
+    "capture_share",
     "made_from",
     "require_matching",
     "require_verified",
@@ -85,33 +87,56 @@ def capture(
     origin: dict[str, Any],
     progress: Progress = lambda done, total: None,
 ) -> SignalStore:
-    """Run the teacher over every example and write the store; shards that are whole already are kept.
+    """Run the teacher over every example and write the store: `capture_share` of all of it."""
+    capture_share(model, tokenizer, examples, signals, store, origin, Share(), progress)
+    return SignalStore.open(store)
 
+
+def capture_share(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    signals: Signals,
+    store: Path,
+    origin: dict[str, Any],
+    share: Share,
+    progress: Progress = lambda done, total: None,
+) -> bool:
+    """Run the teacher over a share of the examples; shards that are whole already are kept.
+
+    The process that makes the last missing shard also writes the manifest. Returns whether the store is finished.
     `origin` comes from `made_from`. Raises `UserError` if the folder holds another capture, if k exceeds the
     vocabulary, if the disk is too small, or if the architecture's attention cannot be captured.
     """
     layout = _layout(model, signals)
     encodings = encode_many(tokenizer, [example.text for example in examples])
     own = fingerprint(origin)
-    shards = _plan_shards(encodings, signals.shard_examples)
-    with exclusive(store, "capture"):
+    shards = plan_shards(encodings, signals.shard_examples)
+
+    def missing() -> list[int]:
+        return [n for n, rows in enumerate(shards) if not _done(store, n, rows, examples, own)]
+
+    with hold(store, share):
         _claim(store, origin)
-        missing = [n for n, rows in enumerate(shards) if not _done(store, n, rows, examples, own)]
-        _require_space(store, sum(len(encodings[i]) for n in missing for i in shards[n]), encodings, layout)
-        longest = max(range(len(encodings)), key=lambda i: len(encodings[i]))
-        if missing:
-            probe = torch.from_numpy(encodings[longest].ids.astype("int64"))[None].to(model.device)
+        absent = missing()
+        _require_space(store, sum(len(encodings[i]) for n in absent for i in shards[n]), encodings, layout)
+        mine = share.shards(len(shards))
+        total = sum(len(shards[n]) for n in mine)
+        done = sum(len(shards[n]) for n in mine if n not in absent)
+        if done < total:
+            longest = max(encodings, key=len)
+            probe = torch.from_numpy(longest.ids.astype("int64"))[None].to(model.device)
             check_capture(model, probe, lambda hidden: output_logits(model, hidden))
-        done = sum(len(rows) for n, rows in enumerate(shards) if n not in missing)
-        progress(done, len(examples))
-        for number in missing:
+        progress(done, total)
+        for number in (n for n in mine if n in absent):
             rows = _signals_of(model, examples, encodings, shards[number], signals)
-            counted = _counted(rows, lambda n, base=done: progress(base + n, len(examples)))  # type: ignore[misc]
+            counted = _counted(rows, lambda n, base=done: progress(base + n, total))  # type: ignore[misc]
             write_shard(store / shard_name(number), own, layout, counted)
             done += len(shards[number])
-        tokenizer.save_pretrained(store / "tokenizer")
-        _finish(store, layout, origin, len(shards), examples, vocabulary_size(model))
-    return SignalStore.open(store)
+    with exclusive(store, "capture", ".merging", wait=-1):
+        if finished := not missing():
+            _finish(store, layout, origin, len(shards), examples, tokenizer, vocabulary_size(model))
+    return finished
 
 
 def _layout(model: PreTrainedModel, signals: Signals) -> Layout:
@@ -121,18 +146,13 @@ def _layout(model: PreTrainedModel, signals: Signals) -> Layout:
     return Layout(signals.top_k, width(model.config), heads(model.config), signals.dtype, id_dtype(vocabulary))
 
 
-def _plan_shards(encodings: Sequence[Encoding], size: int) -> list[list[int]]:
-    """Which examples go into which shard: sorted by length, so that a batch needs little padding."""
-    ordered = sorted(range(len(encodings)), key=lambda i: (-len(encodings[i]), i))
-    return [ordered[first : first + size] for first in range(0, len(ordered), size)]
-
-
 def _claim(store: Path, origin: dict[str, Any]) -> None:
     """Mark an empty folder as this capture's, or check that it is; a finished store counts as marked."""
     marker = store / "capture.json"
+    foreign = any(store.glob("*.parquet")) or (store / MANIFEST).exists()  # looked for first: others may be starting
     if marker.exists():
         refuse_difference(store, read_json(marker), origin)
-    elif any(store.glob("*.parquet")) or (store / MANIFEST).exists():
+    elif foreign:
         raise UserError(f"{store} holds files of another capture; choose another folder with paths.store")
     else:
         write_json(marker, origin)
@@ -162,24 +182,13 @@ def _signals_of(
     signals: Signals,
 ) -> Iterator[tuple[str, str, Encoding, TeacherSignals]]:
     dtype = {"float16": torch.float16, "float32": torch.float32}[signals.dtype]
-    for batch in _token_batches(rows, encodings, signals.batch_tokens):
+    for batch in token_batches(rows, encodings, signals.batch_tokens):
         try:
             results = compute_signals(model, [encodings[i] for i in batch], signals.top_k, dtype)
         except UserError as error:
             raise UserError(f"examples {[examples[i].example_id for i in batch]}: {error}") from None
         for i, result in zip(batch, results, strict=True):
             yield examples[i].example_id, examples[i].task, encodings[i], result
-
-
-def _token_batches(rows: Sequence[int], encodings: Sequence[Encoding], budget: int) -> Iterator[list[int]]:
-    batch: list[int] = []
-    for i in rows:
-        if batch and len(encodings[batch[0]]) * (len(batch) + 1) > budget:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
 
 
 def _counted(rows: Iterator[Any], report: Callable[[int], None]) -> Iterator[Any]:
@@ -194,10 +203,13 @@ def _finish(
     origin: dict[str, Any],
     shards: int,
     examples: Sequence[Example],
+    tokenizer: Any,
     vocabulary: int,
 ) -> None:
+    """Write the manifest, and the tokenizer beside it, unless they are there."""
     if (store / MANIFEST).exists():
         return
+    tokenizer.save_pretrained(store / "tokenizer")
     prompts: dict[str, str] = {}
     for example in examples:
         prompts.setdefault(example.task, example.prompt)

@@ -215,11 +215,14 @@ def _training(study: Study, lengths: dict[str, _Lengths]) -> dict[str, int]:
 
 def _disk(study: Study, student: _Shape, trials: int) -> dict[str, int]:
     saved = student.parameters * (4 if study.training.precision == "float32" else 2)
-    kept = 1 if study.sweep.keep_checkpoints == "last" else study.training.epochs
+    keep, earlier = study.sweep.keep_checkpoints, study.training.epochs - 1
+    kept = study.training.epochs if keep == "all" else 1
+    passing = min({"last": 1, "best": 2, "all": 0}[keep], earlier)  # until the next checkpoint is whole
+    states = min(2, earlier)  # float32 weights and two moments; none with the last epoch's
     return {
         "checkpoint": saved,
         "checkpoints": saved * kept * trials,
-        "optimizer_state_of_a_running_trial": 12 * student.parameters,
+        "more_while_a_trial_runs": saved * passing + 12 * student.parameters * states,
     }
 
 

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
@@ -43,7 +44,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     On failure it is removed, and `UserError` says why the system did not write.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")  # processes of two nodes can have one number
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -91,7 +92,7 @@ def _system_reason(error: BaseException) -> str | None:
 def remove_tree(folder: Path) -> None:
     """Remove a folder so that, stopped half-way, nothing is left under its name; no folder, nothing done."""
     if folder.is_dir():
-        leaving = folder.with_name(f".{folder.name}.{os.getpid()}.tmp.old")
+        leaving = folder.with_name(f".{folder.name}.{uuid4().hex}.tmp.old")
         folder.rename(leaving)
         shutil.rmtree(leaving)
 
@@ -137,12 +138,15 @@ def utc_now() -> str:
 
 
 @contextmanager
-def exclusive(folder: Path, what: str) -> Iterator[None]:
-    """Hold `folder` for one writer; a second one is refused at once. The lock dies with its process."""
+def exclusive(folder: Path, what: str, name: str = ".lock", wait: float = 0) -> Iterator[None]:
+    """Hold a lock in `folder`, which dies with its process; refused at once if it is held, or after `wait` seconds.
+
+    A negative `wait` has no end.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
+        lock = FileLock(folder / name)
+        lock.acquire(timeout=wait)
     except Timeout:
         raise UserError(f"{folder}: another {what} is writing here; wait for it or choose another folder") from None
     except OSError as error:
@@ -162,6 +166,13 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             versions[name] = "absent"
     return versions
+
+
+def package_digest() -> str:
+    """Digest of this package's own files, by which two machines can tell that they run the same one."""
+    here = Path(__file__).resolve().parent
+    files = sorted(p for p in here.rglob("*") if p.suffix in {".py", ".yaml", ".j2"})
+    return hashlib.sha256("".join(f"{p.relative_to(here)} {file_sha256(p)}" for p in files).encode()).hexdigest()[:16]
 
 
 def git_commit() -> str | None:

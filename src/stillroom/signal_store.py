@@ -26,6 +26,7 @@ from stillroom.teacher_signals import TeacherSignals
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+SHARDS = "part-*.parquet"
 Signal = Literal["topk", "hidden", "attention"]
 
 SCHEMA = pa.schema(

@@ -18,7 +18,8 @@ from stillroom.analysis.frame import PLANNED, SUMMARY, read_results, summary_fra
 from stillroom.analysis.report import write_report
 from stillroom.config import EXPERIMENT, Group, ModelRef, Precision, UserError, fingerprint
 from stillroom.evaluation import measure_baseline
-from stillroom.experiment import TrialPlan, finished, run_trial, sweep
+from stillroom.experiment import capture_on_workers, sweep
+from stillroom.jobs import CapturePlan, TrialPlan, finished, run_capture, run_trial
 from stillroom.models import (
     DTYPES,
     default_device,
@@ -30,6 +31,7 @@ from stillroom.models import (
 )
 from stillroom.provenance import exclusive, read_json, record_run, utc_now, write_json
 from stillroom.recomputation import check_with_head, recompute, sample_ids
+from stillroom.shares import Share
 from stillroom.signal_store import MANIFEST, SignalStore
 from stillroom.sources import Sources
 from stillroom.tracker import Tracker
@@ -66,10 +68,12 @@ class Workspace(Sources):
         """What the study's store must have been made from."""
         return otd.made_from(self.teacher_identity, self.tokenizers[0], self.study.signals, self.examples.all)
 
-    def capture(self) -> SignalStore:
+    def capture(self, share: Share | None = None, workers: int = 0) -> SignalStore | None:
         """Run the teacher over the corpus, unless a finished store of the same origin is there.
 
-        A finished and archived store of another origin gives way; one that is not archived is refused.
+        With a share, this process does that part, and the result is None until every part is done. With workers,
+        so many on Ray share the work. A finished and archived store of another origin gives way; one that is not
+        archived is refused.
         """
         origin = self.origin()
         if self._archived(origin) is None or (self.store_path / MANIFEST).is_file():
@@ -78,25 +82,39 @@ class Workspace(Sources):
             store = SignalStore.open(self.store_path)
             otd.require_matching(store, origin)
             return store
-        teacher = load_model(self.adapt(), self.study.teacher.dtype, "auto")
-        store = otd.capture(
-            teacher,
-            self.tokenizers[0],
-            self.examples.all,
-            self.study.signals,
-            self.store_path,
-            origin,
-            lambda done, total: self.progress("capturing the teacher's signals, examples", done, total),
+        plan = CapturePlan(
+            teacher=_absolute(self.adapt()),
+            tokenizer=_absolute(self.teacher_ref),
+            precision=self.study.teacher.dtype,
+            signals=self.study.signals,
+            corpus=(self.results / "corpus").resolve(),
+            store=self.store_path.resolve(),
+            origin=origin,
         )
+        of_share = f", share {share.number} of {share.of}" if share else ""
+
+        def progress(done: int, total: int) -> None:
+            self.progress(f"capturing the teacher's signals{of_share}, examples", done, total)
+
+        if workers:
+            capture_on_workers(plan, workers, self.study.sweep.address, len(self.examples.all), progress)
+        elif not run_capture(plan, share or Share(), progress):
+            return None
         self._record("capture", {"made_from": origin, "store": str(self.store_path)})
-        return store
+        return SignalStore.open(self.store_path)
 
     def _make_room(self, origin: dict[str, Any]) -> None:
-        if not (self.store_path / MANIFEST).is_file():
-            return
-        made_from = SignalStore.open(self.store_path).manifest["made_from"]
-        if made_from != origin and self._archived(made_from) is not None:
-            shutil.rmtree(self.store_path)
+        def in_the_way() -> bool:
+            if not (self.store_path / MANIFEST).is_file():
+                return False
+            made_from = SignalStore.open(self.store_path).manifest["made_from"]
+            return bool(made_from != origin) and self._archived(made_from) is not None
+
+        if in_the_way():
+            # the processes of a divided capture start together: what one has begun, another must not remove
+            with exclusive(self.store_path.parent, "capture", f".{self.store_path.name}.lock", wait=60):
+                if in_the_way():
+                    shutil.rmtree(self.store_path)
 
     def verify(self, samples: int = 20, recomputed: int = 0) -> dict[str, Any]:
         """The gate: check the store and that it is this study's; see `verify_saved_data`.
@@ -172,7 +190,7 @@ class Workspace(Sources):
         plans = [
             TrialPlan(
                 trial=Trial(self.trial_id(group, seed, store), group, seed),
-                student=self.student_ref.model_copy(update={"model": _absolute(self.student_ref.model)}),
+                student=_absolute(self.student_ref),
                 training=self.study.training,
                 objective=self.study.objective,
                 evaluation=self.study.evaluation,
@@ -223,19 +241,22 @@ class Workspace(Sources):
     def sweep(self) -> dict[str, str]:
         """Run the trials that are missing, then write the summary; returns the errors of failed trials by name."""
         plans = self.plans()
-        done = sum(finished(plan) for plan in plans)
-        state = {"done": done, "failed": 0}
+        done, failed = sum(finished(plan) for plan in plans), set[str]()
 
         def watch(event: str, facts: dict[str, Any]) -> None:
-            state["done"] += event == "finished"
-            state["failed"] += event == "failed"
+            nonlocal done
+            done += event == "finished"
+            failed.discard(facts["trial"])
+            if event == "failed":
+                failed.add(facts["trial"])
             if event == "finished":
                 self.tracker.log_trial(self.results / EXPERIMENT / facts["trial"])
-            failed = f" ({state['failed']} failed)" if state["failed"] else ""
-            self.progress(f"training students, trials{failed}", state["done"], len(plans))
+            shown = f" ({len(failed)} failed)" if failed else ""
+            self.progress(f"training students, trials{shown}", done, len(plans))
 
         self.progress("training students, trials", done, len(plans))
-        errors = sweep(plans, self.study.sweep, self.results / "ray", watch)
+        storage = self.study.sweep.storage or str(self.results / "ray")
+        errors = sweep(plans, self.study.sweep, storage if "://" in storage else str(Path(storage).resolve()), watch)
         self.summarise()
         self._record("sweep", {"trials": len(plans), "failed": errors})
         return errors
@@ -262,5 +283,6 @@ class Workspace(Sources):
         write_json(path, {**log, "study": self.study.model_dump(mode="json"), "updated": utc_now()})
 
 
-def _absolute(model: str) -> str:
-    return str(Path(model).resolve()) if Path(model).is_dir() else model
+def _absolute(ref: ModelRef) -> ModelRef:
+    """A local directory by its whole path, for processes that start elsewhere."""
+    return ref.model_copy(update={"model": str(Path(ref.model).resolve())}) if Path(ref.model).is_dir() else ref

@@ -21,7 +21,7 @@ from stillroom.attention_capture import check_capture
 from stillroom.batches import Prefetched, Prepared, epoch_order, measure_coverage, prepare, require_coverage
 from stillroom.checkpoints import TrainingState, drop_superseded, last_checkpoint, restore_checkpoint, save_checkpoint
 from stillroom.collation import Batch, Collator, teacher_to_student_ids
-from stillroom.config import Evaluation, Group, ModelRef, Objective, Training, UserError
+from stillroom.config import Evaluation, Group, ModelRef, Objective, Retention, Training, UserError
 from stillroom.corpus import Examples
 from stillroom.distillation_student import DistillationStudent
 from stillroom.evaluation import evaluate
@@ -73,7 +73,7 @@ def train(
     folder: Path,
     *,
     minimum_coverage: float = 0.0,
-    keep_checkpoints: str = "last",
+    keep_checkpoints: Retention = "last",
     adapter: Callable[[Any], Any] | None = None,
     report: Report = lambda metrics: None,
     progress: Progress = lambda done, total: None,
@@ -149,11 +149,11 @@ def train(
         save_predictions(predictions, folder / f"predictions_{epoch + 1}.parquet")
         save_checkpoint(student, tokenizer, optimizer, scaler, state, folder, training, final)
         if not final:
-            drop_superseded(folder, keep_checkpoints)
+            drop_superseded(folder, keep_checkpoints, state.epochs, finished=False)
         report(metrics)
 
     result = _finish(trial, own, state, coverage, folder, student)
-    drop_superseded(folder, keep_checkpoints)
+    drop_superseded(folder, keep_checkpoints, state.epochs, finished=True)
     return result
 
 

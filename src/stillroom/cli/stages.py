@@ -49,14 +49,31 @@ def evaluate(study: StudyArgument, set_: SetOption = None, json: JsonOption = Fa
 
 
 @app.command(rich_help_panel=STAGES)
-def capture(study: StudyArgument, set_: SetOption = None, json: JsonOption = False) -> None:
+def capture(
+    study: StudyArgument,
+    set_: SetOption = None,
+    shard: Annotated[str | None, typer.Option(metavar="I/N", help="do part I of N, in this process")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Ray workers that share the work; 0: none, do it here")] = 0,
+    json: JsonOption = False,
+) -> None:
     """Run the teacher once over the corpus and store its signals; goes on where it stopped.
 
-    Example: stillroom capture small
+    Example: stillroom capture small --shard 1/2
     """
-    store = open_workspace(study, set_).capture()
+    from stillroom.config import UserError
+    from stillroom.shares import Share
+
+    if shard and workers:
+        raise UserError("--shard and --workers: give one of them; workers share the parts out themselves")
+    workspace = open_workspace(study, set_)
+    store = workspace.capture(Share.parse(shard) if shard else None, workers)
+    facts: dict[str, Any]
+    if store is None:
+        facts = {"store": workspace.store_path, "part": shard, "finished": False}
+        made = f"{workspace.store_path}: part {shard} is done; the last part to end finishes the store."
+        return finish(json, facts, made, f"the other parts, or stillroom capture {study}")
     facts = {"store": store.path, "examples": len(store)}
-    finish(json, facts, f"{store.path}: signals of {len(store)} examples.", f"stillroom verify {study}")
+    return finish(json, facts, f"{store.path}: signals of {len(store)} examples.", f"stillroom verify {study}")
 
 
 @app.command(rich_help_panel=STAGES)

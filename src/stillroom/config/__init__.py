@@ -28,6 +28,7 @@ from stillroom.config.section import NAME, Section
 from stillroom.config.section import UserError as UserError
 
 Precision = Literal["float32", "bfloat16", "float16"]
+Retention = Literal["last", "best", "all"]
 
 
 def default_store_path(environ: Mapping[str, str] | None = None, system: str = os.name) -> Path:
@@ -149,7 +150,14 @@ class Sweep(Section):
     cpus_per_trial: int = Field(4, ge=1)
     max_concurrent: int | None = Field(None, ge=1, description="default: as many as the GPUs (else cores) allow")
     retries: int = Field(1, ge=0, description="times a failed trial is tried again")
-    keep_checkpoints: Literal["last", "all"] = "last"
+    keep_checkpoints: Retention = Field("last", description="best: of highest validation accuracy, the earliest such")
+    address: str | None = Field(
+        None,
+        description="Ray cluster, HOST:PORT or `auto`; default: RAY_ADDRESS, else a Ray of its own on this machine",
+    )
+    storage: str | None = Field(
+        None, description="folder or PyArrow URI for Ray's own files, the same on every node; default: `ray` in results"
+    )
 
     @model_validator(mode="after")
     def _distinct(self) -> Sweep:
