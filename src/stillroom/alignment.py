@@ -101,17 +101,17 @@ def map_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any) -> Int32[ndar
         return np.arange(size, dtype=np.int32)
     plain: dict[bytes, int] = {}
     byte: dict[bytes, int] = {}
-    for token_id, (content, is_byte) in _token_bytes(student_tokenizer).items():
+    for token_id, (content, is_byte) in token_bytes(student_tokenizer).items():
         (byte if is_byte else plain).setdefault(content, token_id)
     mapped = np.full(size, -1, dtype=np.int32)
-    for token_id, (content, is_byte) in _token_bytes(teacher_tokenizer).items():
+    for token_id, (content, is_byte) in token_bytes(teacher_tokenizer).items():
         first, second = (byte, plain) if is_byte else (plain, byte)
         mapped[token_id] = first.get(content, second.get(content, -1))
     mapped[teacher_tokenizer.eos_token_id] = student_tokenizer.eos_token_id
     return mapped
 
 
-def _token_bytes(tokenizer: Any) -> dict[int, tuple[bytes, bool]]:
+def token_bytes(tokenizer: Any) -> dict[int, tuple[bytes, bool]]:
     """Bytes of text each id stands for, in id order, and whether it is a byte-fallback token; no specials."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     added = {token["id"]: token for token in backend.get("added_tokens") or []}

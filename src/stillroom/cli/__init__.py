@@ -7,7 +7,7 @@ import warnings
 
 import typer
 
-from stillroom.cli import before, stages  # each registers its commands
+from stillroom.cli import after, before, stages  # each registers its commands
 from stillroom.cli.options import app
 
 
@@ -16,6 +16,7 @@ def main() -> None:
     from stillroom.config import UserError
 
     warnings.simplefilter("ignore", FutureWarning)  # other packages' notices to their own developers
+    warnings.filterwarnings("ignore", message="Glyph")  # a letter of a text that the picture's font has not
     try:
         app()
     except UserError as error:
@@ -26,4 +27,4 @@ def main() -> None:
         sys.exit(130)
 
 
-__all__ = ["app", "before", "main", "stages"]
+__all__ = ["after", "app", "before", "main", "stages"]

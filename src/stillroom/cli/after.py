@@ -1,0 +1,63 @@
+"""Commands that look at what was made, and hand it on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stillroom.cli.options import AFTER, JsonOption, app, finish
+
+
+@app.command(rich_help_panel=AFTER)
+def inspect(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="folder of the teacher's data")],
+    example: Annotated[str | None, typer.Argument(metavar="EXAMPLE", help="an example's id, or how it begins")] = None,
+    student: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="align with this student: a directory or hub id")
+    ] = None,
+    corpus: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="take the text from here, as from results/corpus")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="where the attention map goes [default: EXAMPLE.png]")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="predictions shown of each token")] = 3,
+    json: JsonOption = False,
+) -> None:
+    """Look into a store: what it holds; or one example's tokens, alignment, predictions, norms and attention.
+
+    Example: stillroom inspect offline_teacher_data
+    """
+    from stillroom.config import ModelRef
+    from stillroom.inspection import (
+        attention_figure,
+        describe_example,
+        describe_store,
+        find_example,
+        print_example,
+        print_store,
+        text_of,
+    )
+    from stillroom.provenance import atomic_path
+    from stillroom.signal_store import SignalStore
+
+    if example is None:
+        facts = describe_store(store)
+        if not json:
+            print_store(facts)
+        finish(json, facts, "Nothing was made.", f"stillroom inspect {store} {facts['ids'][0]}")
+        return
+    opened = SignalStore.open(store)
+    example_id = find_example(opened, example)
+    text = text_of(opened, opened.read(example_id, ()), corpus)
+    reference = ModelRef(model=student) if student else None
+    facts = describe_example(opened, example_id, text, reference, top)
+    target = picture or Path(f"{example_id}.png")
+    with atomic_path(target) as temporary:
+        attention_figure(opened, example_id, text, reference).savefig(temporary, format="png")
+    if not json:
+        print_example(facts)
+    then = "open it" if student else f"stillroom inspect {store} {example_id} --student MODEL, to see the alignment"
+    finish(json, {**facts, "picture": target}, f"Attention map: {target}.", then)

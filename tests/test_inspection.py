@@ -1,0 +1,137 @@
+"""A look inside a store shows what a fresh forward pass and an alignment by hand give."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from conftest import STUDENT_SHAPE, make_store, real_tokenizer, write_model
+from stillroom.cli import app
+from stillroom.config import UserError
+from stillroom.corpus import Examples, save_corpus
+from stillroom.inspection import attention_figure, describe_example, describe_store, find_example, text_of
+from stillroom.tasks import Example
+
+
+@pytest.fixture
+def example(examples):
+    """One with a worked answer."""
+    return next(e for e in examples.all if e.task == "arithmetic")
+
+
+def test_a_stores_summary_is_what_was_put_in(store, examples):
+    """Examples and tokens by task, and their sums."""
+    facts = describe_store(store.path)
+    assert {task: own["examples"] for task, own in facts["tasks"].items()} == {
+        "arithmetic": 20,
+        "quiz": 20,
+        "sentiment": 20,
+    }
+    assert set(facts["ids"]) == {e.example_id for e in examples.all}
+    assert facts["tokens"] == sum(len(store.read(i, ()).encoding) for i in facts["ids"])
+    assert facts["verified"]
+
+
+def test_predictions_and_norms_are_those_of_a_fresh_forward_pass(store, example, teacher_ref):
+    """Each token's best next tokens, their probabilities, what is left over, and the length of its state."""
+    facts = describe_example(store, example.example_id, example.text, top=5)
+    ids = torch.tensor([[token["id"] for token in facts["teacher"]]])
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_ref.model)
+    with torch.no_grad():
+        outputs = teacher(ids, output_hidden_states=True)
+    probabilities = outputs.logits[0].double().softmax(-1)
+    norms = outputs.hidden_states[-1][0].double().norm(dim=-1)
+    for row, token in enumerate(facts["teacher"]):
+        best = probabilities[row].topk(32).values
+        assert [p["probability"] for p in token["predictions"]] == pytest.approx(best[:5].tolist(), rel=1e-3)
+        assert token["tail"] == pytest.approx(1 - float(best.sum()), abs=1e-4)
+        assert token["hidden_norm"] == pytest.approx(float(norms[row]), rel=1e-4)
+
+
+def test_marked_ends_are_the_ends_that_both_tokenizers_have(store, example, student_ref, byte_level, sentencepiece):
+    """Stretches of text put together give the text; a mark stands where both stop, by offsets alone."""
+    facts = describe_example(store, example.example_id, example.text, student_ref)
+    for side in ("teacher", "student"):
+        assert "".join(t["token"] for t in facts[side] if not t["special"]) == example.text
+    ends = [
+        {end for _, end in tokenizer(example.text, return_offsets_mapping=True)["offset_mapping"] if end}
+        for tokenizer in (byte_level, sentencepiece)
+    ]
+    shared = ends[0] & ends[1]
+    assert 0 < len(shared) < len(ends[1])
+    for side in ("teacher", "student"):
+        assert {t["end"] for t in facts[side] if t["shared"]} == shared
+        assert not any(t["shared"] for t in facts[side] if t["special"])
+    assert facts["covered"] == pytest.approx(len(shared) / sum(not t["special"] for t in facts["student"]))
+    for token in facts["teacher"]:
+        assert token["tail"] - 1e-6 <= token["ghost"] <= 1
+
+
+def test_the_picture_is_the_models_own_attention(tmp_path, teacher_ref, student_ref):
+    """Left, an eager pass' last layer, mean over heads; right, its columns added up between the shared ends."""
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_ref.model, attn_implementation="eager")
+    texts = Examples([Example("quiz", "naïve café – 漢字:", " A")], [Example("quiz", "Which is a tool?", " B")], {})
+    store = make_store(tmp_path / "store", teacher_ref, texts)
+    shorter = 0
+    for example in texts.all:
+        axes = attention_figure(store, example.example_id, example.text, student_ref).axes
+        left, right = (np.asarray(axis.images[0].get_array()) for axis in axes)
+        tokens = describe_example(store, example.example_id, example.text, student_ref)["teacher"]
+        with torch.no_grad():
+            ids = torch.tensor([[token["id"] for token in tokens]])
+            attention = teacher(ids, output_attentions=True).attentions[-1][0].mean(0)
+        assert left == pytest.approx(attention.numpy(), abs=1e-5)
+        rows = [n for n, token in enumerate(tokens) if token["shared"]]
+        cuts = list(zip([0, *(n + 1 for n in rows)], [n + 1 for n in rows], strict=False))
+        expected = [[float(attention[row, a:b].sum()) for a, b in cuts] for row in rows]
+        assert right == pytest.approx(np.array(expected), abs=1e-5)
+        shorter += len(right) < len(left)
+    assert shorter
+
+
+@pytest.mark.parametrize("name", ["mistral-7b-v0.1", "tinyllama-1.1b", "qwen2.5-coder-0.5b", "smollm2-135m"])
+def test_text_is_told_from_a_real_tokenizers_tokens_or_refused(tmp_path, name):
+    """What is shown is the text, character by character; where a tokenizer rewrites it, the corpus is asked for."""
+    ref = write_model(tmp_path / "model", real_tokenizer(name), STUDENT_SHAPE, 3)
+    plain = Example("quiz", "Two  spaces,\nlines; 1,234 – 漢字 and 👩‍👩‍👧:", " A")
+    rewritten = Example("quiz", "a cafe\u0301, decomposed", " B")
+    store = make_store(tmp_path / "store", ref, Examples([plain], [rewritten], {}), top_k=8)
+    assert text_of(store, store.read(plain.example_id, ())) == plain.text
+    stored = store.read(rewritten.example_id, ())
+    if "qwen" in name:
+        with pytest.raises(UserError, match="--corpus"):
+            text_of(store, stored)
+    save_corpus(Examples([plain], [rewritten], {}), tmp_path / "corpus", "x")
+    assert text_of(store, stored, tmp_path / "corpus") == rewritten.text
+
+
+def test_the_command_prints_a_table_or_json_and_writes_a_picture(store, example, student_ref, tmp_path):
+    """Both ways of reading it; an id by its beginning; an unknown one is refused with what ids look like."""
+    picture = tmp_path / "map.png"
+    arguments = ["inspect", str(store.path), example.example_id[:10], "--student", student_ref.model]
+    shown = CliRunner().invoke(app, [*arguments, "--picture", str(picture)])
+    assert shown.exit_code == 0, shown.output
+    assert "│ both end here" in shown.output
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    printed = CliRunner().invoke(app, [*arguments, "--picture", str(picture), "--json"])
+    facts = json.loads(printed.stdout)
+    assert facts["text"] == example.text
+    assert facts["pairs"]
+    summary = CliRunner().invoke(app, ["inspect", str(store.path)])
+    assert "60 examples" in summary.output
+    assert f"Next: stillroom inspect {store.path}" in summary.output.replace("\n", "")
+    with pytest.raises(UserError, match="0 examples begin with 'zz'"):
+        find_example(store, "zz")
+    with pytest.raises(UserError, match="60 examples begin with ''"):
+        find_example(store, "")
+
+
+def test_a_folder_that_is_no_store_is_refused(tmp_path):
+    """By the same message as everywhere."""
+    with pytest.raises(UserError, match="not a finished store"):
+        describe_store(tmp_path)
