@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from stillroom.adaptation import ADAPTED, adapt_teacher
 from stillroom.analysis.frame import PLANNED, SUMMARY, read_results, summary_frame, worse_or_equal, write_summary
 from stillroom.analysis.report import write_report
 from stillroom.config import EXPERIMENT, Group, ModelRef, Precision, UserError, fingerprint
+from stillroom.corpus import examples_digest
 from stillroom.evaluation import measure_baseline
 from stillroom.experiment import capture_on_workers, sweep
 from stillroom.jobs import CapturePlan, TrialPlan, finished, run_capture, run_trial
@@ -164,7 +165,7 @@ class Workspace(Sources):
         return found
 
     def baselines(self) -> dict[str, dict[str, Any]]:
-        """Teacher and untouched student on the validation part; `warnings` where the teacher is no better."""
+        """Teacher and untouched student on validation part and official splits; where the teacher is no better."""
         teacher = self._baseline("teacher", self.teacher_identity, self.adapt, self.study.teacher.dtype)
         precision = self.study.training.precision
         student = self._baseline("student", self.student_identity, lambda: self.student_ref, precision)
@@ -173,16 +174,24 @@ class Workspace(Sources):
 
     def _baseline(self, name: str, identity: str, ref: Callable[[], ModelRef], dtype: Precision) -> dict[str, Any]:
         what = f"evaluating the {'teacher' if name == 'teacher' else 'untouched student'}, examples"
-        return measure_baseline(
-            self.results / "baselines" / f"{name}.json",
-            identity,
-            lambda: load_model(ref(), dtype, default_device()),
-            self.tokenizers[0 if name == "teacher" else 1],
-            self.examples.validation,
-            self.study.evaluation,
-            dtype,
-            lambda done, total: self.progress(what, done, total),
-        )
+        load = cache(lambda: load_model(ref(), dtype, default_device()))
+        parts = (("", "validation_", self.examples.validation), ("_official", "official_", self.examples.official))
+        measured = [
+            measure_baseline(
+                self.results / "baselines" / f"{name}{suffix}.json",
+                identity,
+                load,
+                self.tokenizers[0 if name == "teacher" else 1],
+                examples,
+                self.study.evaluation,
+                dtype,
+                prefix,
+                lambda done, total: self.progress(what, done, total),
+            )
+            for suffix, prefix, examples in parts
+            if examples
+        ]
+        return measured[0]
 
     def plans(self) -> list[TrialPlan]:
         """Every trial of the study, group by group, seed by seed; needs the archived snapshot."""
@@ -217,6 +226,7 @@ class Workspace(Sources):
             self.student_identity,
             self.study.training,
             self.study.evaluation,
+            examples_digest(self.examples.official),
             objective,
             group.name,
             seed,
