@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from stillroom.collation import Batch
 from stillroom.config import Retention, Training, UserError
 from stillroom.distillation_student import DistillationStudent, load_projector, save_student
 from stillroom.models import DTYPES
-from stillroom.provenance import atomic_path, remove_leftovers, remove_tree
+from stillroom.provenance import atomic_path, remove_tree
 
 STATE = "trainer_state.pt"
 
@@ -61,25 +62,28 @@ def save_checkpoint(
 ) -> None:
     """Write `checkpoint_<epoch>`, in one step.
 
-    The weights lie there in the training precision; `trainer_state.pt` holds them in float32 until the trial is
-    finished, with the optimizer while there is an epoch to come.
+    The weights lie there in the training precision; `trainer_state.pt` holds them in float32, with the optimizer,
+    until the trial is finished.
     """
     target = folder / f"checkpoint_{state.epoch}"
-    remove_leftovers(target)
     with atomic_path(target) as building:
         building.mkdir()
         save_student(student, tokenizer, building, DTYPES[training.precision])
-        whole = {"student": student.state_dict(), "state": {**vars(state)}}
         if not final:
-            whole |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        with (building / STATE).open("wb") as handle:  # a full disk is an OSError only through a handle of ours
-            torch.save(whole, handle)
+            whole = {
+                "student": student.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "state": {**vars(state)},
+            }
+            with (building / STATE).open("wb") as handle:  # a full disk is an OSError only through a handle of ours
+                torch.save(whole, handle)
 
 
 def drop_superseded(folder: Path, keep: Retention, epochs: Sequence[dict[str, Any]], finished: bool) -> None:
-    """Drop the checkpoints that `keep` does not ask for, and every `trainer_state.pt` that nothing goes on from.
+    """Drop the checkpoints that `keep` does not ask for; after the last epoch, only once the trial's result is on disk.
 
-    A trial goes on from its newest checkpoint until it is finished: until its result is on disk.
+    An unfinished trial has its newest in any case, to go on from; older ones need no `trainer_state.pt`.
     """
     *older, newest = checkpoints(folder)
     best = folder / f"checkpoint_{best_epoch(epochs)}"
@@ -88,10 +92,8 @@ def drop_superseded(folder: Path, keep: Retention, epochs: Sequence[dict[str, An
             (old / STATE).unlink(missing_ok=True)
         else:
             remove_tree(old)
-    if finished:
-        (newest / STATE).unlink(missing_ok=True)
-        if keep == "best" and newest != best:
-            remove_tree(newest)
+    if finished and keep == "best" and newest != best:
+        remove_tree(newest)
 
 
 def best_epoch(epochs: Sequence[dict[str, Any]]) -> int:
@@ -107,9 +109,14 @@ def restore_checkpoint(
 ) -> TrainingState:
     """Load weights, optimizer and scaler in place; returns what the trial had done."""
     load_projector(checkpoint)
-    saved = torch.load(checkpoint / STATE, map_location=student.model.device, weights_only=True)
+    try:
+        saved = torch.load(checkpoint / STATE, map_location=student.model.device, weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{checkpoint / STATE} is damaged: {str(error).splitlines()[0]}; delete {checkpoint} to train from the "
+            "checkpoint before it, or from the start"
+        ) from error
     student.load_state_dict(saved["student"])
-    if "optimizer" in saved:
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+    optimizer.load_state_dict(saved["optimizer"])
+    scaler.load_state_dict(saved["scaler"])
     return TrainingState(**saved["state"])

@@ -126,7 +126,7 @@ def _ray(address: str | None) -> Iterator[None]:
             "as a Ray job for instance, with address=auto"
         )
     ray.shutdown()
-    own: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    own: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if address == "local" else {}
     environment = {"env_vars": _WORKER_ENVIRONMENT}
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **own)

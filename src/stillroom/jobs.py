@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stillroom.config import Evaluation, ModelRef, Objective, Precision, Retention, Signals, Training
-from stillroom.corpus import load_corpus
+from stillroom.config import Evaluation, ModelRef, Objective, Precision, Retention, Signals, Training, UserError
+from stillroom.corpus import Examples, examples_digest, load_corpus
+from stillroom.credentials import redact
 from stillroom.models import load_model, load_tokenizer
 from stillroom.offline_teacher_data import capture_share
 from stillroom.provenance import exclusive, package_digest, read_json, write_json
-from stillroom.shares import Share
+from stillroom.shares import Share, hold
+from stillroom.signal_store import SignalStore
 from stillroom.train_student import RESULT, Trial, train
 
 ERROR = "error.json"
@@ -56,7 +58,8 @@ class CapturePlan:
 
 def run_capture(plan: CapturePlan, share: Share, progress: Progress = lambda done, total: None) -> bool:
     """Capture one share of the store; returns whether the store is finished with it."""
-    examples, _ = load_corpus(plan.corpus)
+    with hold(plan.store, share):  # refused now, not once a large teacher is loaded
+        examples = _load_examples(plan.corpus, plan.origin["corpus"])
     teacher, tokenizer = load_model(plan.teacher, plan.precision, "auto"), load_tokenizer(plan.tokenizer)
     return capture_share(teacher, tokenizer, examples.all, plan.signals, plan.store, plan.origin, share, progress)
 
@@ -75,8 +78,8 @@ def run_trial(
         if finished(plan):
             result: dict[str, Any] = read_json(plan.folder / RESULT)
             return result
-        examples, _ = load_corpus(plan.corpus)
         try:
+            examples = _load_examples(plan.corpus, SignalStore.open(plan.store).manifest["made_from"]["corpus"])
             result = train(
                 plan.trial,
                 plan.student,
@@ -88,16 +91,22 @@ def run_trial(
                 plan.folder,
                 minimum_coverage=plan.minimum_coverage,
                 keep_checkpoints=plan.keep_checkpoints,
-                official=examples.official,
                 report=report,
                 progress=progress,
             )
         except Exception as error:
-            said = {"error": f"{type(error).__name__}: {error}", "failures": failures(plan) + 1}
-            write_json(plan.folder / ERROR, {**said, "traceback": traceback.format_exc()})
+            said = {"error": redact(f"{type(error).__name__}: {error}"), "failures": failures(plan) + 1}
+            write_json(plan.folder / ERROR, {**said, "traceback": redact(traceback.format_exc())})
             raise
         (plan.folder / ERROR).unlink(missing_ok=True)
         return result
+
+
+def _load_examples(corpus: Path, digest: str) -> Examples:
+    examples, _ = load_corpus(corpus)
+    if examples_digest(examples.all) != digest:
+        raise UserError(f"{corpus} was made anew, for another study, since this one started; run the command again")
+    return examples
 
 
 def finished(plan: TrialPlan) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +56,7 @@ def load_model(ref: ModelRef, dtype: Precision = "float32", device: Any = None) 
     if device == "auto" and torch.cuda.device_count() < 2:
         device = default_device()
     placement = {"device_map": "auto"} if device == "auto" else {}
+    _require_safetensors(ref)
     model = _from_hub(
         AutoModelForCausalLM,
         ref,
@@ -67,6 +67,18 @@ def load_model(ref: ModelRef, dtype: Precision = "float32", device: Any = None) 
     )
     model.eval()
     return model if placement or device is None else model.to(device)
+
+
+def _require_safetensors(ref: ModelRef) -> None:
+    """Raise `UserError` for a local directory without safetensors weights: unpickling others can run any code."""
+    folder = Path(ref.model)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        others = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt", ".msgpack"})
+        found = f"it has {', '.join(others)}, which can run code when loaded" if others else "it has no weights"
+        raise UserError(
+            f"{ref.model}: only safetensors weights are loaded, and {found}; where you trust it, load it once and "
+            "save_pretrained it again"
+        )
 
 
 def load_config(ref: ModelRef) -> Any:
@@ -99,10 +111,10 @@ def _explain(ref: ModelRef, error: Exception) -> str:
             f"{ref.model} is gated or needs a login: accept its licence on the hub, then set HF_TOKEN "
             "or run `hf auth login`"
         )
-    if is_local(ref):
-        return f"{ref.model}: cannot be loaded: {str(error).splitlines()[0]}"
     if "trust_remote_code" in text:
         return f"{ref.model} comes with code of its own: set trust_remote_code=true if you trust it"
+    if is_local(ref):
+        return f"{ref.model}: cannot be loaded: {str(error).splitlines()[0]}"
     return (
         f"{ref.model} at {ref.revision or 'its newest revision'} cannot be loaded from the hub or its cache: "
         f"{str(error).splitlines()[0]} Use a local directory where there is no network"
@@ -110,19 +122,24 @@ def _explain(ref: ModelRef, error: Exception) -> str:
 
 
 def model_identity(ref: ModelRef) -> str:
-    """What pins a model: `id@commit` for the hub, a digest of weights, config and tokenizer for a directory."""
+    """What pins a model: `id@commit` for the hub, a digest of weights, config and tokenizer for a directory.
+
+    A model that may run code of its own is another model than the same one that may not, and its code counts too.
+    """
+    code = " with its own code" if ref.trust_remote_code else ""
     if is_local(ref):
-        return "sha256:" + _directory_digest(Path(ref.model))
+        return "sha256:" + _directory_digest(Path(ref.model), {".py"} if code else set()) + code
     if ref.revision and len(ref.revision) == 40:
-        return f"{ref.model}@{ref.revision}"
+        return f"{ref.model}@{ref.revision}{code}"
     commit = getattr(load_config(ref), "_commit_hash", None)
     if not commit:
         raise UserError(f"{ref.model}: its revision cannot be pinned; set revision to a commit")
-    return f"{ref.model}@{commit}"
+    return f"{ref.model}@{commit}{code}"
 
 
-def _directory_digest(folder: Path) -> str:
-    names = sorted(p.name for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".model", ".txt"})
+def _directory_digest(folder: Path, also: set[str]) -> str:
+    suffixes = {".json", ".safetensors", ".model", ".txt"} | also
+    names = sorted(p.name for p in folder.iterdir() if p.suffix in suffixes)
     if not any(name.endswith(".safetensors") for name in names):
         return hashlib.sha256((folder.name + "|no weights|" + "|".join(names)).encode()).hexdigest()[:32]
     return hashlib.sha256("".join(name + file_sha256(folder / name) for name in names).encode()).hexdigest()[:32]
@@ -183,11 +200,6 @@ def heads(config: Any) -> int:
     return int(config.get_text_config().num_attention_heads)
 
 
-def context_length(config: Any) -> int:
-    """Tokens the model was made to read at once; where its configuration does not say, no bound is known."""
-    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
-
-
 def layers(config: Any) -> int:
     """Transformer layers."""
     return int(config.get_text_config().num_hidden_layers)
@@ -206,11 +218,3 @@ def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
             parent, _, leaf = name.rpartition(".")
             setattr(merged.get_submodule(parent), leaf, module.get_base_layer())
     return merged
-
-
-def scoring_copy(model: PreTrainedModel, precision: Precision) -> PreTrainedModel:
-    """The model in the training precision: under autocast every forward pass would cast float32 weights anew."""
-    model = without_adapters(model)
-    if precision == "float32":
-        return model.eval()
-    return copy.deepcopy(model).to(DTYPES[precision]).eval()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import errno
-import glob
 import hashlib
 import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,6 +23,7 @@ from uuid import uuid4
 from filelock import FileLock, Timeout
 
 from stillroom.config import UserError
+from stillroom.credentials import redact
 
 _PACKAGES = (
     "torch",
@@ -49,7 +50,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         _flush(temporary)
-        remove_tree(path)
+        if temporary.is_dir():
+            remove_tree(path)
         temporary.replace(path)
     except Exception as error:
         _discard(temporary)
@@ -97,9 +99,9 @@ def remove_tree(folder: Path) -> None:
         shutil.rmtree(leaving)
 
 
-def remove_leftovers(path: Path) -> None:
-    """Remove what a killed process left of its attempts to write `path`, which the caller alone may write now."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*tmp*"):
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove what killed processes left of files being written (or of one file); the caller alone may write there."""
+    for leftover in folder.glob(f".{name}.*tmp*"):
         _discard(leftover)
 
 
@@ -204,7 +206,7 @@ def record_run(path: Path, stage: str, facts: dict[str, Any]) -> None:
     log = read_json(path) if path.exists() else {"stages": {}}
     log["stages"][stage] = {
         "finished": utc_now(),
-        "command": " ".join(["stillroom", *sys.argv[1:]]),
+        "command": redact(shlex.join(["stillroom", *sys.argv[1:]])),
         "commit": git_commit(),
         "versions": package_versions(),
         "hardware": hardware(),

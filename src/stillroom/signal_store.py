@@ -131,7 +131,7 @@ def write_shard(
     rows: Iterable[tuple[str, str, Encoding, TeacherSignals]],
 ) -> None:
     """Write one shard of the capture with fingerprint `own`, row by row, whole or not at all."""
-    remove_leftovers(path)
+    remove_leftovers(path.parent, path.name)
     metadata = {
         "stillroom_schema": str(SCHEMA_VERSION),
         "stillroom_fingerprint": own,
@@ -231,7 +231,9 @@ class SignalStore:
         if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
             raise UserError(f"{path}: its schema version is not {SCHEMA_VERSION}; capture it again with this version")
         if manifest.pop("digest", None) != fingerprint(manifest):
-            raise UserError(f"{path / MANIFEST} is not as it was written (its digest differs); capture the store again")
+            raise UserError(
+                f"{path / MANIFEST} is not as it was written (its digest differs); delete the store, capture again"
+            )
         return cls(path, manifest)
 
     @cached_property

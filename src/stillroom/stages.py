@@ -6,18 +6,17 @@ run again. Stages meet in files, so each can be run alone.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
-from functools import cache, cached_property
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from stillroom import offline_teacher_data as otd
 from stillroom.adaptation import ADAPTED, adapt_teacher
-from stillroom.analysis.frame import PLANNED, SUMMARY, read_results, summary_frame, worse_or_equal, write_summary
+from stillroom.analysis.frame import PLANNED, SUMMARY, worse_or_equal, write_summary
 from stillroom.analysis.report import write_report
 from stillroom.config import EXPERIMENT, Group, ModelRef, Precision, UserError, fingerprint
-from stillroom.corpus import examples_digest
 from stillroom.evaluation import measure_baseline
 from stillroom.experiment import capture_on_workers, sweep
 from stillroom.jobs import CapturePlan, TrialPlan, finished, run_capture, run_trial
@@ -30,7 +29,7 @@ from stillroom.models import (
     model_identity,
     softcap_of,
 )
-from stillroom.provenance import exclusive, read_json, record_run, utc_now, write_json
+from stillroom.provenance import exclusive, read_json, record_run, remove_tree, utc_now, write_json
 from stillroom.recomputation import check_with_head, recompute, sample_ids
 from stillroom.shares import Share
 from stillroom.signal_store import MANIFEST, SignalStore
@@ -115,7 +114,7 @@ class Workspace(Sources):
             # the processes of a divided capture start together: what one has begun, another must not remove
             with exclusive(self.store_path.parent, "capture", f".{self.store_path.name}.lock", wait=60):
                 if in_the_way():
-                    shutil.rmtree(self.store_path)
+                    remove_tree(self.store_path)
 
     def verify(self, samples: int = 20, recomputed: int = 0) -> dict[str, Any]:
         """The gate: check the store and that it is this study's; see `verify_saved_data`.
@@ -148,7 +147,7 @@ class Workspace(Sources):
     def _archived(self, origin: dict[str, Any]) -> Path | None:
         """The newest snapshot beside the store with this origin."""
         for path in sorted(self.store_path.resolve().parent.glob(f"{self.store_path.name}_*"), reverse=True):
-            if (path / MANIFEST).is_file() and read_json(path / MANIFEST)["made_from"] == origin:
+            if (path / MANIFEST).is_file() and SignalStore.open(path).manifest["made_from"] == origin:
                 return path
         return None
 
@@ -165,7 +164,7 @@ class Workspace(Sources):
         return found
 
     def baselines(self) -> dict[str, dict[str, Any]]:
-        """Teacher and untouched student on validation part and official splits; where the teacher is no better."""
+        """Teacher and untouched student on the validation part; `warnings` where the teacher is no better."""
         teacher = self._baseline("teacher", self.teacher_identity, self.adapt, self.study.teacher.dtype)
         precision = self.study.training.precision
         student = self._baseline("student", self.student_identity, lambda: self.student_ref, precision)
@@ -174,24 +173,16 @@ class Workspace(Sources):
 
     def _baseline(self, name: str, identity: str, ref: Callable[[], ModelRef], dtype: Precision) -> dict[str, Any]:
         what = f"evaluating the {'teacher' if name == 'teacher' else 'untouched student'}, examples"
-        load = cache(lambda: load_model(ref(), dtype, default_device()))
-        parts = (("", "validation_", self.examples.validation), ("_official", "official_", self.examples.official))
-        measured = [
-            measure_baseline(
-                self.results / "baselines" / f"{name}{suffix}.json",
-                identity,
-                load,
-                self.tokenizers[0 if name == "teacher" else 1],
-                examples,
-                self.study.evaluation,
-                dtype,
-                prefix,
-                lambda done, total: self.progress(what, done, total),
-            )
-            for suffix, prefix, examples in parts
-            if examples
-        ]
-        return measured[0]
+        return measure_baseline(
+            self.results / "baselines" / f"{name}.json",
+            identity,
+            lambda: load_model(ref(), dtype, default_device()),
+            self.tokenizers[0 if name == "teacher" else 1],
+            self.examples.validation,
+            self.study.evaluation,
+            dtype,
+            lambda done, total: self.progress(what, done, total),
+        )
 
     def plans(self) -> list[TrialPlan]:
         """Every trial of the study, group by group, seed by seed; needs the archived snapshot."""
@@ -226,7 +217,6 @@ class Workspace(Sources):
             self.student_identity,
             self.study.training,
             self.study.evaluation,
-            examples_digest(self.examples.official),
             objective,
             group.name,
             seed,
@@ -260,20 +250,29 @@ class Workspace(Sources):
             if event == "failed":
                 failed.add(facts["trial"])
             if event == "finished":
-                self.tracker.log_trial(self.results / EXPERIMENT / facts["trial"])
+                self.summarise()
+                with suppress(UserError):  # the trials go on; what is not logged now is logged at the end, or refused
+                    self.tracker.log_trial(self.results / EXPERIMENT / facts["trial"])
             shown = f" ({len(failed)} failed)" if failed else ""
             self.progress(f"training students, trials{shown}", done, len(plans))
 
+        self.tracker.check()
+        self.summarise()
         self.progress("training students, trials", done, len(plans))
         storage = self.study.sweep.storage or str(self.results / "ray")
         errors = sweep(plans, self.study.sweep, storage if "://" in storage else str(Path(storage).resolve()), watch)
         self.summarise()
         self._record("sweep", {"trials": len(plans), "failed": errors})
+        for plan in plans:
+            if finished(plan):
+                self.tracker.log_trial(plan.folder)
         return errors
 
     def summarise(self) -> None:
-        """Write `results_summary.csv` from the finished trials."""
-        write_summary(summary_frame(read_results([plan.folder for plan in self.plans()])), self.results / SUMMARY)
+        """Write `results_summary.csv`: what is finished, and what is missing."""
+        trials = read_json(self.results / PLANNED)["trials"]
+        folders = [self.results / EXPERIMENT / trial["name"] for trial in trials]
+        write_summary(trials, folders, self.results / SUMMARY)
 
     def report(self) -> Path:
         """Write `report.html` and its figures from what is in the results folder."""

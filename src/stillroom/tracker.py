@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stillroom.config import Study
+from stillroom.config import Study, UserError
 from stillroom.provenance import read_json
 
 
@@ -23,6 +25,7 @@ class Tracker:
     def _open(self) -> Any:
         if self._mlflow is None:
             logging.getLogger("alembic").setLevel(logging.ERROR)
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # a sweep must not wait minutes for a server
             import mlflow
 
             logging.getLogger("mlflow").setLevel(logging.ERROR)
@@ -51,34 +54,58 @@ class Tracker:
             self._mlflow.log_params(_flat(self.study.model_dump(mode="json")))
             return str(run.info.run_id)
 
+    @contextmanager
+    def _running(self) -> Iterator[Any]:
+        """MLflow with the study's run open; whatever fails there is one message that says nothing is lost."""
+        try:
+            mlflow = self._open()
+            with mlflow.start_run(run_id=self._parent):
+                yield mlflow
+        except Exception as error:
+            where = os.environ.get("MLFLOW_TRACKING_URI") or self.results / "mlflow.db"
+            raise UserError(
+                f"the tracker, {where}, cannot be written ({type(error).__name__}: {str(error).splitlines()[0]}); "
+                f"all of it is in {self.results} too: mend it or unset MLFLOW_TRACKING_URI, and run the command again"
+            ) from error
+
+    def check(self) -> None:
+        """Raise `UserError` if the tracker cannot be written: better before a sweep than after it."""
+        with self._running():
+            pass
+
     def log_snapshot(self, path: Path, fingerprint: str) -> None:
         """The archived store's name and fingerprint, on the parent run."""
-        mlflow = self._open()
-        with mlflow.start_run(run_id=self._parent):
+        with self._running() as mlflow:
             mlflow.set_tags({"snapshot": path.name, "snapshot_fingerprint": fingerprint})
 
     def log_trial(self, folder: Path) -> None:
-        """A finished trial: its settings, each epoch's metrics, each measured gradient."""
-        if not (folder / "result.json").is_file():
-            return
+        """A finished trial, once: its settings, each epoch's metrics, each measured gradient."""
         result = read_json(folder / "result.json")
-        mlflow = self._open()
-        with (
-            mlflow.start_run(run_id=self._parent),
-            mlflow.start_run(run_name=result["trial"], nested=True, tags={"kind": "trial"}),
-        ):
-            mlflow.log_params(_flat(result["config"]))
-            for epoch in result["epochs"]:
-                numbers = {k: float(v) for k, v in epoch.items() if isinstance(v, int | float)}
-                mlflow.log_metrics(numbers, step=epoch["step"])
-            for row in result["gradients"]:
-                norms = {f"gradient_norm_{term}": value for term, value in row["norms"].items()}
-                mlflow.log_metrics(norms, step=row["step"])
+        with self._running() as mlflow:
+            tags = {"kind": "trial", "trial": result["trial"], "study_run": self._parent}
+            if self._whole_run(tags):
+                return
+            with mlflow.start_run(run_name=result["trial"], nested=True, tags=tags):
+                mlflow.log_params(_flat(result["config"]))
+                for epoch in result["epochs"]:
+                    numbers = {k: float(v) for k, v in epoch.items() if isinstance(v, int | float)}
+                    mlflow.log_metrics(numbers, step=epoch["step"])
+                for row in result["gradients"]:
+                    norms = {f"gradient_norm_{term}": value for term, value in row["norms"].items()}
+                    mlflow.log_metrics(norms, step=row["step"])
+
+    def _whole_run(self, tags: dict[str, str]) -> bool:
+        """Whether a finished run has these tags; what a killed process left of one is deleted."""
+        wanted = " and ".join(f"tags.{name} = '{value}'" for name, value in tags.items())
+        found = self._mlflow.search_runs(filter_string=wanted, output_format="list")
+        for run in found:
+            if run.info.status != "FINISHED":
+                self._mlflow.delete_run(run.info.run_id)
+        return any(run.info.status == "FINISHED" for run in found)
 
     def log_report(self, path: Path) -> None:
         """The report as an artefact of the parent run."""
-        mlflow = self._open()
-        with mlflow.start_run(run_id=self._parent):
+        with self._running() as mlflow:
             mlflow.log_artifact(str(path))
 
 

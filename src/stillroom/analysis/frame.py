@@ -39,10 +39,27 @@ def summary_frame(results: Sequence[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame([summary_row(result) for result in results])
 
 
-def write_summary(frame: pd.DataFrame, path: Path) -> None:
-    """Write `results_summary.csv`, whole or not at all."""
+def write_summary(trials: Sequence[dict[str, Any]], folders: Sequence[Path], path: Path) -> None:
+    """Write `results_summary.csv`: a row a planned trial, finished or not, whole or not at all.
+
+    `trials` are those of `planned.json`, `folders` theirs. `status` is finished, failed or missing; a trial that is
+    not finished has no metrics.
+    """
+    frame = summary_frame(read_results(folders))
+    frame.insert(0, "status", "finished")
+    done = set(frame["trial"]) if len(frame) else set()
+    absent = [
+        {
+            "status": "failed" if (folder / "error.json").is_file() else "missing",
+            "trial": trial["name"],
+            "config/distill_type": trial["group"],
+            "config/seed": trial["seed"],
+        }
+        for trial, folder in zip(trials, folders, strict=True)
+        if trial["name"] not in done
+    ]
     with atomic_path(path) as temporary:
-        frame.to_csv(temporary, index=False)
+        pd.concat([frame, pd.DataFrame(absent)]).to_csv(temporary, index=False)
 
 
 def accuracy_columns(frame: pd.DataFrame) -> dict[str, str]:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+import traceback
 import warnings
 
 import typer
 
 from stillroom.cli import after, before, stages  # each registers its commands
 from stillroom.cli.options import app
+from stillroom.credentials import redact
 
 
 def main() -> None:
-    """Entry point: a user's mistake ends with one message and exit code 2, Ctrl-C with 130."""
+    """Entry point: a user's mistake ends with one message and exit code 2, Ctrl-C with 130, a fault of ours with 1.
+
+    What is printed at the end names no credential.
+    """
     from stillroom.config import UserError
 
     warnings.simplefilter("ignore", FutureWarning)  # other packages' notices to their own developers
@@ -20,11 +26,16 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        typer.secho(f"error: {error}", err=True, fg="red")
+        typer.secho(redact(f"error: {error}"), err=True, fg="red")
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.secho(f"stopped; to go on: {' '.join(['stillroom', *sys.argv[1:]])}", err=True)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # Typer's word for Ctrl-C
+            typer.secho(redact(f"stopped; to go on: {shlex.join(['stillroom', *sys.argv[1:]])}"), err=True)
+        raise
+    except Exception:
+        typer.secho(redact(traceback.format_exc()), err=True)
+        typer.secho("this is a fault of stillroom's; what is finished is on disk, the same command goes on", err=True)
+        sys.exit(1)
 
 
 __all__ = ["after", "app", "before", "main", "stages"]

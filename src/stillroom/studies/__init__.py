@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from stillroom.config import Study, UserError
+from stillroom.credentials import holds_credential
 
 
 def shipped_studies() -> list[str]:
@@ -26,6 +27,7 @@ def load_study(name_or_path: str, overrides: Iterable[str] = ()) -> Study:
     raw = _read_yaml(name_or_path)
     for override in overrides:
         _apply(raw, override)
+    _refuse_credentials(name_or_path, raw)
     try:
         return Study.model_validate(raw)
     except ValidationError as error:
@@ -67,6 +69,20 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         node[leaf] = yaml.safe_load(value)
     except yaml.YAMLError:
         raise UserError(f"--set {override!r}: {value!r} is not valid YAML") from None
+
+
+def _refuse_credentials(source: str, node: Any, field: str = "") -> None:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            _refuse_credentials(source, value, f"{field}.{key}" if field else str(key))
+    elif isinstance(node, list):
+        for number, value in enumerate(node):
+            _refuse_credentials(source, value, f"{field}.{number}")
+    elif isinstance(node, str) and holds_credential(node):
+        raise UserError(
+            f"{source}: {field}: there is a credential in it, and a study is recorded in full; "
+            "give it by the environment (HF_TOKEN, `hf auth login`, MLFLOW_TRACKING_URI) instead"
+        )
 
 
 def _explain(source: str, error: ValidationError) -> str:
