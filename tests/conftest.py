@@ -11,6 +11,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 import hypothesis
 import pytest
 import torch
+import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stillroom.builtin_pair import byte_level_tokenizer, sentencepiece_tokenizer
@@ -125,6 +126,38 @@ def make_store(folder, ref, examples, **settings):
 def store(tmp_path_factory, teacher_ref, examples):
     """The teacher's store, float32, verified."""
     return make_store(tmp_path_factory.mktemp("store") / "data", teacher_ref, examples)
+
+
+@pytest.fixture(scope="session")
+def finished_study(tmp_path_factory, teacher_ref, student_ref):
+    """A study of two groups, one seed, trained without Ray to a report; for looking at, not for changing."""
+    from stillroom.stages import Workspace
+    from stillroom.studies import load_study
+
+    folder = tmp_path_factory.mktemp("study")
+    tasks = {name: {"dataset": "builtin", "examples": 30} for name in ("sentiment", "quiz", "arithmetic")}
+    study = {
+        "name": "tiny",
+        "teacher": {"model": teacher_ref.model, "dtype": "float32"},
+        "student": {"model": student_ref.model},
+        "corpus": {"tasks": tasks, "max_length": 128},
+        "signals": {"top_k": 32, "dtype": "float32", "minimum_coverage": 0.0},
+        "groups": ["task_only", "combined"],
+        "training": {"epochs": 2, "precision": "float32", "gradient_interval": 4, "learning_rate": 3e-3},
+        "evaluation": {"max_new_tokens": 8},
+        "sweep": {"seeds": [0], "cpus_per_trial": 1},
+        "paths": {"store": str(folder / "offline_teacher_data"), "results": str(folder / "results")},
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(study))
+    workspace = Workspace(load_study(str(folder / "tiny.yaml")))
+    workspace.baselines()
+    workspace.capture()
+    workspace.verify()
+    workspace.archive()
+    for group in ("task_only", "combined"):
+        workspace.train_one(group, 0)
+    workspace.report()
+    return workspace
 
 
 def real_tokenizer(name):

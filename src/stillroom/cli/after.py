@@ -61,3 +61,20 @@ def inspect(
         print_example(facts)
     then = "open it" if student else f"stillroom inspect {store} {example_id} --student MODEL, to see the alignment"
     finish(json, {**facts, "picture": target}, f"Attention map: {target}.", then)
+
+
+@app.command(rich_help_panel=AFTER)
+def export(
+    trial: Annotated[Path, typer.Argument(metavar="TRIAL", help="folder of a finished trial")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a new folder")],
+    json: JsonOption = False,
+) -> None:
+    """Write a trained student ready for the hub: weights, tokenizer, generation config and a model card.
+
+    Example: stillroom export results/knowledge_distillation_experiment/TRIAL my-student
+    """
+    from stillroom.export import export_trial
+
+    path = export_trial(trial, folder)
+    then = f"read {path / 'README.md'}; AutoModelForCausalLM.from_pretrained({str(path)!r})"
+    finish(json, {"folder": path, "files": sorted(p.name for p in path.iterdir())}, f"{path}.", then)
