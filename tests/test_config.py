@@ -41,6 +41,22 @@ def test_paper_is_the_study_as_given():
     assert study.signals.top_k == 256
 
 
+def test_official_splits_are_those_of_the_published_figures():
+    """Whole in the paper study, on the corpus's data sets and revisions; a split from elsewhere inherits neither."""
+    study = load_study("paper")
+    found = {n: (d.dataset, d.subset, d.split, d.examples) for n, d in study.official.items()}
+    assert found == {
+        "sst2": ("nyu-mll/glue", "sst2", "validation", 872),
+        "mmlu": ("cais/mmlu", "all", "test", 14042),
+        "gsm8k": ("openai/gsm8k", "main", "test", 1319),
+    }
+    assert all(data.revision == study.corpus.tasks[name].revision for name, data in study.official.items())
+    other = load_study("paper", ["evaluation.official.sst2.dataset=other/data"]).official["sst2"]
+    assert (other.dataset, other.subset, other.revision, other.split) == ("other/data", None, None, "validation")
+    with pytest.raises(UserError, match=r"evaluation.official names the task 'quiz', which corpus.tasks has not"):
+        load_study("paper", ["evaluation.official.quiz={split: test, examples: 9}"])
+
+
 def test_groups_switch_on_the_terms_of_the_table():
     """The activation table of the study."""
     active = {

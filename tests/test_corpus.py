@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stillroom.config import Corpus, TaskData, UserError
-from stillroom.corpus import build_corpus, check_leaks, load_corpus, save_corpus, split
+from stillroom.config import Corpus, OfficialSplit, TaskData, UserError
+from stillroom.corpus import build_corpus, check_leaks, folded, load_corpus, save_corpus, split, with_official
 from stillroom.models import load_tokenizer
 from stillroom.tasks import TASKS, Example, get_task
 from stillroom.tasks.gsm8k import extract_flexible, extract_strict
@@ -153,8 +155,56 @@ def test_a_missing_split_lists_those_there_are(tmp_path, tokenizers):
         build_corpus(settings.model_copy(update={"tasks": {"sst2": data}}), tokenizers)
 
 
+def with_validation(tmp_path, settings, rows, examples, tokenizers, max_length=256):
+    """The corpus of `settings` with an official split of these rows, in the same folder."""
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "sst2" / "validation.parquet")
+    split = OfficialSplit(split="validation", examples=examples).data(settings.tasks["sst2"])
+    return with_official(build_corpus(settings, tokenizers), {"sst2": split}, settings, tokenizers, max_length)
+
+
+def test_official_examples_in_the_corpus_are_dropped_and_counted(tmp_path, tokenizers):
+    """Whatever their white space and case; those too long for the models too; duplicates stay; the rest is all used."""
+    settings = local(tmp_path, ROWS, 40)
+    rows = [
+        {"sentence": "Film   NUMBER 7", "label": 0},
+        {"sentence": "film number 8", "label": 1},
+        {"sentence": "long " * 300, "label": 0},
+        *[{"sentence": f"a new film, number {n}", "label": n % 2} for n in range(20)],
+        {"sentence": "a new film, number 3", "label": 1},
+    ]
+    built = with_validation(tmp_path, settings, rows, len(rows), tokenizers)
+    counts = {"used": 21, "source_rows": 24, "unusable": 0, "in_corpus": 2, "too_long": 1}
+    assert built.official_counts == {"sst2": counts}
+    assert sorted(e.prompt.split("\n")[0] for e in built.official) == sorted(r["sentence"] for r in rows[3:])
+    assert built.all == build_corpus(settings, tokenizers).all
+    some = with_validation(tmp_path, settings, rows, 10, tokenizers).official
+    assert some == built.official[:10]
+
+
+def test_an_official_split_that_cannot_be_used_is_named(tmp_path, tokenizers):
+    """Too few rows, nothing but the corpus again, no such file: by the field."""
+    settings = local(tmp_path, ROWS, 40)
+    with pytest.raises(UserError, match=r"evaluation.official.sst2.examples: 9 asked for, but the split has 3 rows"):
+        with_validation(tmp_path, settings, ROWS[:3], 9, tokenizers)
+    with pytest.raises(UserError, match=r"evaluation.official.sst2: no example .* can be used .*'in_corpus': 3"):
+        with_validation(tmp_path, settings, ROWS[:3], 3, tokenizers)
+    absent = OfficialSplit(examples=3).data(settings.tasks["sst2"])
+    with pytest.raises(UserError, match=r"evaluation.official.sst2: .*test.parquet is missing; splits there: train, v"):
+        with_official(build_corpus(settings, tokenizers), {"sst2": absent}, settings, tokenizers, 256)
+
+
+def test_built_in_official_examples_are_others_than_the_corpus(corpus_settings, examples, tokenizers):
+    """They are drawn anew, and those that fall together with the corpus are dropped."""
+    splits = {name: OfficialSplit(examples=50).data(data) for name, data in corpus_settings.tasks.items()}
+    built = with_official(examples, splits, corpus_settings, tokenizers, 128)
+    assert {name: count["used"] for name, count in built.official_counts.items()} == dict.fromkeys(splits, 50)
+    assert not {folded(e.prompt) for e in built.official} & {folded(e.prompt) for e in built.all}
+
+
 def test_a_saved_corpus_is_the_same_corpus(tmp_path, examples):
     """What trials read is what was built."""
+    counts = {"quiz": {"used": 3}}
+    examples = replace(examples, official=examples.validation[:3], official_counts=counts)
     save_corpus(examples, tmp_path, "f")
     loaded, fingerprint = load_corpus(tmp_path)
     assert (loaded, fingerprint) == (examples, "f")

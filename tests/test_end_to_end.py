@@ -110,6 +110,32 @@ def test_a_second_run_computes_nothing_again(tmp_path, teacher_ref, student_ref,
     assert sorted(pd.read_csv(tmp_path / "results" / "results_summary.csv")["config/seed"]) == [0, 1]
 
 
+def test_official_splits_are_evaluated_for_trials_teacher_and_untouched_student(tmp_path, teacher_ref, student_ref):
+    """The same examples for all three; another split is another trial, a second run computes nothing again."""
+    evaluation = {"max_new_tokens": 8, "official": {"quiz": {"examples": 12}, "arithmetic": {"examples": 6}}}
+    path = study_file(tmp_path, teacher_ref.model, student_ref.model, groups=["task_only"], evaluation=evaluation)
+    workspace, errors = run(path)
+    assert errors == {}
+    ids = [e.example_id for e in workspace.examples.official]
+    assert len(ids) == 18
+    results, trial = tmp_path / "results", workspace.plans()[0].folder
+    result = read_json(trial / "result.json")
+    measured = {trial / "predictions_official.parquet": result}
+    for name in ("teacher", "student"):
+        own = results / "baselines" / f"{name}_official.parquet"
+        measured[own] = read_json(own.with_suffix(".json"))["metrics"]
+    for predictions, metrics in measured.items():
+        table = pd.read_parquet(predictions)
+        assert list(table["example_id"]) == ids
+        assert metrics["official_accuracy"] == table["correct"].mean()
+        assert metrics["official_accuracy_quiz"] == table[table["task"] == "quiz"]["correct"].mean()
+        assert (results / "baselines" / "teacher.parquet").is_file()
+    frame = pd.read_csv(results / "results_summary.csv")
+    assert frame["official_accuracy"].tolist() == [result["official_accuracy"]]
+    changed = Workspace(load_study(path, ["evaluation.official.quiz.examples=11"]))
+    assert changed.plans()[0].folder != trial
+
+
 def test_one_failing_trial_stops_no_other_and_is_retried_alone(tmp_path, teacher_ref, student_ref):
     """It is listed with its error, the report is marked incomplete, and the same command completes it."""
     path = study_file(tmp_path, teacher_ref.model, student_ref.model)

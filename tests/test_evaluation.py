@@ -68,7 +68,7 @@ def real_examples(count):
     found = []
     for name, split in splits.items():
         data = TaskData(dataset=str(SHARED / "data" / name), split=split, examples=count)
-        found += [TASKS[name].build(row) for row in load_rows(TASKS[name], data, 0)[:count]]
+        found += [TASKS[name].build(row) for row in load_rows(TASKS[name], data, 0, name)[:count]]
     return found
 
 

@@ -11,10 +11,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conftest import make_store
+from stillroom import train_student
 from stillroom.batches import epoch_order
-from stillroom.config import GROUPS, Evaluation, Objective, Training, UserError
+from stillroom.config import GROUPS, Evaluation, ModelRef, Objective, Training, UserError
+from stillroom.evaluation import evaluate
 from stillroom.models import load_model, load_tokenizer, without_adapters
 from stillroom.provenance import read_json
+from stillroom.tasks import TASKS
 from stillroom.train_student import Trial, train
 
 TRAINING = Training(learning_rate=3e-3, batch_size=8, epochs=2, precision="float32", gradient_interval=3)
@@ -24,7 +27,11 @@ TIMES = ("train_seconds", "data_wait_seconds", "evaluation_seconds")
 
 def run(folder, student_ref, store, examples, group="combined", seed=0, **changes):
     """Train one trial with small settings."""
-    options = {k: changes.pop(k) for k in ("report", "keep_checkpoints", "adapter", "minimum_coverage") if k in changes}
+    options = {
+        k: changes.pop(k)
+        for k in ("report", "keep_checkpoints", "adapter", "minimum_coverage", "official")
+        if k in changes
+    }
     training = TRAINING.model_copy(update=changes)
     trial = Trial("t", GROUPS[group], seed)
     return train(
@@ -35,6 +42,14 @@ def run(folder, student_ref, store, examples, group="combined", seed=0, **change
 def numbers(result):
     """All metrics but the times."""
     return [{k: v for k, v in epoch.items() if k not in TIMES} for epoch in result["epochs"]]
+
+
+@pytest.fixture(scope="module")
+def official(examples):
+    """Other examples of the built-in tasks."""
+    built = [TASKS[n].build(row) for n in ("sentiment", "quiz", "arithmetic") for row in TASKS[n].generate_rows(77, 6)]
+    assert not {e.prompt for e in built} & {e.prompt for e in examples.all}
+    return built
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +145,61 @@ def test_a_stopped_trial_ends_with_the_numbers_of_an_unstopped_one(tmp_path, stu
     assert resumed["gradients"] == whole["gradients"]
     first, second = (load_file(tmp_path / n / "checkpoint_2" / "model.safetensors") for n in ("whole", "stopped"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("place", ["evaluate", "save_predictions", "write_json", "drop_superseded"])
+def test_a_trial_stopped_after_its_last_epoch_only_finishes(
+    tmp_path, student_ref, store, examples, official, monkeypatch, place
+):
+    """Wherever the process died: the weights of the last epoch are evaluated and no step is taken again."""
+    whole = run(tmp_path / "whole", student_ref, store, examples, official=official)
+    epochs = [0]
+    real = getattr(train_student, place)
+
+    def stop(*arguments, **options):
+        if epochs[0] == TRAINING.epochs:
+            raise Stop
+        return real(*arguments, **options)
+
+    def count(metrics):
+        epochs[0] = metrics["epoch"]
+
+    monkeypatch.setattr(train_student, place, stop)
+    with pytest.raises(Stop):
+        run(tmp_path / "stopped", student_ref, store, examples, official=official, report=count)
+    monkeypatch.undo()
+    assert (tmp_path / "stopped" / "checkpoint_2" / "trainer_state.pt").is_file()
+    monkeypatch.setattr(train_student.StepRunner, "update", lambda *_: pytest.fail("a step was taken again"))
+    resumed = run(tmp_path / "stopped", student_ref, store, examples, official=official)
+    assert numbers(resumed) == numbers(whole)
+    for key in whole:
+        assert resumed[key] == whole[key] or key in ("epochs", "official_evaluation_seconds", *TIMES), key
+    files = [sorted(p.name for p in (tmp_path / name).rglob("*") if p.is_file()) for name in ("whole", "stopped")]
+    assert files[0] == files[1]
+    for name in ("predictions.parquet", "predictions_official.parquet"):
+        first, second = (pd.read_parquet(tmp_path / folder / name) for folder in ("whole", "stopped"))
+        pd.testing.assert_frame_equal(first, second)
+
+
+def test_official_examples_are_evaluated_once_and_change_nothing_else(
+    tmp_path, combined, student_ref, store, examples, official
+):
+    """Their accuracy is that of their predictions, those of the saved model; training and validation stay the same."""
+    result = run(tmp_path, student_ref, store, examples, official=official)
+    assert numbers(result) == numbers(combined[0])
+    frame = pd.read_parquet(tmp_path / "predictions_official.parquet")
+    assert list(frame["example_id"]) == [e.example_id for e in official]
+    assert result["official_accuracy"] == frame["correct"].mean()
+    for task, own in frame.groupby("task"):
+        assert result[f"official_accuracy_{task}"] == own["correct"].mean()
+    scored = evaluate(load_model(ModelRef(model=str(tmp_path / "checkpoint_2"))), *evaluated(student_ref, official))
+    pd.testing.assert_frame_equal(scored, frame)
+    assert not any(key.startswith("official") for key in combined[0])
+
+
+def evaluated(student_ref, official):
+    """The other arguments of `evaluate`."""
+    return load_tokenizer(student_ref), official, EVALUATION
 
 
 def test_half_a_checkpoint_is_not_taken_for_a_whole_one(tmp_path, student_ref, store, examples):

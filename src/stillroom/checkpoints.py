@@ -62,28 +62,24 @@ def save_checkpoint(
 ) -> None:
     """Write `checkpoint_<epoch>`, in one step.
 
-    The weights lie there in the training precision; `trainer_state.pt` holds them in float32, with the optimizer,
-    until the trial is finished.
+    The weights lie there in the training precision; `trainer_state.pt` holds them in float32 until the trial is
+    finished, with the optimizer while there is an epoch to come.
     """
     target = folder / f"checkpoint_{state.epoch}"
     with atomic_path(target) as building:
         building.mkdir()
         save_student(student, tokenizer, building, DTYPES[training.precision])
+        whole = {"student": student.state_dict(), "state": {**vars(state)}}
         if not final:
-            whole = {
-                "student": student.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-                "state": {**vars(state)},
-            }
-            with (building / STATE).open("wb") as handle:  # a full disk is an OSError only through a handle of ours
-                torch.save(whole, handle)
+            whole |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        with (building / STATE).open("wb") as handle:  # a full disk is an OSError only through a handle of ours
+            torch.save(whole, handle)
 
 
 def drop_superseded(folder: Path, keep: Retention, epochs: Sequence[dict[str, Any]], finished: bool) -> None:
-    """Drop the checkpoints that `keep` does not ask for; after the last epoch, only once the trial's result is on disk.
+    """Drop the checkpoints that `keep` does not ask for, and every `trainer_state.pt` that nothing goes on from.
 
-    An unfinished trial has its newest in any case, to go on from; older ones need no `trainer_state.pt`.
+    A trial goes on from its newest checkpoint until it is finished: until its result is on disk.
     """
     *older, newest = checkpoints(folder)
     best = folder / f"checkpoint_{best_epoch(epochs)}"
@@ -92,8 +88,10 @@ def drop_superseded(folder: Path, keep: Retention, epochs: Sequence[dict[str, An
             (old / STATE).unlink(missing_ok=True)
         else:
             remove_tree(old)
-    if finished and keep == "best" and newest != best:
-        remove_tree(newest)
+    if finished:
+        (newest / STATE).unlink(missing_ok=True)
+        if keep == "best" and newest != best:
+            remove_tree(newest)
 
 
 def best_epoch(epochs: Sequence[dict[str, Any]]) -> int:
@@ -117,6 +115,7 @@ def restore_checkpoint(
             "checkpoint before it, or from the start"
         ) from error
     student.load_state_dict(saved["student"])
-    optimizer.load_state_dict(saved["optimizer"])
-    scaler.load_state_dict(saved["scaler"])
+    if "optimizer" in saved:
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
     return TrainingState(**saved["state"])

@@ -6,8 +6,8 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,10 @@ class Examples:
     validation: list[Example]
     counts: dict[str, dict[str, int]]
     """Per task: used, train, validation, source_rows, unusable, duplicates, too_long."""
+    official: list[Example] = field(default_factory=list)
+    """Of the official evaluation splits; the teacher's data does not cover them."""
+    official_counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Per task: used, source_rows, unusable, in_corpus, too_long."""
 
     @property
     def all(self) -> list[Example]:
@@ -59,29 +63,62 @@ def build_corpus(corpus: Corpus, tokenizers: Sequence[Any]) -> Examples:
 def _draw(
     task: Task, data: TaskData, corpus: Corpus, tokenizers: Sequence[Any]
 ) -> tuple[list[Example], dict[str, int]]:
-    rows = load_rows(task, data, corpus.sample_seed)
+    place = f"corpus.tasks.{task.name}"
+    rows = load_rows(task, data, corpus.sample_seed, place)
     dropped = Counter({"source_rows": len(rows), "unusable": 0, "duplicates": 0, "too_long": 0})
-    unique = _unique(_usable(task, data, rows, dropped), dropped)
+    unique = _unique(_usable(task, data, rows, dropped, place), dropped)
     ordered = sorted(unique, key=lambda example: _rank(example.example_id, f"sample{corpus.sample_seed}"))
     chosen = list(islice(_fitting(ordered, corpus.max_length, tokenizers, dropped), data.examples))
     if len(chosen) < data.examples:
         raise UserError(
-            f"corpus.tasks.{task.name}.examples: {data.examples} asked for, but only {len(chosen)} can be used "
+            f"{place}.examples: {data.examples} asked for, but only {len(chosen)} can be used "
             f"({dict(dropped)}); ask for fewer, or raise corpus.max_length"
         )
     return chosen, dict(dropped)
 
 
-def load_rows(task: Task, data: TaskData, seed: int) -> Sequence[dict[str, Any]]:
-    """A task's rows: generated (`builtin`), from a `.jsonl` file or a local directory, or from the hub."""
+def with_official(
+    examples: Examples, splits: Mapping[str, TaskData], corpus: Corpus, tokenizers: Sequence[Any], max_length: int
+) -> Examples:
+    """`examples` with those of the official splits: none that the corpus has or that exceeds `max_length` tokens.
+
+    Duplicates within a split stay, as they count in its published figures. Raises `UserError` where a split has
+    fewer rows than asked for, or none that can be used.
+    """
+    known = {folded(example.prompt) for example in examples.all}
+    official: list[Example] = []
+    counts: dict[str, dict[str, int]] = {}
+    for name, data in splits.items():
+        task, place = get_task(name, data), f"evaluation.official.{name}"
+        rows = load_rows(task, data, corpus.sample_seed + 1, place)  # built-in rows: others than the corpus's
+        if len(rows) < data.examples:
+            raise UserError(f"{place}.examples: {data.examples} asked for, but the split has {len(rows)} rows")
+        dropped = Counter({"source_rows": len(rows), "unusable": 0, "in_corpus": 0, "too_long": 0})
+        usable = list(_usable(task, data, rows, dropped, place))
+        unseen = [example for example in usable if folded(example.prompt) not in known]
+        dropped["in_corpus"] = len(usable) - len(unseen)
+        ordered = sorted(unseen, key=lambda example: _rank(example.example_id, f"official{corpus.sample_seed}"))
+        chosen = list(islice(_fitting(ordered, max_length, tokenizers, dropped), data.examples))
+        if not chosen:
+            raise UserError(f"{place}: no example of {data.dataset}/{data.split} can be used ({dict(dropped)})")
+        counts[name] = {"used": len(chosen), **dropped}
+        official += chosen
+    return replace(examples, official=official, official_counts=counts)
+
+
+def load_rows(task: Task, data: TaskData, seed: int, place: str) -> Sequence[dict[str, Any]]:
+    """A task's rows: generated (`builtin`), from a `.jsonl` file, a local directory or the hub.
+
+    Errors name the field `place`.
+    """
     if data.dataset == "builtin":
         if task.generate_rows is None:
-            raise UserError(f"corpus.tasks.{task.name}.dataset: this task has no built-in rows")
+            raise UserError(f"{place}.dataset: this task has no built-in rows")
         return task.generate_rows(seed, 2 * data.examples + 200)
     local = Path(data.dataset)
     if local.suffix == ".jsonl":
         read = _read_lines(local)
-        _require_columns(task, data, list(dict.fromkeys(name for row in read for name in row)))
+        _require_columns(task, data, list(dict.fromkeys(name for row in read for name in row)), place)
         return [{column: row.get(column) for column in task.columns} for row in read]
     from datasets import disable_progress_bars, load_dataset
     from datasets.exceptions import DatasetNotFoundError
@@ -91,23 +128,21 @@ def load_rows(task: Task, data: TaskData, seed: int) -> Sequence[dict[str, Any]]
         if local.is_dir():
             file = local / f"{data.split}.parquet"
             if not file.is_file():
-                raise UserError(f"corpus.tasks.{task.name}: {file} is missing; splits there: {_splits(local)}")
+                raise UserError(f"{place}: {file} is missing; splits there: {_splits(local)}")
             rows = load_dataset("parquet", data_files={data.split: str(file)}, split=data.split)
         else:
             rows = load_dataset(data.dataset, data.subset, revision=data.revision, split=data.split)
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError, OSError) as error:
-        raise UserError(
-            f"corpus.tasks.{task.name}.dataset: {data.dataset!r} cannot be loaded: {str(error).splitlines()[0]}"
-        ) from error
-    _require_columns(task, data, rows.column_names)
+        raise UserError(f"{place}.dataset: {data.dataset!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    _require_columns(task, data, rows.column_names, place)
     listed: list[dict[str, Any]] = rows.select_columns(list(task.columns)).to_list()
     return listed
 
 
-def _require_columns(task: Task, data: TaskData, present: Sequence[str]) -> None:
+def _require_columns(task: Task, data: TaskData, present: Sequence[str], place: str) -> None:
     missing = [column for column in task.columns if column not in present]
     if missing:
-        raise UserError(f"corpus.tasks.{task.name}: {data.dataset} lacks the columns {missing}; it has {present}")
+        raise UserError(f"{place}: {data.dataset} lacks the columns {missing}; it has {present}")
 
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:
@@ -140,7 +175,9 @@ def _splits(folder: Path) -> str:
     return ", ".join(sorted(p.stem for p in folder.glob("*.parquet"))) or "none"
 
 
-def _usable(task: Task, data: TaskData, rows: Iterable[dict[str, Any]], dropped: Counter[str]) -> Iterator[Example]:
+def _usable(
+    task: Task, data: TaskData, rows: Iterable[dict[str, Any]], dropped: Counter[str], place: str
+) -> Iterator[Example]:
     fault = None
     for number, row in enumerate(rows):
         try:
@@ -149,7 +186,7 @@ def _usable(task: Task, data: TaskData, rows: Iterable[dict[str, Any]], dropped:
             dropped["unusable"] += 1
             fault = f"row {number} of {data.dataset}/{data.split}: {error}"
     if fault and dropped["unusable"] == dropped["source_rows"]:
-        raise UserError(f"corpus.tasks.{task.name}: no row can be used; {fault}")
+        raise UserError(f"{place}: no row can be used; {fault}")
 
 
 def folded(prompt: str) -> str:
@@ -228,19 +265,20 @@ def save_corpus(examples: Examples, folder: Path, fingerprint: str) -> None:
             "gold": e.gold,
             "definition": e.definition,
         }
-        for part, members in (("train", examples.train), ("validation", examples.validation))
-        for e in members
+        for part in ("train", "validation", "official")
+        for e in getattr(examples, part)
     ]
     (folder / "corpus.json").unlink(missing_ok=True)  # it says what the other file is, so it goes first and comes last
     with atomic_path(folder / "corpus.parquet") as path:
         pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), path)
-    write_json(folder / "corpus.json", {"fingerprint": fingerprint, "counts": examples.counts})
+    counts = {"counts": examples.counts, "official_counts": examples.official_counts}
+    write_json(folder / "corpus.json", {"fingerprint": fingerprint, **counts})
 
 
 def load_corpus(folder: Path) -> tuple[Examples, str]:
     """Read what `save_corpus` wrote: the examples and their fingerprint."""
     described = read_json(folder / "corpus.json")
-    parts: dict[str, list[Example]] = {"train": [], "validation": []}
+    parts: dict[str, list[Example]] = {"train": [], "validation": [], "official": []}
     try:
         rows = pq.read_table(folder / "corpus.parquet", schema=_SCHEMA).to_pylist()
     except (OSError, pa.ArrowException) as error:
@@ -251,7 +289,8 @@ def load_corpus(folder: Path) -> tuple[Examples, str]:
         choices = tuple(row["choices"]) if row["choices"] is not None else None
         example = Example(row["task"], row["prompt"], row["answer"], choices, row["gold"], row.get("definition", ""))
         parts[row["split"]].append(example)
-    return Examples(parts["train"], parts["validation"], described["counts"]), described["fingerprint"]
+    examples = Examples(**parts, counts=described["counts"], official_counts=described["official_counts"])
+    return examples, described["fingerprint"]
 
 
 def examples_digest(examples: Iterable[Example]) -> str:

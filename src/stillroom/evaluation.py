@@ -99,19 +99,22 @@ def measure_baseline(
     examples: Sequence[Example],
     settings: Evaluation,
     precision: str,
+    prefix: str,
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
     """Accuracy and answer likelihood of a model no trial has touched; kept in `path`, predictions beside it.
 
-    `identity` pins the model; it is loaded only if `path` does not hold this very measurement.
+    `identity` pins the model; it is loaded only if `path` does not hold this very measurement. `prefix` begins the
+    metrics' names.
     """
-    own = fingerprint(identity, precision, settings, [example.example_id for example in examples])
+    how = settings.model_dump(exclude={"official"})
+    own = fingerprint(identity, precision, how, prefix, [example.example_id for example in examples])
     if path.is_file() and (known := read_json(path))["fingerprint"] == own:
         found: dict[str, Any] = known
         return found
     predictions = evaluate(load(), tokenizer, examples, settings, progress)
     save_predictions(predictions, path.with_suffix(".parquet"))
-    metrics, nll = accuracy_metrics(predictions), nll_metrics(predictions)
+    metrics, nll = accuracy_metrics(predictions, prefix), nll_metrics(predictions)
     result = {"fingerprint": own, "identity": identity, "metrics": metrics, "answer_nll": nll}
     write_json(path, result)
     return result

@@ -91,6 +91,7 @@ def run_trial(
                 plan.folder,
                 minimum_coverage=plan.minimum_coverage,
                 keep_checkpoints=plan.keep_checkpoints,
+                official=examples.official,
                 report=report,
                 progress=progress,
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +201,11 @@ def heads(config: Any) -> int:
     return int(config.get_text_config().num_attention_heads)
 
 
+def context_length(config: Any) -> int:
+    """Tokens the model was made to read at once; where its configuration does not say, no bound is known."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
+
+
 def layers(config: Any) -> int:
     """Transformer layers."""
     return int(config.get_text_config().num_hidden_layers)
@@ -218,3 +224,11 @@ def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
             parent, _, leaf = name.rpartition(".")
             setattr(merged.get_submodule(parent), leaf, module.get_base_layer())
     return merged
+
+
+def scoring_copy(model: PreTrainedModel, precision: Precision) -> PreTrainedModel:
+    """The model in the training precision: under autocast every forward pass would cast float32 weights anew."""
+    model = without_adapters(model)
+    if precision == "float32":
+        return model.eval()
+    return copy.deepcopy(model).to(DTYPES[precision]).eval()

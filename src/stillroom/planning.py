@@ -1,7 +1,6 @@
 """What a study will cost, before any weight is loaded: examples, tokens, bytes, steps, and hours by assumption.
 
-With the tokenizers and data sets at hand everything is counted; where one is missing, its figure is an assumption
-and the plan says so.
+Where tokenizers and data sets are at hand everything is counted; what stands in for one is listed as an assumption.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from stillroom.config import ModelRef, Study, UserError
 from stillroom.encoding import encode_many
 from stillroom.models import load_config
 from stillroom.signal_store import Layout, id_dtype
+from stillroom.tasks import get_task
 
 _SHAPES: dict[str, dict[str, Any]] = {
     "mistralai/Mistral-7B-v0.1": {
@@ -241,11 +241,16 @@ def _hours(
         f"forward, 6 in training; generation {_DECODE_TOKENS_PER_SECOND:.0f} tokens/s; not measured"
     )
     validation = sum(max(1, round(study.corpus.validation_share * len(own.student))) for own in lengths.values())
-    generated = validation * study.evaluation.max_new_tokens / max(len(lengths), 1)
+    limit, official = study.evaluation.max_new_tokens, study.official.items()
+    generated = validation * limit / max(len(lengths), 1)
+    read = sum(split.examples * float(lengths[name].student.mean()) for name, split in official)
+    written = limit * sum(s.examples for name, s in official if get_task(name, s).kind == "generation")
+    official_seconds = 2 * student.parameters * read / rate + written / _DECODE_TOKENS_PER_SECOND
     return {
         "teacher": 2 * teacher.parameters * tokens / rate / 3600,
         "training": 6 * student.parameters * training["tokens_per_trial"] * training["trials"] / rate / 3600,
         "evaluation": generated / _DECODE_TOKENS_PER_SECOND * study.training.epochs * training["trials"] / 3600,
+        "official_evaluation": official_seconds * training["trials"] / 3600,
     }
 
 
@@ -270,8 +275,7 @@ def print_plan(plan: dict[str, Any], as_json: bool = False) -> None:
 def _corpus_rows(plan: dict[str, Any]) -> list[tuple[str, ...]]:
     corpus = plan["corpus"]
     rows = {**corpus["by_task"], "total": corpus}
-    keys = ("examples", "teacher_tokens", "student_tokens")
-    return [(name, *(f"{own[key]:,}" for key in keys)) for name, own in rows.items()]
+    return [(n, *(f"{own[k]:,}" for k in ("examples", "teacher_tokens", "student_tokens"))) for n, own in rows.items()]
 
 
 def _rows(values: dict[str, Any], show: Callable[[Any], str]) -> list[tuple[str, ...]]:

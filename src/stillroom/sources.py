@@ -10,8 +10,16 @@ from typing import Any
 
 from stillroom.builtin_pair import materialise
 from stillroom.config import ModelRef, Study, fingerprint
-from stillroom.corpus import Examples, build_corpus, examples_digest, load_corpus, save_corpus, source_digest
-from stillroom.models import load_tokenizer, model_identity, tokenizer_hash
+from stillroom.corpus import (
+    Examples,
+    build_corpus,
+    examples_digest,
+    load_corpus,
+    save_corpus,
+    source_digest,
+    with_official,
+)
+from stillroom.models import context_length, load_config, load_tokenizer, model_identity, tokenizer_hash
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is going on, done, total)."""
@@ -62,15 +70,27 @@ class Sources:
     def examples(self) -> Examples:
         """The corpus, built on first use and then read."""
         folder = self.results / "corpus"
-        sources = [source_digest(data) for data in self.study.corpus.tasks.values()]
-        own = fingerprint(self.study.corpus, [tokenizer_hash(t) for t in self.tokenizers], sources)
+        official, longest = self.study.official, self._longest_official()
+        own = fingerprint(
+            self.study.corpus,
+            {name: data.model_dump() for name, data in official.items()},
+            longest,
+            [tokenizer_hash(t) for t in self.tokenizers],
+            [source_digest(data) for data in (*self.study.corpus.tasks.values(), *official.values())],
+        )
         if (folder / "corpus.json").is_file():
             examples, found = load_corpus(folder)
             if found == own:
                 return examples
         examples = build_corpus(self.study.corpus, self.tokenizers)
+        examples = with_official(examples, official, self.study.corpus, self.tokenizers, longest)
         save_corpus(examples, folder, own)
         return examples
+
+    def _longest_official(self) -> int:
+        """Tokens of an official example that both models can read and still answer."""
+        contexts = [context_length(load_config(ref)) for ref in (self.teacher_ref, self.student_ref)]
+        return min(contexts) - self.study.evaluation.max_new_tokens
 
     @cached_property
     def teacher_identity(self) -> str:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from stillroom import offline_teacher_data as otd
 from stillroom.adaptation import ADAPTED, adapt_teacher
-from stillroom.analysis.frame import PLANNED, SUMMARY, worse_or_equal, write_summary
+from stillroom.analysis.frame import PLANNED, worse_or_equal, write_summary
 from stillroom.analysis.report import write_report
 from stillroom.config import EXPERIMENT, Group, ModelRef, Precision, UserError, fingerprint
+from stillroom.corpus import examples_digest
 from stillroom.evaluation import measure_baseline
 from stillroom.experiment import capture_on_workers, sweep
 from stillroom.jobs import CapturePlan, TrialPlan, finished, run_capture, run_trial
@@ -164,7 +165,7 @@ class Workspace(Sources):
         return found
 
     def baselines(self) -> dict[str, dict[str, Any]]:
-        """Teacher and untouched student on the validation part; `warnings` where the teacher is no better."""
+        """Teacher and untouched student on validation part and official splits; where the teacher is no better."""
         teacher = self._baseline("teacher", self.teacher_identity, self.adapt, self.study.teacher.dtype)
         precision = self.study.training.precision
         student = self._baseline("student", self.student_identity, lambda: self.student_ref, precision)
@@ -173,16 +174,24 @@ class Workspace(Sources):
 
     def _baseline(self, name: str, identity: str, ref: Callable[[], ModelRef], dtype: Precision) -> dict[str, Any]:
         what = f"evaluating the {'teacher' if name == 'teacher' else 'untouched student'}, examples"
-        return measure_baseline(
-            self.results / "baselines" / f"{name}.json",
-            identity,
-            lambda: load_model(ref(), dtype, default_device()),
-            self.tokenizers[0 if name == "teacher" else 1],
-            self.examples.validation,
-            self.study.evaluation,
-            dtype,
-            lambda done, total: self.progress(what, done, total),
-        )
+        load = cache(lambda: load_model(ref(), dtype, default_device()))
+        parts = (("", "validation_", self.examples.validation), ("_official", "official_", self.examples.official))
+        measured = [
+            measure_baseline(
+                self.results / "baselines" / f"{name}{suffix}.json",
+                identity,
+                load,
+                self.tokenizers[0 if name == "teacher" else 1],
+                examples,
+                self.study.evaluation,
+                dtype,
+                prefix,
+                lambda done, total: self.progress(what, done, total),
+            )
+            for suffix, prefix, examples in parts
+            if examples
+        ]
+        return measured[0]
 
     def plans(self) -> list[TrialPlan]:
         """Every trial of the study, group by group, seed by seed; needs the archived snapshot."""
@@ -217,6 +226,7 @@ class Workspace(Sources):
             self.student_identity,
             self.study.training,
             self.study.evaluation,
+            examples_digest(self.examples.official),
             objective,
             group.name,
             seed,
@@ -228,14 +238,11 @@ class Workspace(Sources):
         chosen = [p for p in self.plans() if p.trial.group.name == group and p.trial.seed == seed]
         if not chosen:
             raise UserError(f"seed {seed} is not in the study; it has {list(self.study.sweep.seeds)}")
-        if finished(chosen[0]):
-            result: dict[str, Any] = read_json(chosen[0].folder / "result.json")
-            return result
         result = run_trial(
             chosen[0], progress=lambda d, t: self.progress(f"training {group}, seed {seed}, steps", d, t)
         )
+        write_summary(self.results)
         self.tracker.log_trial(chosen[0].folder)
-        self.summarise()
         return result
 
     def sweep(self) -> dict[str, str]:
@@ -250,29 +257,23 @@ class Workspace(Sources):
             if event == "failed":
                 failed.add(facts["trial"])
             if event == "finished":
-                self.summarise()
-                with suppress(UserError):  # the trials go on; what is not logged now is logged at the end, or refused
+                with suppress(UserError):  # the trials go on; at the end it is done again, and then it must succeed
+                    write_summary(self.results)
                     self.tracker.log_trial(self.results / EXPERIMENT / facts["trial"])
             shown = f" ({len(failed)} failed)" if failed else ""
             self.progress(f"training students, trials{shown}", done, len(plans))
 
         self.tracker.check()
-        self.summarise()
+        write_summary(self.results)
         self.progress("training students, trials", done, len(plans))
         storage = self.study.sweep.storage or str(self.results / "ray")
         errors = sweep(plans, self.study.sweep, storage if "://" in storage else str(Path(storage).resolve()), watch)
-        self.summarise()
+        write_summary(self.results)
         self._record("sweep", {"trials": len(plans), "failed": errors})
         for plan in plans:
             if finished(plan):
                 self.tracker.log_trial(plan.folder)
         return errors
-
-    def summarise(self) -> None:
-        """Write `results_summary.csv`: what is finished, and what is missing."""
-        trials = read_json(self.results / PLANNED)["trials"]
-        folders = [self.results / EXPERIMENT / trial["name"] for trial in trials]
-        write_summary(trials, folders, self.results / SUMMARY)
 
     def report(self) -> Path:
         """Write `report.html` and its figures from what is in the results folder."""

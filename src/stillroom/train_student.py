@@ -6,7 +6,6 @@ gives every group the same weights, batches and dropout, and a trial run again g
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections import defaultdict
@@ -27,20 +26,20 @@ from stillroom.distillation_student import DistillationStudent
 from stillroom.evaluation import evaluate
 from stillroom.metrics import accuracy_metrics, save_predictions
 from stillroom.models import (
-    DTYPES,
     default_device,
     heads,
     load_model,
     load_tokenizer,
     output_logits,
+    scoring_copy,
     tokenizer_hash,
     vocabulary_size,
     width,
-    without_adapters,
 )
 from stillroom.offline_teacher_data import require_verified
 from stillroom.provenance import remove_leftovers, write_json
 from stillroom.signal_store import SignalStore
+from stillroom.tasks import Example
 from stillroom.training_step import StepRunner, accumulate, losses_of, mean_shares
 
 RESULT = "result.json"
@@ -75,14 +74,15 @@ def train(
     minimum_coverage: float = 0.0,
     keep_checkpoints: Retention = "last",
     adapter: Callable[[Any], Any] | None = None,
+    official: Sequence[Example] = (),
     report: Report = lambda metrics: None,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
     """Train one student and return its result, which is also `folder/result.json`.
 
     `objective` is the study's; the group's own settings are applied to it. Without a store only the task loss can
-    be on. Goes on from the last whole checkpoint in `folder`, which no other
-    process may write.
+    be on. `official` examples are evaluated once, after the last epoch. Goes on from the last whole checkpoint in
+    `folder`, which no other process may write.
     """
     own = trial.group.objective(objective)
     device = default_device()
@@ -147,14 +147,13 @@ def train(
             "evaluation_seconds": time.perf_counter() - trained,
         }
         state.epoch, state.epochs = epoch + 1, [*state.epochs, metrics]
-        final = epoch + 1 == training.epochs
         save_predictions(predictions, folder / f"predictions_{epoch + 1}.parquet")
-        save_checkpoint(student, tokenizer, optimizer, scaler, state, folder, training, final)
-        if not final:
-            drop_superseded(folder, keep_checkpoints, state.epochs, finished=False)
+        save_checkpoint(student, tokenizer, optimizer, scaler, state, folder, training, epoch + 1 == training.epochs)
+        drop_superseded(folder, keep_checkpoints, state.epochs, finished=False)
         report(metrics)
 
-    result = _finish(trial, own, state, coverage, folder, student)
+    official_metrics = _evaluate_official(student, tokenizer, official, training, evaluation, folder)
+    result = _finish(trial, own, state, coverage, folder, student, official_metrics)
     drop_superseded(folder, keep_checkpoints, state.epochs, finished=True)
     return result
 
@@ -236,17 +235,26 @@ def _validate(
         _, sums = step_of.losses(batch.to(step_of.device), step_of.objective.weights, batch.counts)
         accumulate(totals, sums, batch.counts)
     metrics = {f"validation_{name}": value for name, value in losses_of(totals, step_of.objective).items()}
-    scored = scoring_copy(student.model, training)
+    scored = scoring_copy(student.model, training.precision)
     predictions = evaluate(scored, tokenizer, examples.validation, evaluation)
     return metrics | accuracy_metrics(predictions), predictions
 
 
-def scoring_copy(model: Any, training: Training) -> Any:
-    """The model in the training precision: under autocast every forward pass would cast float32 weights anew."""
-    model = without_adapters(model)
-    if training.precision == "float32":
-        return model.eval()
-    return copy.deepcopy(model).to(DTYPES[training.precision]).eval()
+def _evaluate_official(
+    student: DistillationStudent,
+    tokenizer: Any,
+    official: Sequence[Example],
+    training: Training,
+    evaluation: Evaluation,
+    folder: Path,
+) -> dict[str, float]:
+    if not official:
+        return {}
+    started = time.perf_counter()
+    student.eval()
+    predictions = evaluate(scoring_copy(student.model, training.precision), tokenizer, official, evaluation)
+    save_predictions(predictions, folder / "predictions_official.parquet")
+    return {**accuracy_metrics(predictions, "official_"), "official_evaluation_seconds": time.perf_counter() - started}
 
 
 def _finish(
@@ -256,15 +264,18 @@ def _finish(
     coverage: dict[str, Any],
     folder: Path,
     student: DistillationStudent,
+    official: dict[str, float],
 ) -> dict[str, Any]:
     last = state.epochs[-1]
-    (folder / f"predictions_{last['epoch']}.parquet").replace(folder / "predictions.parquet")
-    for old in folder.glob("predictions_*.parquet"):
+    if (newest := folder / f"predictions_{last['epoch']}.parquet").is_file():  # else stopped right after this line
+        newest.replace(folder / "predictions.parquet")
+    for old in folder.glob("predictions_[0-9]*.parquet"):
         old.unlink()
     result = {
         "trial": trial.name,
         "config": {"distill_type": trial.group.name, "seed": trial.seed, "objective": objective.model_dump()},
         **last,
+        **official,
         "epochs": state.epochs,
         "gradients": state.gradients,
         "gradient_shares": mean_shares(state.gradients),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from stillroom.config import EXPERIMENT
 from stillroom.provenance import atomic_path, read_json
 
 SUMMARY = "results_summary.csv"
@@ -39,12 +40,13 @@ def summary_frame(results: Sequence[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame([summary_row(result) for result in results])
 
 
-def write_summary(trials: Sequence[dict[str, Any]], folders: Sequence[Path], path: Path) -> None:
-    """Write `results_summary.csv`: a row a planned trial, finished or not, whole or not at all.
+def write_summary(results: Path) -> None:
+    """Write `results_summary.csv` in a results folder: a row a planned trial, finished or not.
 
-    `trials` are those of `planned.json`, `folders` theirs. `status` is finished, failed or missing; a trial that is
-    not finished has no metrics.
+    `status` is finished, failed or missing; a trial that is not finished has no metrics.
     """
+    trials = read_json(results / PLANNED)["trials"]
+    folders = [results / EXPERIMENT / trial["name"] for trial in trials]
     frame = summary_frame(read_results(folders))
     frame.insert(0, "status", "finished")
     done = set(frame["trial"]) if len(frame) else set()
@@ -58,7 +60,7 @@ def write_summary(trials: Sequence[dict[str, Any]], folders: Sequence[Path], pat
         for trial, folder in zip(trials, folders, strict=True)
         if trial["name"] not in done
     ]
-    with atomic_path(path) as temporary:
+    with atomic_path(results / SUMMARY) as temporary:
         pd.concat([frame, pd.DataFrame(absent)]).to_csv(temporary, index=False)
 
 

@@ -134,12 +134,30 @@ class Signals(Section):
     )
 
 
+class OfficialSplit(Section):
+    """A split that a task's published figures are on; evaluated once, when training is over."""
+
+    dataset: str | None = Field(
+        None, description="default: the task's own in corpus.tasks, its subset and revision too"
+    )
+    subset: str | None = Field(None, description="the hub data set's configuration")
+    revision: str | None = None
+    split: str = "test"
+    examples: int = Field(ge=2, description="fewer are used where some stand in the corpus or exceed a model's context")
+
+    def data(self, task: TaskData) -> TaskData:
+        """Where its rows come from; `task` is the corpus's own entry."""
+        elsewhere = {"dataset", "subset", "revision"}
+        return task.model_copy(update=self.model_dump(exclude=elsewhere if self.dataset is None else set()))
+
+
 class Evaluation(Section):
     """How accuracy is measured."""
 
     batch_tokens: int = Field(8192, ge=1, description="tokens a scoring batch, padding included")
     generation_batch_size: int = Field(32, ge=1)
     max_new_tokens: int = Field(256, ge=1)
+    official: dict[str, OfficialSplit] = Field({}, description="official evaluation splits, by task; default none")
 
 
 class Sweep(Section):
@@ -223,7 +241,15 @@ class Study(Section):
         for task in (*self.analysis.simple_tasks, *self.analysis.hard_tasks):
             if task not in self.corpus.tasks:
                 raise ValueError(f"analysis names the task {task!r}, which corpus.tasks has not")
+        for task in self.evaluation.official:
+            if task not in self.corpus.tasks:
+                raise ValueError(f"evaluation.official names the task {task!r}, which corpus.tasks has not")
         return self
+
+    @property
+    def official(self) -> dict[str, TaskData]:
+        """The official splits by task, each with its data set."""
+        return {name: split.data(self.corpus.tasks[name]) for name, split in self.evaluation.official.items()}
 
     def group(self, name: str) -> Group:
         """The group of that name; `UserError` if the study has none."""
