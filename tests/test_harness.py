@@ -1,0 +1,87 @@
+"""Evaluation as outsiders do it: EleutherAI's lm-evaluation-harness, offline, on the same examples."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+import harness_agreement
+from conftest import SHARED
+from stillroom.builtin_pair import materialise
+from stillroom.config import GROUPS, ModelRef, Objective, Training
+from stillroom.corpus import build_corpus
+from stillroom.evaluation import evaluate
+from stillroom.models import load_tokenizer
+from stillroom.studies import load_study
+from stillroom.train_student import Trial, train
+
+pytestmark = pytest.mark.slow
+
+SIZES = {"sentiment": 300, "quiz": 300, "arithmetic": 700}
+
+
+@pytest.fixture(scope="module")
+def study():
+    """The quickstart, with fewer examples to train on."""
+    return load_study("quickstart", [f"corpus.tasks.{name}.examples={size}" for name, size in SIZES.items()])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, study):
+    """The directory of a built-in student after a few epochs of the task loss: as a trial saves it."""
+    folder = tmp_path_factory.mktemp("harness")
+    student = materialise(ModelRef(model="builtin:student"), folder)
+    examples = build_corpus(study.corpus, [load_tokenizer(student)])
+    training = Training(
+        learning_rate=3e-3, batch_size=32, epochs=3, precision="float32", gradient_interval=0, bucket_batches=1
+    )
+    trial = Trial("harness", GROUPS["task_only"], 0)
+    train(trial, student, training, Objective(), study.evaluation, examples, None, folder / trial.name)
+    return folder / trial.name / "checkpoint_3"
+
+
+def require_agreement(found):
+    """Every share is as required, with answers that vary: a constant would agree for nothing."""
+    assert harness_agreement.disagreements(found) == []
+    for own in found.values():
+        for key, value in own.items():
+            if key.endswith("accuracy"):
+                assert value[0] == pytest.approx(value[1], abs=1 - harness_agreement.REQUIRED)
+            if key.endswith("different answers"):
+                assert value > 1, key
+
+
+def test_a_trained_built_in_student_answers_the_same(trained, study, tmp_path):
+    """Choices and worked answers, from its saved directory."""
+    found = harness_agreement.measure_agreement(study, str(trained), 120, tmp_path)
+    require_agreement(found)
+    assert {name: own["examples"] for name, own in found.items()} == dict.fromkeys(SIZES, 120)
+    assert found["arithmetic"]["strict-match different answers"] > 5
+
+
+def test_real_tasks_are_answered_the_same(trained, tmp_path):
+    """SST-2, MMLU and GSM8K by the harness's own definitions; a built-in student answers them in kind, if badly."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip("no SST-2, MMLU and GSM8K beside the checkout")
+    places = [f"corpus.tasks.{name}.dataset={SHARED / 'data' / name}" for name in ("sst2", "mmlu", "gsm8k")]
+    study = load_study("small", [*places, "evaluation.max_new_tokens=40"])
+    found = harness_agreement.measure_agreement(study, str(trained), 60, tmp_path)
+    require_agreement(found)
+    assert {name: own["examples"] for name, own in found.items()} == {"sst2": 60, "mmlu": 60, "gsm8k": 60}
+
+
+def test_another_prompt_or_reading_is_a_disagreement(trained, study, tmp_path, monkeypatch):
+    """What is wrong with our side shows in the shares, by task and by name."""
+
+    def other(model, tokenizer, examples, settings):
+        frame = evaluate(model, tokenizer, [replace(e, prompt=e.prompt[4:]) for e in examples], settings)
+        return frame.assign(correct=~frame["correct"].astype(bool))
+
+    monkeypatch.setattr(harness_agreement, "evaluate", other)
+    found = harness_agreement.measure_agreement(study, str(trained), 60, tmp_path)
+    lines = "\n".join(harness_agreement.disagreements(found))
+    for line in ("sentiment: answer agrees", "quiz: right agrees", "arithmetic: strict-match agrees"):
+        assert line in lines
+    assert found["sentiment"]["differ"]
+    assert found["quiz"]["prompt"] == 1
