@@ -276,12 +276,16 @@ def test_the_trap_of_equal_sizes_reproduces_the_published_counts(tokenizer):
         (
             "qwen2.5-coder-0.5b",
             "smollm2-135m",
-            {"sst2": (92.3, 100), "mmlu": (95.3, 100), "gsm8k": (97.0, 97.2)},
+            {"sst2": (92.3, 100), "mmlu": (94.2, 100), "mmlu without its header": (95.3, 100), "gsm8k": (97.0, 97.2)},
         ),
     ],
 )
 def test_coverage_on_real_text_is_that_of_the_specification(tokenizer, teacher, student, expected):
-    """400 examples a task: within 1.5 points for tokens (another draw of examples), 0.5 for predictions."""
+    """400 examples a task, within half a point.
+
+    The specification's 95.3 % for Qwen and SmolLM2 on MMLU is that of the questions alone. The harness' header line
+    ends in `.\n\n`, one token to Qwen and three to SmolLM2, of which two have no partner: 94.2 % with it.
+    """
     import pyarrow.parquet as pq
 
     from stillroom.tasks import get_task
@@ -289,13 +293,16 @@ def test_coverage_on_real_text_is_that_of_the_specification(tokenizer, teacher, 
     if not (SHARED / "data").is_dir():
         pytest.skip("no real data beside the checkout")
     first, second = tokenizer(teacher), tokenizer(student)
-    for name, (tokens, predictions) in expected.items():
+    for case, (tokens, predictions) in expected.items():
+        name, _, without_header = case.partition(" ")
         split = "auxiliary_train" if name == "mmlu" else "train"
         rows = pq.read_table(SHARED / "data" / name / f"{split}.parquet").slice(0, 400).to_pylist()
         totals = dict.fromkeys(("tokens", "aligned", "predictions", "aligned_predictions"), 0)
         for example in map(get_task(name).build, rows):
-            t, s = encode(first, example.text), encode(second, example.text, add_eos=True)
-            own = coverage(t, s, align_encodings(t, s), len(example.prompt))
+            header = example.prompt.index("\n\n") + 2 if without_header else 0
+            text = example.text[header:]
+            t, s = encode(first, text), encode(second, text, add_eos=True)
+            own = coverage(t, s, align_encodings(t, s), len(example.prompt) - header)
             totals = {key: value + own[key] for key, value in totals.items()}
-        assert 100 * totals["aligned"] / totals["tokens"] == pytest.approx(tokens, abs=1.5)
+        assert 100 * totals["aligned"] / totals["tokens"] == pytest.approx(tokens, abs=0.5)
         assert 100 * totals["aligned_predictions"] / totals["predictions"] == pytest.approx(predictions, abs=0.5)
