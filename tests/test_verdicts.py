@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from stillroom.analysis.verdicts import answer_questions
+from stillroom.analysis.verdicts import Evidence
+from stillroom.analysis.verdicts import answer_questions as answers_from
 from stillroom.config import Analysis
 
 SEEDS = tuple(range(7))
@@ -32,6 +33,12 @@ def frame(effects, seeds=SEEDS, drop=()):
 NOTHING = dict.fromkeys(("black_box", "hidden", "attention", "combined"), (0.0, 0.0))
 
 
+def answer_questions(table, analysis, seeds, groups=None):
+    """The answers from a table alone, all its groups planned."""
+    planned = groups or list(dict.fromkeys(table["config/distill_type"]))
+    return answers_from(Evidence(table, analysis, tuple(seeds), planned, {}))
+
+
 def verdicts(answers, question):
     """Verdicts of one answer, by (first, measure)."""
     return {(f.comparison.first, f.comparison.measure): f.verdict for f in answers[question].findings}
@@ -42,7 +49,9 @@ def test_a_hypothesis_that_holds_is_said_to_hold():
     effects = {**NOTHING, "hidden": (0, 0.1), "attention": (0, 0.1), "combined": (0, 0.2)}
     answers = answer_questions(frame(effects), ANALYSIS, SEEDS)
     assert set(verdicts(answers, 0).values()) == {"improves"}
-    assert verdicts(answers, 2) == {("combined", "all"): "improves"}
+    assert verdicts(answers, 2)["combined", "all"] == "improves"
+    assert verdicts(answers, 2)["combined", "easy"] == "equivalent"
+    assert answers[0].short.startswith("hidden against black_box: improves; attention")
     assert verdicts(answers, 3)["hidden", "easy"] == "equivalent"
     assert verdicts(answers, 3)["hidden", "hard"] == "improves"
     assert "the benefit differs between tasks" in answers[3].answer
@@ -100,3 +109,45 @@ def test_questions_without_their_groups_say_so():
     """A study of other groups still has a report."""
     answers = answer_questions(frame({"black_box": (0, 0)}), ANALYSIS, SEEDS)
     assert all("has not the groups" in answer.answer for answer in answers)
+
+
+def test_a_group_without_a_finished_trial_is_missing_not_absent():
+    """No contrast is left out because nothing of a planned group is there yet."""
+    table = frame({group: NOTHING[group] for group in ("black_box", "hidden", "attention")})
+    answer = answer_questions(table, ANALYSIS, SEEDS, list(NOTHING))[0]
+    assert [f.comparison.first for f in answer.findings] == ["hidden", "attention", "combined"]
+    assert {f.verdict for f in answer.findings} == {"undecided"}
+    assert "combined seed 0" in answer.answer
+
+
+def test_findings_carry_their_differences_and_a_bootstrap_over_examples():
+    """The seeds' differences are those of the table; the bootstrap reads predictions, and one task's for a task."""
+    rng = np.random.default_rng(1)
+    rows, predictions = [], {}
+    for group, chance in (("black_box", 0.5), ("hidden", 0.7)):
+        for seed in SEEDS:
+            right = rng.random(80) < chance
+            tasks = np.where(np.arange(80) < 30, "easy", "hard")
+            predictions[group, seed] = pd.DataFrame({"task": tasks, "correct": right})
+            rows.append(
+                {
+                    "config/distill_type": group,
+                    "config/seed": seed,
+                    "validation_accuracy": right.mean(),
+                    "validation_accuracy_easy": right[:30].mean(),
+                    "validation_accuracy_hard": right[30:].mean(),
+                }
+            )
+    table = pd.DataFrame(rows)
+    evidence = Evidence(table, ANALYSIS, SEEDS, ["black_box", "hidden"], predictions)
+    for measure, chosen in (("all", slice(None)), ("easy", slice(30)), ("hard", slice(30, None))):
+        (finding,) = evidence.findings([("hidden", "black_box")], measure)
+        means = {
+            seed: predictions["hidden", seed]["correct"][chosen].mean()
+            - predictions["black_box", seed]["correct"][chosen].mean()
+            for seed in SEEDS
+        }
+        assert finding.by_seed == pytest.approx(means)
+        low, high = finding.bootstrap
+        assert low < finding.comparison.difference < high
+        assert high - low > 0.05  # 30 to 80 examples leave more doubt than seven seeds' spread alone

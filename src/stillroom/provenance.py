@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -199,6 +200,36 @@ def hardware() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
     return {"platform": platform.platform(), "cores": os.cpu_count(), "memory_bytes": memory, "gpus": gpus}
+
+
+def gpu_joules() -> float | None:
+    """Energy that this machine's NVIDIA GPUs have used since their driver was loaded, joules; None if unreadable.
+
+    Needs the `nvidia-ml-py` package. Processors are left out: their counters wrap within minutes.
+    """
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        used = [pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000 for handle in handles]
+    except Exception:  # no package, no driver, or a GPU without the counter: all mean that it cannot be read
+        return None
+    return float(sum(used)) if used else None
+
+
+class Meter:
+    """Wall clock and GPU energy from one reading to the next."""
+
+    def __init__(self) -> None:
+        """The first reading counts from here."""
+        self._since = time.perf_counter(), gpu_joules()
+
+    def read(self) -> dict[str, float | None]:
+        """`seconds` and `gpu_joules` (None where it cannot be read) since the last reading."""
+        (then, before), self._since = self._since, (time.perf_counter(), gpu_joules())
+        now, after = self._since
+        return {"seconds": now - then, "gpu_joules": None if before is None or after is None else after - before}
 
 
 def record_run(path: Path, stage: str, facts: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from stillroom.corpus import (
     with_official,
 )
 from stillroom.models import context_length, load_config, load_tokenizer, model_identity, tokenizer_hash
+from stillroom.provenance import Meter
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is going on, done, total)."""
@@ -35,6 +36,7 @@ class Sources:
 
     study: Study
     progress: Progress = _silent
+    meter: Meter = field(default_factory=Meter)
 
     @property
     def results(self) -> Path:

@@ -288,7 +288,7 @@ class Workspace(Sources):
 
     def _record(self, stage: str, facts: dict[str, Any]) -> None:
         path = self.results / "run.json"
-        record_run(path, stage, facts)
+        record_run(path, stage, {**self.meter.read(), **facts})
         log = read_json(path)
         write_json(path, {**log, "study": self.study.model_dump(mode="json"), "updated": utc_now()})
 

@@ -3,111 +3,224 @@
 from __future__ import annotations
 
 import base64
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from stillroom.analysis.figures import accuracy_figure, save_figure
-from stillroom.analysis.frame import PLANNED, accuracy_columns, group_table, read_results, summary_frame, worse_or_equal
-from stillroom.analysis.verdicts import answer_questions
-from stillroom.config import EXPERIMENT, Analysis, UserError
-from stillroom.provenance import read_json, write_text
-
-
-def gather(results: Path) -> dict[str, Any]:
-    """All that a report says, from the files of a results folder. `UserError` if there is nothing to report."""
-    planned = read_json(results / PLANNED)
-    folders = [results / EXPERIMENT / trial["name"] for trial in planned["trials"]]
-    finished = read_results(folders)
-    if not finished:
-        raise UserError(f"{results}: no trial is finished yet; run `stillroom sweep`")
-    done = {result["trial"] for result in finished}
-    frame = summary_frame(finished)
-    untrained = {}
-    for name, label in (("teacher", "teacher"), ("student", "untouched student")):
-        path = results / "baselines" / f"{name}.json"
-        if path.is_file():
-            untrained[label] = read_json(path)
-    groups = [group["name"] for group in planned["study"]["groups"]]
-    coverage: dict[str, Any] = next((r["coverage"] for r in finished if r["coverage"]), {})
-    study = planned["study"]
-    return {
-        "answers": answer_questions(frame, Analysis.model_validate(study["analysis"]), study["sweep"]["seeds"]),
-        "study": study,
-        "snapshot": planned["snapshot"],
-        "groups": groups,
-        "frame": frame,
-        "table": group_table(frame, groups, {k: v["metrics"] for k, v in untrained.items()}),
-        "tasks": list(accuracy_columns(frame)),
-        "untrained": untrained,
-        "teacher_no_better": worse_or_equal(*(m["metrics"] for m in untrained.values())) if len(untrained) == 2 else [],
-        "missing": [t for t in planned["trials"] if t["name"] not in done],
-        "trials": planned["trials"],
-        "coverage": coverage,
-        "gradients": _gradient_rows(frame, groups),
-        "corpus": read_json(results / "corpus" / "corpus.json")["counts"],
-        "run": read_json(results / "run.json"),
-    }
-
+from stillroom.analysis.figures import save_figure, study_figures
+from stillroom.analysis.frame import UNTRAINED, StudyResults, group_table, worse_or_equal
+from stillroom.analysis.paper import study_tables, write_paper
+from stillroom.analysis.verdicts import Answer, Evidence, answer_questions
+from stillroom.config import TERMS, Analysis
+from stillroom.provenance import write_text
 
 WEAK_SIGNAL = 0.01
 """A term under this share of the gradient is flagged: the group may be its baseline in all but name."""
 
 
-def _gradient_rows(frame: pd.DataFrame, groups: list[str]) -> list[dict[str, Any]]:
+def answers_of(results: StudyResults) -> list[Answer]:
+    """The questions' answers from a results folder."""
+    analysis = Analysis.model_validate(results.study["analysis"])
+    seeds = results.study["sweep"]["seeds"]
+    return answer_questions(Evidence(results.frame, analysis, seeds, results.groups, results.predictions))
+
+
+def gradient_rows(results: StudyResults) -> list[dict[str, Any]]:
+    """By group: each term's mean share of the gradient, and which added terms stayed under 1 %."""
     rows = []
-    for group in groups:
-        own = frame[frame["config/distill_type"] == group]
+    for group in results.groups:
+        own = results.frame[results.frame["config/distill_type"] == group]
+        columns = {term: f"gradient_share_{term}" for term in TERMS}
         shares = {
-            column.removeprefix("gradient_share_"): float(own[column].mean())
-            for column in frame.columns
-            if column.startswith("gradient_share_") and own[column].notna().any()
+            term: float(own[column].mean())
+            for term, column in columns.items()
+            if column in own and own[column].notna().any()
         }
         weak = [term for term, share in shares.items() if term != "task" and share < WEAK_SIGNAL]
         rows.append({"group": group, "shares": shares, "weak": weak})
     return rows
 
 
-def write_report(results: Path) -> Path:
-    """Write `report.html` and `figures/`; returns the page's path."""
-    facts = gather(results)
-    metrics = {label: value["metrics"] for label, value in facts["untrained"].items()}
-    png = save_figure(accuracy_figure(facts["frame"], facts["groups"], metrics), results / "figures", "accuracy")
+def warnings_of(results: StudyResults) -> list[str]:
+    """What a reader must know before any number, each a sentence."""
+    found = []
+    if results.missing:
+        names = ", ".join(f"{trial['group']} seed {trial['seed']}" for trial in results.missing)
+        found.append(
+            f"Incomplete: {len(results.missing)} of {len(results.trials)} trials are missing ({names}). "
+            "No mean here is final."
+        )
+    if len(results.untrained_metrics) == 2:
+        teacher, student = (results.untrained_metrics[label] for label in UNTRAINED.values())
+        for task in worse_or_equal(teacher, student):
+            found.append(
+                f"On {task} the teacher is no better than the untouched student: it has nothing to give there."
+            )
+    for row in gradient_rows(results):
+        if row["weak"]:
+            found.append(
+                f"In group {row['group']} the term {' and '.join(row['weak'])} stayed under {100 * WEAK_SIGNAL:g} % of "
+                "the gradient; the group may differ from its baseline in name only."
+            )
+    return found
+
+
+def integrity_rows(results: StudyResults) -> list[tuple[str, str]]:
+    """What was checked, and what came of it."""
+    stages = results.run["stages"]
+    verified, archived = stages.get("verify"), stages.get("archive")
+    skipped = int(results.frame.get("skipped_steps", pd.Series(dtype=float)).sum())
+    weak = [f"{row['group']} ({', '.join(row['weak'])})" for row in gradient_rows(results) if row["weak"]]
+    rows = [
+        ("trials finished", f"{len(results.finished)} of {len(results.trials)}"),
+        ("training and held-out examples", "no prompt stands in both; duplicates were dropped before the split"),
+        ("optimizer steps skipped for gradients that were not finite", str(skipped)),
+        ("terms under 1 % of the gradient", "; ".join(weak) or "none"),
+        (
+            "teacher data",
+            f"{results.snapshot}, fingerprint {archived['fingerprint']}" if archived else results.snapshot,
+        ),
+    ]
+    if verified:
+        rows.append(("teacher data verified", f"{verified.get('finished', '')}, {_checked(verified)}"))
+    for task, own in results.coverage.items():
+        floor = results.study["signals"]["minimum_coverage"]
+        rows.append(
+            (
+                f"alignment on {task}",
+                f"{own['token_coverage']:.1%} of tokens (floor {floor:.0%}), "
+                f"{own['prediction_coverage']:.1%} of predictions",
+            )
+        )
+    return rows
+
+
+def _checked(record: dict[str, Any]) -> str:
+    parts = [f"{record.get('sampled', 0)} of {record.get('examples', 0)} examples sampled, every shard's checksum"]
+    for how in ("recomputed", "with_output_head"):
+        if errors := record.get(how):
+            listed = ", ".join(f"{name} {error:.2g}" for name, error in errors.items())
+            parts.append(f"largest difference {how.replace('_', ' ')}: {listed}")
+    return "; ".join(parts)
+
+
+def settings_rows(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """A study's fields by their dotted name, lists of plain values on one line."""
+    if isinstance(value, dict) and value:
+        return [row for key, inner in value.items() for row in settings_rows(inner, f"{prefix}{key}.")]
+    if isinstance(value, list) and any(isinstance(inner, dict) for inner in value):
+        named = {
+            inner.get("name", str(n)): {k: v for k, v in inner.items() if k != "name"} for n, inner in enumerate(value)
+        }
+        return settings_rows(named, prefix)
+    return [(prefix[:-1], value if isinstance(value, str) else json.dumps(value))]
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html`, `figures/`, `tables/` and `paper/`; returns the page's path.
+
+    The same folder gives the same bytes. `UserError` if no trial is finished.
+    """
+    results = StudyResults.read(folder)
+    answers = answers_of(results)
+    analysis = Analysis.model_validate(results.study["analysis"])
+    figures = study_figures(results, answers, analysis.equivalence_margin, analysis.alpha)
+    measures = other_measures(results)
+    pictures = {figure.name: save_figure(figure, folder / "figures") for figure in figures}
+    write_paper(results, answers)
+    page = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            results=results,
+            study=results.study,
+            answers=answers,
+            analysis=analysis,
+            warnings=warnings_of(results),
+            accuracy=group_table(results.frame, results.groups, results.untrained_metrics),
+            measures=list(measures),
+            others=group_table(results.measures, results.groups, results.untrained_metrics, measures),
+            gradients=gradient_rows(results),
+            integrity=integrity_rows(results),
+            settings=settings_rows({k: v for k, v in results.study.items() if k != "groups"}),
+            figures={figure.name: (figure, _data_uri(pictures[figure.name], "image/png")) for figure in figures},
+            downloads=_downloads(results, answers),
+            terms=TERMS,
+        )
+    )
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def other_measures(results: StudyResults) -> dict[str, str]:
+    """What stands beside accuracy, where it was measured: the column of each by its name in the report."""
+    names = {
+        "task loss, nats": "validation_task_loss",
+        "unweighted mean of tasks": "validation_accuracy_macro",
+        **{f"{task}, last number": f"validation_accuracy_{task}_flexible" for task in results.tasks},
+        **{f"{task}, calibration error": f"validation_ece_{task}" for task in results.tasks},
+        **{f"{task}, agreement with teacher": f"agreement_{task}" for task in results.tasks},
+    }
+    return {label: column for label, column in names.items() if column in results.measures}
+
+
+def _downloads(results: StudyResults, answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    rows = []
+    for name, table in study_tables(results, answers).items():
+        path = results.folder / "tables" / f"{name}.csv"
+        size = path.stat().st_size
+        rows.append({"name": path.name, "rows": len(table), "bytes": size, "uri": _data_uri(path, "text/csv")})
+    for path in sorted((results.folder / "paper").iterdir()):
+        rows.append(
+            {"name": path.name, "rows": None, "bytes": path.stat().st_size, "uri": _data_uri(path, "text/plain")}
+        )
+    return rows
+
+
+def _data_uri(path: Path, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("stillroom.analysis", "templates"), autoescape=True, undefined=StrictUndefined
+        loader=PackageLoader("stillroom.analysis", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["percent"] = lambda value: "–" if pd.isna(value) else f"{100 * value:.1f} %"
     environment.filters["points"] = lambda value: "" if pd.isna(value) else f"± {100 * value:.1f}"
     environment.filters["signed"] = lambda value: "–" if pd.isna(value) else f"{100 * value:+.1f}"
     environment.filters["number"] = lambda value: "–" if pd.isna(value) else f"{value:.3g}"
-    data = base64.b64encode(png.read_bytes()).decode()
-    write_text(results / "report.html", environment.get_template("report.html.j2").render(**facts, accuracy_png=data))
-    return results / "report.html"
+    environment.filters["duration"] = lambda seconds: (
+        f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    )
+    return environment
 
 
-def print_table(results: Path) -> None:
-    """The groups' accuracies on the terminal."""
+def print_table(folder: Path) -> None:
+    """The groups' accuracies on the terminal, the questions' answers, and what must be known beside them."""
     from rich.console import Console
     from rich.table import Table
 
-    facts = gather(results)
-    table = Table(title=f"{facts['study']['name']}: validation accuracy, mean ± standard deviation over seeds")
-    for heading in ("group", "seeds", "all", *facts["tasks"]):
+    results = StudyResults.read(folder)
+    table = Table(title=f"{results.study['name']}: validation accuracy, mean ± standard deviation over seeds")
+    for heading in ("group", "seeds", "all", *results.tasks):
         table.add_column(heading, justify="left" if heading == "group" else "right")
-    for name, row in facts["table"].iterrows():
-        cells = [_cell(row, key) for key in ("accuracy", *facts["tasks"])]
+    for name, row in group_table(results.frame, results.groups, results.untrained_metrics).iterrows():
+        cells = [_cell(row, key) for key in ("accuracy", *results.tasks)]
         table.add_row(str(name), str(int(row["seeds"])) if row["seeds"] else "untrained", *cells)
     console = Console()
     console.print(table)
-    for answer in facts["answers"]:
+    for answer in answers_of(results):
         console.print(f"{answer.question} {answer.answer}", markup=False, highlight=False, soft_wrap=True)
-    if facts["missing"]:
-        console.print(f"incomplete: {len(facts['missing'])} of {len(facts['trials'])} trials are missing")
-    for row in facts["gradients"]:
-        if row["weak"]:
-            console.print(f"{row['group']}: {', '.join(row['weak'])} stayed under {WEAK_SIGNAL:.0%} of the gradient")
+    for warning in warnings_of(results):
+        console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _cell(row: pd.Series, key: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +11,19 @@ import pandas as pd
 from numpy import ndarray
 
 from stillroom.analysis.frame import accuracy_columns
-from stillroom.analysis.statistics import Comparison, compare, equivalence_p, interaction_p, seeds_needed
+from stillroom.analysis.statistics import (
+    Comparison,
+    bootstrap_interval,
+    compare,
+    equivalence_p,
+    interaction_p,
+    seeds_needed,
+)
 from stillroom.config import Analysis
+
+Pair = tuple[str, str]
+OVERALL = "all"
+"""The measure that is `validation_accuracy`; every other measure is a task."""
 
 
 @dataclass(frozen=True)
@@ -25,80 +36,133 @@ class Finding:
     verdict: str
     """improves, worse, equivalent, no evidence of a difference, or undecided."""
     sentence: str
+    by_seed: dict[int, float]
+    """The differences behind the comparison."""
+    bootstrap: tuple[float, float]
+    """Interval over seeds and examples together; NaN without predictions or seeds."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A question, its answer in a sentence, and the findings behind it."""
+    """A question, its answer in a line and in full, and the findings behind it."""
 
     question: str
+    short: str
     answer: str
     findings: tuple[Finding, ...]
 
 
-def answer_questions(frame: pd.DataFrame, analysis: Analysis, planned_seeds: Sequence[int]) -> list[Answer]:
-    """The four research questions and the hypothesis, from one row a trial.
+@dataclass(frozen=True)
+class Evidence:
+    """What a study's verdicts are made from."""
+
+    frame: pd.DataFrame
+    """A row a finished trial."""
+    analysis: Analysis
+    seeds: Sequence[int]
+    """Planned ones."""
+    groups: Sequence[str]
+    """Planned ones: a group of which no trial is finished is missing, not absent."""
+    predictions: Mapping[tuple[str, int], pd.DataFrame]
+    """By group and seed, rows sorted by example; may be empty."""
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Column of the frame by measure."""
+        return {OVERALL: "validation_accuracy", **accuracy_columns(self.frame)}
+
+    def scores(self, groups: set[str], measure: str) -> tuple[dict[str, dict[int, float]], list[tuple[str, int]]]:
+        """By group one value a seed, over the same seeds; and which planned trials are missing or not finite."""
+        column = self.frame[self.columns[measure]]
+        values = {
+            (str(group), int(seed)): float(value)
+            for group, seed, value in zip(
+                self.frame["config/distill_type"], self.frame["config/seed"], column, strict=True
+            )
+            if math.isfinite(value)
+        }
+        missing = [(group, seed) for group in sorted(groups) for seed in self.seeds if (group, seed) not in values]
+        whole = [seed for seed in self.seeds if all((group, seed) in values for group in groups)]
+        if missing and self.analysis.incomplete == "refuse":
+            whole = []
+        return {group: {seed: values[group, seed] for seed in whole} for group in groups}, missing
+
+    def findings(self, pairs: Sequence[Pair], measure: str) -> tuple[Finding, ...]:
+        """Every contrast of one family on one measure."""
+        if not pairs:
+            return ()
+        scores, missing = self.scores({group for pair in pairs for group in pair}, measure)
+        arrays = {group: np.array(list(own.values())) for group, own in scores.items()}
+        return tuple(
+            self._finding(row, scores, missing) for row in compare(pairs, arrays, measure, self.analysis.alpha)
+        )
+
+    def _finding(self, row: Comparison, scores: dict[str, dict[int, float]], missing: list[tuple[str, int]]) -> Finding:
+        by_seed = {seed: scores[row.first][seed] - scores[row.second][seed] for seed in scores[row.first]}
+        equivalence = equivalence_p(np.array(list(by_seed.values())), self.analysis.equivalence_margin)
+        verdict = _verdict(row, equivalence, self.analysis)
+        sentence = _sentence(row, verdict, equivalence, self.analysis, missing)
+        bootstrap = self._bootstrap(row, list(by_seed))
+        return Finding(row, equivalence, verdict, sentence, by_seed, bootstrap)
+
+    def _bootstrap(self, row: Comparison, seeds: Sequence[int]) -> tuple[float, float]:
+        if not seeds or not self.predictions:
+            return math.nan, math.nan
+        first, second = (
+            np.stack([self._correct(group, seed, row.measure) for seed in seeds]) for group in (row.first, row.second)
+        )
+        return bootstrap_interval(first, second, np.random.default_rng(0), alpha=self.analysis.alpha)
+
+    def _correct(self, group: str, seed: int, measure: str) -> ndarray:
+        own = self.predictions[group, seed]
+        chosen = own if measure == OVERALL else own[own["task"] == measure]
+        return chosen["correct"].to_numpy()
+
+    def interactions(self, pairs: Sequence[Pair]) -> dict[Pair, tuple[float, int]]:
+        """By contrast: p of the group × task interaction, and over how many seeds."""
+        tasks = [measure for measure in self.columns if measure != OVERALL]
+        found = {}
+        for first, second in pairs:
+            by_task = [self.scores({first, second}, task)[0] for task in tasks]
+            seeds = [seed for seed in self.seeds if all(seed in own[first] for own in by_task)]
+            values = [[own[first][seed] - own[second][seed] for own in by_task] for seed in seeds]
+            found[first, second] = interaction_p(np.array(values).reshape(len(seeds), len(tasks))), len(seeds)
+        return found
+
+
+def answer_questions(evidence: Evidence) -> list[Answer]:
+    """The four research questions and the hypothesis.
 
     A contrast of groups the study has not is left out. Where a planned trial of a contrast is missing, the default
     rule gives no verdict; `common_seeds` goes on with the seeds that all groups of the family have.
     """
-    tasks = accuracy_columns(frame)
-    groups = set(frame["config/distill_type"])
-    primary = [pair for pair in analysis.primary if set(pair) <= groups]
-    secondary = [pair for pair in analysis.secondary if set(pair) <= groups]
-    overall = _findings(frame, primary, "validation_accuracy", "all", analysis, planned_seeds)
-    signals = [pair for pair in secondary if "combined" not in pair]
-    combining = [pair for pair in secondary if "combined" in pair]
-    both = _findings(frame, [*signals, *combining], "validation_accuracy", "all", analysis, planned_seeds)
-    by_task = {task: _findings(frame, primary, column, task, analysis, planned_seeds) for task, column in tasks.items()}
+    groups = set(evidence.groups)
+    primary = [pair for pair in evidence.analysis.primary if set(pair) <= groups]
+    secondary = [pair for pair in evidence.analysis.secondary if set(pair) <= groups]
+    first = {measure: evidence.findings(primary, measure) for measure in evidence.columns}
+    second = {measure: evidence.findings(secondary, measure) for measure in evidence.columns}
+    signals = [f for own in second.values() for f in own if "combined" not in _groups(f)]
+    combining = [f for own in second.values() for f in own if "combined" in _groups(f)]
+    by_task = [finding for measure, own in first.items() if measure != OVERALL for finding in own]
     return [
-        _answer("Do white-box signals improve over black-box distillation?", overall),
-        _answer("Hidden states or attention: which is worth more?", both[: len(signals)]),
-        _answer("Does combining the signals help?", both[len(signals) :]),
-        _task_dependence(frame, primary, by_task, tasks, analysis, planned_seeds),
-        _hypothesis(by_task, analysis),
+        _answer("Do white-box signals improve over black-box distillation?", first[OVERALL]),
+        _answer("Hidden states or attention: which is worth more?", signals),
+        _answer("Does combining the signals help?", combining),
+        _task_dependence(evidence, primary, by_task),
+        _hypothesis(by_task, evidence.analysis),
     ]
 
 
-def _scores(
-    frame: pd.DataFrame, groups: set[str], column: str, analysis: Analysis, seeds: Sequence[int]
-) -> tuple[dict[str, ndarray], list[tuple[str, int]]]:
-    """One value a seed for each group, over the same seeds, and which planned trials are missing or not finite."""
-    values = {
-        (str(group), int(seed)): float(value)
-        for group, seed, value in zip(frame["config/distill_type"], frame["config/seed"], frame[column], strict=True)
-        if math.isfinite(value)
-    }
-    missing = [(group, seed) for group in sorted(groups) for seed in seeds if (group, seed) not in values]
-    whole = [seed for seed in seeds if all((group, seed) in values for group in groups)]
-    if missing and analysis.incomplete == "refuse":
-        whole = []
-    return {group: np.array([values[group, seed] for seed in whole]) for group in groups}, missing
+def _groups(finding: Finding) -> Pair:
+    return finding.comparison.first, finding.comparison.second
 
 
-def _findings(
-    frame: pd.DataFrame,
-    pairs: Sequence[tuple[str, str]],
-    column: str,
-    measure: str,
-    analysis: Analysis,
-    seeds: Sequence[int],
-) -> tuple[Finding, ...]:
-    if not pairs:
-        return ()
-    scores, missing = _scores(frame, {g for pair in pairs for g in pair}, column, analysis, seeds)
-    findings = []
-    for row in compare(pairs, scores, measure, analysis.alpha):
-        alike = equivalence_p(scores[row.first] - scores[row.second], analysis.equivalence_margin)
-        findings.append(_finding(row, alike, analysis, missing))
-    return tuple(findings)
-
-
-def _finding(row: Comparison, equivalence: float, analysis: Analysis, missing: list[tuple[str, int]]) -> Finding:
-    verdict = _verdict(row, equivalence, analysis)
+def _sentence(
+    row: Comparison, verdict: str, equivalence: float, analysis: Analysis, missing: list[tuple[str, int]]
+) -> str:
     name = f"{row.first} against {row.second} on {row.measure}"
-    points = f"{100 * row.difference:+.1f} points, 95 % interval {100 * row.low:+.1f} to {100 * row.high:+.1f}"
-    points = points.replace("95 %", f"{100 * (1 - analysis.alpha):g} %")
+    level = f"{100 * (1 - analysis.alpha):g} %"
+    points = f"{100 * row.difference:+.1f} points, {level} interval {100 * row.low:+.1f} to {100 * row.high:+.1f}"
     if verdict == "undecided":
         sentence = f"{name}: undecided{_why(row, analysis, missing)}"
     elif verdict == "equivalent":
@@ -111,7 +175,7 @@ def _finding(row: Comparison, equivalence: float, analysis: Analysis, missing: l
             sentence += f"; an effect of this size (d_z = {row.effect_size:.2f}) would take {needed} seeds"
     if missing and row.seeds:
         sentence += f"; over {row.seeds} seeds, since trials are missing"
-    return Finding(row, equivalence, verdict, sentence)
+    return sentence
 
 
 def _verdict(row: Comparison, equivalence: float, analysis: Analysis) -> str:
@@ -138,54 +202,53 @@ def _why(row: Comparison, analysis: Analysis, missing: list[tuple[str, int]]) ->
     )
 
 
-def _answer(question: str, findings: tuple[Finding, ...]) -> Answer:
-    if not findings:
-        return Answer(question, "The study has not the groups for this question.", ())
-    return Answer(question, ". ".join(f.sentence for f in findings) + ".", findings)
+def _answer(question: str, findings: Sequence[Finding]) -> Answer:
+    """The answer is read off the overall accuracy; the findings hold the tasks too."""
+    overall = [finding for finding in findings if finding.comparison.measure == OVERALL]
+    if not overall:
+        missing = "The study has not the groups for this question."
+        return Answer(question, missing, missing, ())
+    short = "; ".join(f"{f.comparison.first} against {f.comparison.second}: {f.verdict}" for f in overall)
+    return Answer(question, f"{short}.", ". ".join(f.sentence for f in overall) + ".", tuple(findings))
 
 
-def _task_dependence(
-    frame: pd.DataFrame,
-    pairs: Sequence[tuple[str, str]],
-    by_task: dict[str, tuple[Finding, ...]],
-    tasks: dict[str, str],
-    analysis: Analysis,
-    seeds: Sequence[int],
-) -> Answer:
+def _task_dependence(evidence: Evidence, pairs: Sequence[Pair], findings: Sequence[Finding]) -> Answer:
     question = "Does the benefit depend on the task?"
-    findings = tuple(finding for own in by_task.values() for finding in own)
-    sentences = []
-    for first, second in pairs:
-        columns = []
-        for column in tasks.values():
-            scores, _ = _scores(frame, {first, second}, column, analysis, seeds)
-            columns.append(scores[first] - scores[second])
-        p = interaction_p(np.stack(columns, axis=1)) if len({len(c) for c in columns}) == 1 else math.nan
-        if not math.isfinite(p) or (p > analysis.alpha and 2 / 2 ** len(columns[0]) > analysis.alpha):
-            sentences.append(f"{first} against {second}: undecided with {len(columns[0])} seeds")
-        elif p <= analysis.alpha:
-            sentences.append(f"{first} against {second}: the benefit differs between tasks (interaction p = {p:.3g})")
+    alpha = evidence.analysis.alpha
+    brief, sentences = [], []
+    for (first, second), (p, seeds) in evidence.interactions(pairs).items():
+        name = f"{first} against {second}"
+        if not math.isfinite(p) or (p > alpha and 2 / 2**seeds > alpha):
+            verdict, more = "undecided", f" with {seeds} seed{'s' if seeds != 1 else ''}"
+        elif p <= alpha:
+            verdict, more = "the benefit differs between tasks", f" (interaction p = {p:.3g})"
         else:
-            sentences.append(f"{first} against {second}: no evidence that it differs (interaction p = {p:.3g})")
-    return Answer(question, ". ".join(sentences) + "." if sentences else "The study has not the groups.", findings)
+            verdict, more = "no evidence that it differs", f" (interaction p = {p:.3g})"
+        brief.append(f"{name}: {verdict}")
+        sentences.append(f"{name}: {verdict}{more}")
+    if not sentences:
+        missing = "The study has not the groups for this question."
+        return Answer(question, missing, missing, ())
+    return Answer(question, "; ".join(brief) + ".", ". ".join(sentences) + ".", tuple(findings))
 
 
-def _hypothesis(by_task: dict[str, tuple[Finding, ...]], analysis: Analysis) -> Answer:
+def _hypothesis(findings: Sequence[Finding], analysis: Analysis) -> Answer:
     question = "The hypothesis: alike on simple tasks, white-box better on hard ones"
-    simple = [f for task in analysis.simple_tasks for f in by_task.get(task, ())]
-    hard = [f for task in analysis.hard_tasks for f in by_task.get(task, ())]
+    simple = [f for f in findings if f.comparison.measure in analysis.simple_tasks]
+    hard = [f for f in findings if f.comparison.measure in analysis.hard_tasks]
     if not simple or not hard:
-        return Answer(question, "The study declares no tasks, or has not the groups, to judge it by.", ())
+        missing = "The study declares no tasks, or has not the groups, to judge it by."
+        return Answer(question, missing, missing, ())
     alike = all(f.verdict == "equivalent" for f in simple)
     better = all(f.verdict == "improves" for f in hard)
     against = any(f.verdict in ("improves", "worse") for f in simple) or any(
         f.verdict in ("worse", "equivalent") for f in hard
     )
     if alike and better:
-        verdict = "supported: every declared contrast is as it says"
+        verdict = "Supported: every declared contrast is as it says"
     elif against:
-        verdict = "contradicted by at least one declared contrast"
+        verdict = "Contradicted by at least one declared contrast"
     else:
-        verdict = "undecided: not every declared contrast has a verdict, and none contradicts it"
+        verdict = "Undecided: not every declared contrast has a verdict, and none contradicts it"
     counts = ", ".join(f"{f.comparison.first} on {f.comparison.measure}: {f.verdict}" for f in (*simple, *hard))
-    return Answer(question, f"{verdict[0].upper()}{verdict[1:]} ({counts}).", (*simple, *hard))
+    return Answer(question, f"{verdict}.", f"{verdict} ({counts}).", (*simple, *hard))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -22,7 +23,8 @@ def run(study: StudyArgument, set_: SetOption = None, json: JsonOption = False) 
     workspace.verify()
     workspace.archive()
     errors = workspace.sweep()
-    _finish_report(workspace, json, errors)
+    workspace.report()
+    _finish_report(workspace.results, json, errors)
     _fail_on(errors)
 
 
@@ -139,21 +141,35 @@ def train(
 
 
 @app.command(rich_help_panel=STAGES)
-def report(study: StudyArgument, set_: SetOption = None, json: JsonOption = False) -> None:
-    """Write report.html and print the table.
+def report(
+    study: Annotated[str, typer.Argument(metavar="STUDY|FOLDER", help="a study, or a results folder alone")],
+    set_: SetOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Write report.html with its figures and tables, and print the answers.
 
     Example: stillroom report small
     """
-    _finish_report(open_workspace(study, set_), json, {})
+    from stillroom.analysis.frame import PLANNED
+    from stillroom.analysis.report import write_report
+
+    folder = Path(study)
+    if (folder / PLANNED).is_file():
+        write_report(folder)
+    else:
+        workspace = open_workspace(study, set_)
+        workspace.report()
+        folder = workspace.results
+    _finish_report(folder, json, {})
 
 
-def _finish_report(workspace: Any, as_json: bool, errors: dict[str, str]) -> None:
+def _finish_report(folder: Path, as_json: bool, errors: dict[str, str]) -> None:
     from stillroom.analysis.report import print_table
 
-    path = workspace.report()
+    path = folder / "report.html"
     if not as_json:
-        print_table(workspace.results)
-    facts = {"report": path, "summary": workspace.results / "results_summary.csv", "failed": errors}
+        print_table(folder)
+    facts = {"report": path, "summary": folder / "results_summary.csv", "failed": errors}
     finish(as_json, facts, f"Report: {path}.", "open it in a browser")
 
 

@@ -1,0 +1,212 @@
+"""For the paper: tidy CSVs, LaTeX tables (booktabs), and the facts that the NeurIPS checklist asks for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pandas as pd
+
+from stillroom.analysis.frame import StudyResults, group_table
+from stillroom.analysis.verdicts import Answer, Finding
+from stillroom.provenance import atomic_path, write_text
+
+
+def accuracy_rows(results: StudyResults) -> pd.DataFrame:
+    """Tidy: group, seed, task, examples, correct, accuracy; from the predictions alone. Untrained rows have no seed."""
+    parts = [(group, str(seed), own) for (group, seed), own in results.predictions.items()]
+    parts += [(label, "", own) for label, own in results.untrained_predictions.items()]
+    rows = []
+    for group, seed, own in parts:
+        for task, part in [("all", own), *own.groupby("task")]:
+            right = int(part["correct"].sum())
+            share = right / len(part)
+            rows.append(
+                {
+                    "group": group,
+                    "seed": seed,
+                    "task": task,
+                    "examples": len(part),
+                    "correct": right,
+                    "accuracy": share,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def distinct_findings(answers: Sequence[Answer]) -> list[Finding]:
+    """Every finding once, in the order of the questions; the hypothesis repeats those of the fourth."""
+    seen = {(f.comparison.first, f.comparison.second, f.comparison.measure): f for a in answers for f in a.findings}
+    return list(seen.values())
+
+
+def comparison_rows(answers: Sequence[Answer]) -> pd.DataFrame:
+    """Tidy: a row a contrast and measure, all that is known of it; differences as shares of accuracy."""
+    rows = []
+    for finding in distinct_findings(answers):
+        low, high = finding.bootstrap
+        more = {"equivalence_p": finding.equivalence, "bootstrap_low": low, "bootstrap_high": high}
+        rows.append({**asdict(finding.comparison), **more, "verdict": finding.verdict})
+    return pd.DataFrame(rows)
+
+
+def coverage_rows(results: StudyResults) -> pd.DataFrame:
+    """A row a task: the counts and shares of the alignment."""
+    return pd.DataFrame([{"task": task, **own} for task, own in results.coverage.items()])
+
+
+def study_tables(results: StudyResults, answers: Sequence[Answer]) -> dict[str, pd.DataFrame]:
+    """The raw tables by file name, each tidy: a row an observation."""
+    tables = {
+        "results_summary": results.frame,
+        "accuracy": accuracy_rows(results),
+        "comparisons": comparison_rows(answers),
+        "epochs": results.epochs,
+        "gradients": results.gradients,
+        "coverage": coverage_rows(results),
+        "costs": results.costs,
+    }
+    return {name: table for name, table in tables.items() if len(table)}
+
+
+def latex_escaped(text: str) -> str:
+    """Text with LaTeX's special characters made plain."""
+    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    special |= {character: "\\" + character for character in "&%$#_{}"}
+    return "".join(special.get(character, character) for character in text)
+
+
+def latex_table(caption: str, label: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A booktabs table: the first column left, the others right; cells are LaTeX already."""
+    lines = [
+        r"\begin{table}[t]",
+        r"  \centering",
+        rf"  \caption{{{caption}}}",
+        rf"  \label{{{label}}}",
+        rf"  \begin{{tabular}}{{l{'r' * (len(headings) - 1)}}}",
+        r"    \toprule",
+        f"    {' & '.join(headings)} \\\\",
+        r"    \midrule",
+        *(f"    {' & '.join(row)} \\\\" for row in rows),
+        r"    \bottomrule",
+        r"  \end{tabular}",
+        r"\end{table}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def accuracy_latex(results: StudyResults) -> str:
+    """Accuracy by group and task, mean ± standard deviation over seeds, in percent."""
+    table = group_table(results.frame, results.groups, results.untrained_metrics)
+    keys = ["accuracy", *results.tasks]
+    rows = []
+    for name, row in table.iterrows():
+        cells = [_mean_and_spread(row[f"{key}_mean"], row.get(f"{key}_std", math.nan)) for key in keys]
+        rows.append([latex_escaped(str(name)), str(int(row["seeds"])) if row["seeds"] else "--", *cells])
+    headings = ["Group", "Seeds", "All", *(latex_escaped(task) for task in results.tasks)]
+    incomplete = f" Incomplete: {len(results.missing)} trials are missing." if results.missing else ""
+    caption = (
+        f"Validation accuracy (\\%), mean $\\pm$ standard deviation over seeds; teacher and untouched student "
+        f"were not trained by the study.{incomplete}"
+    )
+    return latex_table(caption, "tab:accuracy", headings, rows)
+
+
+def _mean_and_spread(mean: float, spread: float) -> str:
+    if not math.isfinite(mean):
+        return "--"
+    return f"{100 * mean:.1f}" + (f" $\\pm$ {100 * spread:.1f}" if math.isfinite(spread) else "")
+
+
+def comparison_latex(results: StudyResults, answers: Sequence[Answer]) -> str:
+    """Every contrast: difference, interval, exact p, adjusted p, effect size, verdict."""
+    rows = []
+    for finding in distinct_findings(answers):
+        row = finding.comparison
+        known = row.seeds > 0
+        rows.append(
+            [
+                latex_escaped(f"{row.first} -- {row.second}"),
+                latex_escaped(row.measure),
+                str(row.seeds),
+                f"{100 * row.difference:+.1f}" if known else "--",
+                f"[{100 * row.low:+.1f}, {100 * row.high:+.1f}]" if math.isfinite(row.low) else "--",
+                *(f"{value:.3g}" if math.isfinite(value) else "--" for value in (row.p, row.adjusted_p)),
+                f"{row.effect_size:.2f}" if math.isfinite(row.effect_size) else "--",
+                latex_escaped(finding.verdict),
+            ]
+        )
+    level = f"{100 * (1 - results.study['analysis']['alpha']):g}"
+    headings = [
+        "Contrast",
+        "On",
+        "Seeds",
+        "$\\Delta$",
+        f"{level}\\,\\% interval",
+        "$p$",
+        "$p_{Holm}$",
+        "$d_z$",
+        "Verdict",
+    ]
+    caption = (
+        "Paired differences of validation accuracy in points, same seed; exact sign-flip test, "
+        "Holm-adjusted over each declared family."
+    )
+    return latex_table(caption, "tab:contrasts", headings, rows)
+
+
+def checklist(results: StudyResults) -> str:
+    """The facts that the NeurIPS paper checklist asks for, as Markdown; what only authors know is left to them."""
+    study, stages = results.study, results.run["stages"]
+    latest = list(stages.values())[-1]
+    models = [f"- {role}: `{_pinned(study[role])}`" for role in ("teacher", "student")]
+    data = [f"- {name}: `{own['dataset']}`, split `{own['split']}`, revision `{own['revision'] or 'none given'}`, "
+            f"{results.corpus[name]['train']} training and {results.corpus[name]['validation']} validation examples"
+            for name, own in study["corpus"]["tasks"].items()]  # fmt: skip
+    hours = (results.costs["train_seconds"].sum() + results.costs["evaluation_seconds"].sum()) / 3600
+    gpus = ", ".join(latest["hardware"]["gpus"]) or "none"
+    state = f"{len(results.finished)} of {len(results.trials)} planned trials are finished"
+    lines = [
+        "# Facts for the NeurIPS paper checklist",
+        "",
+        "Generated from the results folder. Licences, broader impact and limits of scope are for the authors to state.",
+        "",
+        "## Claims and limits",
+        f"- {state}; {len(study['sweep']['seeds'])} seeds a group; every contrast was declared in the study file.",
+        "- Verdicts follow from the numbers by declared rules; no difference is read as equality without TOST.",
+        "## Experimental setting",
+        *models,
+        *data,
+        f"- split: {100 * study['corpus']['validation_share']:g} % held out by example id, split seed "
+        f"{study['corpus']['split_seed']}; at most {study['corpus']['max_length']} tokens under either tokenizer",
+        *(f"- training.{name}: {value}" for name, value in study["training"].items()),
+        "## Statistical significance",
+        "- error bars: standard deviation over seeds in tables, Student's t intervals over seeds in figures, at "
+        f"{100 * (1 - study['analysis']['alpha']):g} %; a bootstrap over seeds and examples together beside them",
+        "- test: exact paired sign-flip, Holm-adjusted over each family; effect size d_z; smallest reachable p given",
+        "- sources of variation held fixed within a seed: initial weights, projector, order of batches, dropout",
+        "## Compute",
+        f"- hardware: {latest['hardware']['cores']} cores, accelerators: {gpus}",
+        f"- trials took {hours:.2f} hours of wall clock in sum (training and evaluation)",
+        "## Reproducibility",
+        f"- code: commit `{latest['commit'] or 'not a checkout'}`; versions in `run.json`",
+        f"- teacher data: `{results.snapshot}`, validated before training and read-only",
+        "- per-example predictions of every trial are kept; every figure can be recomputed from them",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _pinned(model: dict[str, Any]) -> str:
+    return str(model["model"]) + (f"@{model['revision']}" if model["revision"] else "")
+
+
+def write_paper(results: StudyResults, answers: Sequence[Answer]) -> None:
+    """Write `tables/*.csv` and `paper/` into the results folder."""
+    for name, table in study_tables(results, answers).items():
+        with atomic_path(results.folder / "tables" / f"{name}.csv") as path:
+            table.to_csv(path, index=False)
+    write_text(results.folder / "paper" / "accuracy.tex", accuracy_latex(results))
+    write_text(results.folder / "paper" / "contrasts.tex", comparison_latex(results, answers))
+    write_text(results.folder / "paper" / "checklist.md", checklist(results))

@@ -1,0 +1,351 @@
+"""Every number of a report, computed anew from `predictions.parquet` and `result.json` alone.
+
+Shares no code with the package: plain Python, NumPy and SciPy's distributions. `python tests/recompute_report.py
+RESULTS` checks a finished study's folder; the tests check a made-up one and the quickstart's.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import math
+import re
+import statistics
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import optimize, stats
+
+
+class Tables(HTMLParser):
+    """Tables of a page by their id, each a list of rows of cell texts."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tables, self._rows, self._cell = {}, None, None
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        """A table, a row, a cell begins."""
+        if tag == "table":
+            self._rows = self.tables.setdefault(dict(attributes).get("id"), [])
+        elif tag == "tr" and self._rows is not None:
+            self._rows.append([])
+        elif tag in ("td", "th"):
+            self._cell = []
+
+    def handle_data(self, data):
+        """Text of a cell."""
+        if self._cell is not None:
+            self._cell.append(data)
+
+    def handle_endtag(self, tag):
+        """A cell ends."""
+        if tag in ("td", "th"):
+            self._rows[-1].append(" ".join("".join(self._cell).split()))
+            self._cell = None
+
+
+def raw(results):
+    """By (group, seed): whether each example was answered right, by task; and the trial's `result.json`."""
+    planned = json.loads((results / "planned.json").read_text())
+    found = {}
+    for trial in planned["trials"]:
+        folder = results / "knowledge_distillation_experiment" / trial["name"]
+        if (folder / "result.json").is_file():
+            rows = pd.read_parquet(folder / "predictions.parquet").sort_values("example_id")
+            result = json.loads((folder / "result.json").read_text())
+            found[trial["group"], trial["seed"]] = (rows, result)
+    return planned["study"], found
+
+
+def accuracy(rows, measure):
+    """Share of right answers, judged again from prediction and gold."""
+    own = rows if measure == "all" else rows[rows["task"] == measure]
+    return float(np.mean([p == g for p, g in zip(own["prediction"], own["gold"], strict=True)]))
+
+
+def sign_flip(values):
+    """Exact two-sided p by brute force."""
+    observed = abs(sum(values))
+    sums = [
+        abs(sum(s * v for s, v in zip(signs, values, strict=True)))
+        for signs in itertools.product((1, -1), repeat=len(values))
+    ]
+    return sum(s >= observed - 1e-12 for s in sums) / len(sums)
+
+
+def holm(ps):
+    """Holm's step-down adjustment."""
+    adjusted, running = [0.0] * len(ps), 0.0
+    for rank, index in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        running = max(running, min(1.0, (len(ps) - rank) * ps[index]))
+        adjusted[index] = running
+    return adjusted
+
+
+@functools.cache
+def detectable(n, alpha):
+    """Smallest d_z with 80 % power of a two-sided paired t-test, a root of the noncentral t's tail."""
+    critical = stats.t.ppf(1 - alpha / 2, n - 1)
+
+    def lacking(effect):
+        shift = effect * math.sqrt(n)
+        return stats.nct.sf(critical, n - 1, shift) + stats.nct.cdf(-critical, n - 1, shift) - 0.8
+
+    high = 0.5
+    while lacking(high) < 0:
+        high *= 1.5
+    return optimize.brentq(lacking, 0.01, high, xtol=1e-5)
+
+
+def tost(values, margin):
+    """p of two one-sided t-tests."""
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    below = stats.t.sf((statistics.mean(values) + margin) / error, len(values) - 1)
+    above = stats.t.cdf((statistics.mean(values) - margin) / error, len(values) - 1)
+    return max(below, above)
+
+
+def interaction(values):
+    """p of task within seed, repeated measures, from sums of squares; `values` (seeds, tasks)."""
+    seeds, tasks = values.shape
+    whole = values.mean()
+    between = seeds * ((values.mean(0) - whole) ** 2).sum()
+    error = ((values - values.mean(0) - values.mean(1)[:, None] + whole) ** 2).sum()
+    f = (between / (tasks - 1)) / (error / ((seeds - 1) * (tasks - 1)))
+    return stats.f.sf(f, tasks - 1, (seeds - 1) * (tasks - 1))
+
+
+def number(text):
+    """The first number in a cell; NaN for a dash."""
+    found = re.search(r"[+-]?\d+(\.\d+)?(e[+-]?\d+)?", text)
+    return float(found.group()) if found else math.nan
+
+
+def same(shown, expected, digits):
+    """Whether a shown figure is the expected one, rounded."""
+    if math.isnan(expected):
+        return math.isnan(number(shown))
+    return abs(number(shown) - expected) <= 0.5 * 10**-digits * 1.001 + 1e-9
+
+
+def significant(shown, expected):
+    """Whether a figure of three significant digits is the expected one."""
+    return (
+        math.isnan(number(shown))
+        if math.isnan(expected)
+        else math.isclose(number(shown), expected, rel_tol=6e-3, abs_tol=1e-9)
+    )
+
+
+def check_report(results):
+    """Compare every table of `report.html` with what the raw rows give; returns how many figures agreed.
+
+    Raises AssertionError naming the first that does not.
+    """
+    page = re.sub(r'"data:[^"]*"', '""', (results / "report.html").read_text("utf-8"))
+    tables = Tables(page).tables
+    study, trials = raw(results)
+    seeds, alpha = study["sweep"]["seeds"], study["analysis"]["alpha"]
+    tasks = sorted(study["corpus"]["tasks"])
+    checked = check_accuracy(tables["accuracy-table"], results, trials, tasks)
+    checked += check_others(tables["others-table"], results, trials, tasks)
+    checked += check_shares(tables["gradients-table"], trials)
+    checked += check_coverage(tables.get("coverage-table", [[]]), trials)
+    for name, rows in tables.items():
+        if name and name.startswith("contrasts-"):
+            checked += check_contrasts(rows, trials, seeds, alpha, study)
+    checked += check_interactions(page, trials, seeds, tasks)
+    return checked
+
+
+def check_accuracy(rows, results, trials, tasks):
+    """Means and standard deviations over seeds; the untrained models."""
+    done = 0
+    groups = {group for group, _ in trials}
+    for name, count, *cells in rows[1:]:
+        for measure, cell in zip(["all", *tasks], cells, strict=True):
+            if name in groups:
+                values = [accuracy(own, measure) for (group, _), (own, _) in trials.items() if group == name]
+                assert int(count) == len(values)
+                assert same(cell, 100 * statistics.mean(values), 1), (name, measure, cell)
+                if len(values) > 1:
+                    assert same(cell.split("±")[1], 100 * statistics.stdev(values), 1), (name, measure, cell)
+            elif name in ("teacher", "untouched student"):
+                file = results / "baselines" / f"{'teacher' if name == 'teacher' else 'student'}.parquet"
+                assert same(cell, 100 * accuracy(pd.read_parquet(file), measure), 1), (name, measure, cell)
+            done += cell != "–"
+    return done
+
+
+def calibration_error(rows):
+    """Expected calibration error over ten bins, example by example."""
+    bins = [[] for _ in range(10)]
+    for scores, p, g in zip(rows["scores"], rows["prediction"], rows["gold"], strict=True):
+        probabilities = np.exp(scores) / np.exp(scores).sum()
+        sure = probabilities.max()
+        bins[min(9, max(0, math.ceil(sure * 10) - 1))].append((sure, p == g))
+    gaps = [abs(sum(right for _, right in own) - sum(sure for sure, _ in own)) for own in bins if own]
+    return sum(gaps) / len(rows)
+
+
+def check_others(rows, results, trials, tasks):
+    """Task loss, mean of tasks, flexible accuracy, calibration, agreement: means over seeds."""
+    teacher = pd.read_parquet(results / "baselines" / "teacher.parquet").set_index("example_id")["prediction"]
+
+    def measure(heading, rows, result):
+        task, _, what = heading.partition(", ")
+        own = rows[rows["task"] == task]
+        if heading == "task loss, nats":
+            return result["epochs"][-1]["validation_task_loss"]
+        if heading == "unweighted mean of tasks":
+            return statistics.mean(accuracy(rows, name) for name in tasks)
+        if what == "last number":
+            return own["correct_flexible"].mean()
+        if what == "calibration error":
+            return calibration_error(own)
+        assert what == "agreement with teacher", heading
+        return float(np.mean(own["prediction"].to_numpy() == teacher[own["example_id"]].to_numpy()))
+
+    done, groups = 0, {group for group, _ in trials}
+    for name, *cells in rows[1:]:
+        if name in groups:
+            for heading, cell in zip(rows[0][1:], cells, strict=True):
+                values = [measure(heading, *trials[key]) for key in trials if key[0] == name]
+                assert significant(cell, statistics.mean(values)), (name, heading, cell, statistics.mean(values))
+                done += 1
+    return done
+
+
+def check_shares(rows, trials):
+    """Each term's share of the gradient: mean over measurements, then over seeds."""
+    done = 0
+    for group, *cells in rows[1:]:
+        for term, cell in zip(rows[0][1:], cells, strict=True):
+            means = []
+            for (own, _), (_, result) in trials.items():
+                norms = [row["norms"] for row in result["gradients"]]
+                if own == group and norms and term in norms[0]:
+                    means.append(statistics.mean(n[term] / sum(n.values()) for n in norms))
+            assert bool(cell) == bool(means), (group, term, cell)
+            if means:
+                assert same(cell, 100 * statistics.mean(means), 1), (group, term, cell)
+                done += 1
+    return done
+
+
+def check_coverage(rows, trials):
+    """Shares of aligned tokens and predictions, from their counts."""
+    coverage = next((result["coverage"] for _, result in trials.values() if result["coverage"]), {})
+    for task, tokens, aligned, predictions, aligned_predictions, position in rows[1:]:
+        own = coverage[task]
+        assert int(tokens) == own["tokens"]
+        assert int(predictions) == own["predictions"]
+        assert same(aligned, 100 * own["aligned"] / own["tokens"], 1)
+        assert same(aligned_predictions, 100 * own["aligned_predictions"] / own["predictions"], 1)
+        assert same(position, 100 * own["same_position"] / own["aligned"], 1)
+    return 5 * len(rows[1:])
+
+
+def check_contrasts(rows, trials, seeds, alpha, study):
+    """Differences, intervals, exact p, Holm, d_z, detectable effect, smallest p, TOST, verdict."""
+    done = 0
+    families = [study["analysis"]["primary"], study["analysis"]["secondary"]]
+    names = {group["name"] for group in study["groups"]}
+    for (
+        contrast,
+        measure,
+        verdict,
+        difference,
+        interval,
+        bootstrap,
+        count,
+        p,
+        adjusted,
+        d_z,
+        least,
+        smallest,
+        equal,
+    ) in rows[1:]:
+        pair = contrast.split(" − ")
+        family = [own for own in next(f for f in families if pair in f) if set(own) <= names]
+        involved = {group for own in family for group in own}
+        whole = all((group, seed) in trials for group in involved for seed in seeds)
+        if not whole and study["analysis"]["incomplete"] == "refuse":
+            assert (int(count), verdict) == (0, "undecided")
+            continue
+        used = [seed for seed in seeds if all((group, seed) in trials for group in involved)]
+        score = {group: [accuracy(trials[group, seed][0], measure) for seed in used] for group in involved}
+        by_pair = [[a - b for a, b in zip(score[x], score[y], strict=True)] for x, y in family]
+        values = by_pair[family.index(pair)]
+        n, mean = len(values), statistics.mean(values)
+        assert int(count) == n
+        assert same(difference, 100 * mean, 1), (contrast, measure, difference)
+        exact = [sign_flip(own) for own in by_pair]
+        own_p, own_adjusted = exact[family.index(pair)], holm(exact)[family.index(pair)]
+        assert significant(p, own_p), (contrast, measure, p, own_p)
+        assert significant(adjusted, own_adjusted), (contrast, measure, adjusted, own_adjusted)
+        assert significant(smallest, 2 / 2**n)
+        done += 4
+        if n < 2:
+            continue
+        spread = statistics.stdev(values)
+        half = stats.t.ppf(1 - alpha / 2, n - 1) * spread / math.sqrt(n)
+        low, high = interval.split(" … ")
+        assert same(low, 100 * (mean - half), 1), (contrast, measure, interval)
+        assert same(high, 100 * (mean + half), 1), (contrast, measure, interval)
+        assert significant(least, detectable(n, alpha))
+        margin = study["analysis"]["equivalence_margin"]
+        alike = tost(values, margin) if spread else math.nan
+        assert significant(d_z, mean / spread if spread else math.nan), (contrast, measure, d_z)
+        assert significant(equal, alike), (contrast, measure, equal, alike)
+        assert verdict == expected_verdict(mean, own_adjusted, alike, n, alpha), (contrast, measure, verdict)
+        check_bootstrap(bootstrap, pair, measure, trials, used, alpha)
+        done += 7
+    return done
+
+
+def expected_verdict(mean, adjusted, alike, n, alpha):
+    """The declared rule, said again."""
+    if adjusted <= alpha:
+        return "improves" if mean > 0 else "worse"
+    if alike <= alpha:
+        return "equivalent"
+    return "undecided" if 2 / 2**n > alpha else "no evidence of a difference"
+
+
+def check_bootstrap(shown, pair, measure, trials, seeds, alpha):
+    """Seeds and examples resampled together with another generator: ends agree within the error of simulation."""
+    rng = np.random.default_rng(12345)
+    arrays = []
+    for group in pair:
+        own = [trials[group, seed][0] for seed in seeds]
+        own = [rows if measure == "all" else rows[rows["task"] == measure] for rows in own]
+        arrays.append(np.array([(r["prediction"] == r["gold"]).to_numpy() for r in own], dtype=float))
+    difference = arrays[0] - arrays[1]
+    s, e = difference.shape
+    means = [difference[rng.integers(0, s, s)][:, rng.integers(0, e, e)].mean() for _ in range(2000)]
+    width = np.std(means)
+    for text, expected in zip(shown.split(" … "), np.quantile(means, [alpha / 2, 1 - alpha / 2]), strict=True):
+        assert abs(number(text) / 100 - expected) <= 0.25 * width + 0.001, (pair, measure, shown, expected)
+
+
+def check_interactions(page, trials, seeds, tasks):
+    """Every interaction p in the answer to the fourth question."""
+    found = re.findall(r"(\w+) against (\w+): [\w ]+ \(interaction p = ([\d.e-]+)\)", page)
+    for first, second, shown in found:
+        both = [seed for seed in seeds if (first, seed) in trials and (second, seed) in trials]
+        values = np.array(
+            [[accuracy(trials[first, s][0], t) - accuracy(trials[second, s][0], t) for t in tasks] for s in both]
+        )
+        assert significant(shown, interaction(values)), (first, second, shown)
+    return len(found)
+
+
+if __name__ == "__main__":
+    print(f"{check_report(Path(sys.argv[1]))} figures of {sys.argv[1]}/report.html recomputed and found the same")

@@ -1,0 +1,123 @@
+"""A results folder of the shape that a study leaves, with made-up numbers: for testing reports without training."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from stillroom.analysis.frame import PLANNED, write_summary
+from stillroom.config import EXPERIMENT
+from stillroom.corpus import Examples, save_corpus
+from stillroom.metrics import accuracy_metrics, save_predictions
+from stillroom.provenance import record_run, write_json
+from stillroom.studies import load_study
+from stillroom.tasks import TASKS
+
+CHANCES = {"task_only": 0.45, "black_box": 0.5, "hidden": 0.65, "attention": 0.52, "combined": 0.7}
+SIZES = {"sentiment": 40, "quiz": 60, "arithmetic": 30}
+
+
+def predictions_of(examples, chance, rng):
+    """Predictions that are right with the given chance; choice tasks with scores, generation with text."""
+    rows = []
+    for example in examples:
+        right = bool(rng.random() < chance)
+        row = {"example_id": example.example_id, "task": example.task, "answer_tokens": 2, "answer_nll": 1.5}
+        if example.choices is None:
+            gold = example.answer.split("####")[-1].strip()
+            said = gold if right else "-1"
+            text = f" It is #### {said}\n"
+            row |= {"prediction": said, "gold": gold, "scores": None, "generated": text}
+            row |= {"correct": right, "correct_flexible": right or bool(rng.random() < 0.1)}
+        else:
+            chosen = example.gold if right else (example.gold + 1) % len(example.choices)
+            scores = rng.normal(-3, 0.4, len(example.choices))
+            scores[chosen] = scores.max() + rng.random()
+            row |= {"prediction": example.choices[chosen].strip(), "gold": example.answer.strip(), "generated": None}
+            row |= {"scores": [float(s) for s in scores], "correct": right, "correct_flexible": right}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def write_results(folder, seeds=(0, 1, 2), drop=(), overrides=(), rename=lambda text: text, seed=0):
+    """Write a whole results folder of the quickstart's shape; `drop` names (group, seed) without a result.
+
+    `rename` changes prompts, answers and error messages: for text that a report must not trust.
+    """
+    rng = np.random.default_rng(seed)
+    study = load_study("quickstart", [f"sweep.seeds={list(seeds)}", *overrides])
+    built = {
+        name: [TASKS[name].build(row) for row in TASKS[name].generate_rows(7, size)] for name, size in SIZES.items()
+    }
+    examples = [e.__class__(e.task, rename(e.prompt), e.answer, e.choices, e.gold) for o in built.values() for e in o]
+    counts = {
+        name: {"source_rows": 900, "train": 2, "validation": size - 2, "duplicates": 3, "too_long": 1, "unusable": 0}
+        for name, size in SIZES.items()
+    }
+    by_task = {name: [e for e in examples if e.task == name] for name in SIZES}
+    train = [e for own in by_task.values() for e in own[:2]]
+    held_out = [e for own in by_task.values() for e in own[2:]]
+    save_corpus(Examples(train, held_out, counts), folder / "corpus", "0123456789abcdef")
+    for name, chance in (("teacher", 0.9), ("student", 0.3)):
+        own = predictions_of(held_out, chance, rng)
+        save_predictions(own, folder / "baselines" / f"{name}.parquet")
+        metrics = {"fingerprint": "f", "identity": name, "metrics": accuracy_metrics(own), "answer_nll": {}}
+        write_json(folder / "baselines" / f"{name}.json", metrics)
+    trials = []
+    for group in study.groups:
+        for number in seeds:
+            name = f"trial_{len(trials):08d}_{group.name}_seed_{number}"
+            trials.append({"name": name, "group": group.name, "seed": number})
+            trial = folder / EXPERIMENT / name
+            if (group.name, number) in drop:
+                write_json(trial / "error.json", {"error": rename("RuntimeError: it broke"), "traceback": ""})
+                continue
+            own = predictions_of(held_out, CHANCES[group.name] + rng.normal(0, 0.02), rng)
+            save_predictions(own, trial / "predictions.parquet")
+            write_json(trial / "result.json", result_of(name, group, number, study, own, rng))
+    planned = {"study": study.model_dump(mode="json"), "snapshot": "offline_teacher_data_20260101T000000Z"}
+    write_json(folder / PLANNED, {**planned, "trials": trials})
+    write_summary(folder)
+    for stage in ("capture", "verify", "archive", "sweep"):
+        record_run(folder / "run.json", stage, {"fingerprint": "0123456789abcdef"} if stage == "archive" else {})
+    return study
+
+
+def result_of(name, group, seed, study, predictions, rng):
+    """`result.json` of one trial."""
+    objective = group.objective(study.objective)
+    terms = [term for term, weight in objective.weights.items() if weight > 0]
+    epochs = []
+    for epoch in range(1, study.training.epochs + 1):
+        losses = {
+            f"{part}_{term}_loss": float(2 / epoch + rng.random()) for part in ("train", "validation") for term in terms
+        }
+        totals = {f"{part}_loss": 3 / epoch for part in ("train", "validation")}
+        spent = {"train_seconds": 20.0 + seed, "data_wait_seconds": 0.1, "evaluation_seconds": 5.0, "tokens": 9000}
+        progress = {"epoch": epoch, "step": 90 * epoch, "skipped_steps": 0}
+        epochs.append({**losses, **totals, **accuracy_metrics(predictions), **progress, **spent})
+    norms = {"task": 1.0, "kd": 0.6, "hidden": 0.2, "attention": 0.004}
+    own = {term: norms[term] for term in terms}
+    shares = {term: norm / sum(own.values()) for term, norm in own.items()}
+    coverage = {
+        task: {
+            "tokens": 1000,
+            "aligned": 900,
+            "predictions": 100,
+            "aligned_predictions": 98,
+            "same_position": 300,
+            "token_coverage": 0.9,
+            "prediction_coverage": 0.98,
+        }
+        for task in SIZES
+    }
+    return {
+        "trial": name,
+        "config": {"distill_type": group.name, "seed": seed, "objective": objective.model_dump(mode="json")},
+        **epochs[-1],
+        "epochs": epochs,
+        "gradients": [{"step": step, "norms": own, "shares": shares} for step in (0, 50, 100)],
+        "gradient_shares": shares,
+        "coverage": {} if group.name == "task_only" else coverage,
+        "parameters": 12345,
+    }

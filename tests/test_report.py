@@ -1,0 +1,206 @@
+"""The report says what the rows say, all of it, the same each time, and trusts no text from data."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shutil
+
+import pandas as pd
+import pytest
+
+from recompute_report import check_report
+from stillroom.analysis.paper import latex_escaped
+from stillroom.analysis.report import print_table, write_report
+from stillroom.config import UserError
+from stillroom.provenance import Meter
+from synthetic import write_results
+
+HOSTILE = '<script>document.title="owned"</script><img src=x onerror="document.title=1"></pre>{{ 7*7 }}'
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A whole study of seven seeds, reported."""
+    folder = tmp_path_factory.mktemp("whole") / "results"
+    write_results(folder, seeds=range(7))
+    write_report(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """A study with a failed trial whose data and error message try to run as code."""
+    folder = tmp_path_factory.mktemp("hostile") / "results"
+    write_results(folder, seeds=range(3), drop=[("hidden", 1)], rename=lambda text: text + HOSTILE)
+    write_report(folder)
+    return folder
+
+
+def test_every_figure_is_what_the_raw_rows_give(results, tmp_path):
+    """All tables recomputed from predictions and results by independent code; a changed row is noticed."""
+    assert check_report(results) > 250
+    forged = tmp_path / "forged"
+    shutil.copytree(results, forged)
+    path = next((forged / "knowledge_distillation_experiment").glob("*_hidden_seed_3")) / "predictions.parquet"
+    rows = pd.read_parquet(path)
+    rows["prediction"] = rows["gold"]
+    rows.to_parquet(path)
+    with pytest.raises(AssertionError):
+        check_report(forged)
+
+
+def test_an_incomplete_study_says_so_and_shows_the_error(hostile, capsys):
+    """First on the page, in every table for a paper, on the terminal; no verdict from what is left."""
+    page = (hostile / "report.html").read_text()
+    assert page.index("Incomplete: 1 of 15 trials are missing (hidden seed 1)") < page.index("The questions")
+    assert "RuntimeError: it broke" in page
+    assert "Incomplete: 1 trials" in (hostile / "paper" / "accuracy.tex").read_text()
+    assert check_report(hostile) > 30
+    print_table(hostile)
+    assert "warning: Incomplete" in capsys.readouterr().out
+
+
+def test_the_same_folder_gives_the_same_bytes(results, tmp_path):
+    """Page, figures and tables; and nothing but the results folder is needed."""
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(results, moved, ignore=shutil.ignore_patterns("report.html", "figures", "tables", "paper"))
+    write_report(moved)
+    made = sorted(p.relative_to(moved) for p in moved.rglob("*") if p.is_file())
+    assert made == sorted(p.relative_to(results) for p in results.rglob("*") if p.is_file())
+    assert [p for p in made if (moved / p).read_bytes() != (results / p).read_bytes()] == []
+
+
+def test_the_command_needs_only_the_results_folder(results, tmp_path, monkeypatch, capsys):
+    """`stillroom report FOLDER` without study, models or store; the page is the same."""
+    from stillroom.cli import app
+
+    moved = tmp_path / "moved"
+    shutil.copytree(results, moved, ignore=shutil.ignore_patterns("report.html"))
+    monkeypatch.chdir(tmp_path)
+    app(["report", "moved"], standalone_mode=False)
+    assert (moved / "report.html").read_bytes() == (results / "report.html").read_bytes()
+    assert "hidden against black_box" in capsys.readouterr().out
+
+
+def test_a_report_without_trials_is_refused(tmp_path):
+    """A folder that is no results folder, and one with nothing finished."""
+    with pytest.raises(UserError, match="no results folder"):
+        write_report(tmp_path)
+    everything = [(g, s) for g in ("task_only", "black_box", "hidden", "attention", "combined") for s in range(2)]
+    write_results(tmp_path / "empty", seeds=range(2), drop=everything)
+    with pytest.raises(UserError, match="no trial is finished"):
+        write_report(tmp_path / "empty")
+
+
+def test_a_weak_signal_and_a_needless_teacher_are_flagged(results):
+    """The attention term stays under 1 % here; the reader is told before any number."""
+    page = (results / "report.html").read_text()
+    first = page.index("In group attention the term attention stayed under 1 %")
+    assert first < page.index('id="accuracy-table"')
+    assert "In group hidden" not in page
+
+
+def test_tables_for_a_paper_are_tidy_and_escaped(results):
+    """Tidy CSVs a reader can aggregate; LaTeX whose special characters are plain and whose rows are of one width."""
+    accuracy = pd.read_csv(results / "tables" / "accuracy.csv")
+    whole = accuracy[accuracy["task"] == "all"].groupby("group")["accuracy"].mean()
+    summary = pd.read_csv(results / "results_summary.csv").groupby("config/distill_type")["validation_accuracy"].mean()
+    assert whole[summary.index].to_numpy() == pytest.approx(summary.to_numpy())
+    assert len(pd.read_csv(results / "tables" / "comparisons.csv")) == 6 * 4
+    for name in ("accuracy", "contrasts"):
+        text = (results / "paper" / f"{name}.tex").read_text()
+        assert text.count(r"\toprule") == text.count(r"\midrule") == text.count(r"\bottomrule") == 1
+        assert r"black\_box" in text
+        rows = re.search(r"\\toprule(.*)\\bottomrule", text, re.DOTALL)[1].replace(r"\midrule", "").strip()
+        widths = {len(re.split(r"(?<!\\)&", row)) for row in rows.split("\\\\") if row.strip()}
+        assert widths == {len(re.search(r"tabular}{(\w+)}", text)[1])}
+    assert latex_escaped("50% of a_b & {c}\\") == r"50\% of a\_b \& \{c\}\textbackslash{}"
+    facts = (results / "paper" / "checklist.md").read_text()
+    assert "35 of 35 planned trials are finished" in facts
+    assert "training.learning_rate" in facts
+
+
+def test_gpu_energy_is_read_where_there_is_a_counter(monkeypatch):
+    """Joules between two readings of NVML's millijoule counters; None where there is no NVML."""
+    import sys
+    import types
+
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert Meter().read()["gpu_joules"] is None
+    counters = iter([1000, 2000, 4000, 9000])
+    fake = types.SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(counters),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    assert Meter().read()["gpu_joules"] == pytest.approx(10.0)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's Chromium, headless; where it is absent the tests skip, but in CI they must not."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    executable = shutil.which("chromium")
+    if executable is None:
+        if os.environ.get("CI"):
+            pytest.fail("CI has no chromium")
+        pytest.skip("no chromium on this machine (apt-get install chromium)")
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "light"), (1280, "dark")])
+@pytest.mark.parametrize("folder", ["results", "hostile"])
+def test_the_page_stands_alone_in_a_browser(browser, request, folder, width, scheme):
+    """No error, nothing from outside, every picture drawn, no sideways scrolling, hostile text inert."""
+    path = request.getfixturevalue(folder) / "report.html"
+    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    errors, requests = [], []
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda sent: requests.append(sent.url))
+    page.goto(path.as_uri())
+    assert errors == []
+    assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
+    assert requests.count(path.as_uri()) == len([url for url in requests if url.startswith("file:")]) == 1
+    assert page.title() == "stillroom report: quickstart"
+    pictures = page.evaluate("[...document.images].map(i => [i.naturalWidth, i.alt.length, i.getClientRects().length])")
+    assert len(pictures) >= 6
+    assert all(size > 400 and alt > 10 and drawn for size, alt, drawn in pictures)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    levels = page.evaluate("[...document.querySelectorAll('h1,h2,h3')].map(h => +h.tagName[1])")
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    assert page.evaluate("[...document.scripts].length") == 0
+    if folder == "hostile":
+        page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+        assert "<script>document.title" in page.inner_text("main")
+        assert "{{ 7*7 }}" in page.inner_text("main")
+    colours = page.evaluate("(s => [s.color, s.backgroundColor])(getComputedStyle(document.body))")
+    dark = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in colours]
+    assert (dark[0] > dark[1]) == (scheme == "dark")
+    page.close()
+
+
+@pytest.mark.slow
+def test_downloads_are_the_files_beside_the_page(browser, results):
+    """A data URI's content is the file of that name, byte for byte."""
+    page = browser.new_page()
+    page.goto((results / "report.html").as_uri())
+    links = page.locator("a[download]")
+    assert links.count() >= 8
+    for index in range(links.count()):
+        with page.expect_download() as caught:
+            links.nth(index).click()
+        name = caught.value.suggested_filename
+        folder = "tables" if name.endswith(".csv") else "paper"
+        assert caught.value.path().read_bytes() == (results / folder / name).read_bytes()
+    page.close()
