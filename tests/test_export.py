@@ -22,6 +22,8 @@ from stillroom.export import export_trial
 from stillroom.models import load_model, load_tokenizer
 from stillroom.provenance import read_json
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trial(finished_study):

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from stillroom.alignment import compare_vocabularies
+from stillroom.builtin_pair import materialise
 from stillroom.config import ModelRef, Study, UserError
 from stillroom.models import is_local, load_config, load_tokenizer
 from stillroom.planning import plan_study
-from stillroom.provenance import package_versions
+from stillroom.provenance import hardware, package_versions
+
+SAMPLE = 50
+"""Examples a task on which coverage is measured."""
+
+Lines = Iterator["Finding"]
 
 
 @dataclass(frozen=True)
@@ -22,38 +34,128 @@ class Finding:
 
 
 def examine(study: Study) -> list[Finding]:
-    """Everything that can be known without loading weights or starting Ray."""
-    findings = [_python(), *_models(study), *_plan(study), _accelerator(study)]
-    return [finding for finding in findings if finding is not None]
+    """Everything that can be known without loading weights; Ray and the tracker are started and stopped."""
+    findings = [_packages(), *_models(study), *_tokenizers(study)]
+    try:
+        plan = plan_study(study)
+    except UserError as error:
+        findings.append(Finding("data", False, str(error)))
+    else:
+        findings += [*_data(plan), *_disk(study, plan), *_memory(study, plan)]
+    return [*findings, _tracker(study), _ray(study)]
 
 
-def _python() -> Finding:
+def _packages() -> Finding:
     versions = package_versions()
     absent = [name for name, version in versions.items() if version == "absent"]
     listed = ", ".join(f"{name} {version}" for name, version in versions.items() if version != "absent")
     return Finding("packages", not absent, f"missing: {', '.join(absent)}; run make install" if absent else listed)
 
 
-def _models(study: Study) -> list[Finding]:
-    findings, tokenizers = [], []
+def _models(study: Study) -> Lines:
     for role, ref in (("teacher", study.teacher), ("student", study.student)):
         if ref.model.startswith("builtin:"):
-            findings.append(Finding(role, True, f"{ref.model}, made on first use"))
+            yield Finding(role, True, f"{ref.model}, made on first use")
             continue
         try:
             config = load_config(ref)
-            tokenizers.append(load_tokenizer(ref))
-            where = "local directory" if is_local(ref) else f"hub or cache, revision {ref.revision or 'not pinned'}"
-            findings.append(Finding(role, True, f"{ref.model}: {config.model_type}, {where}"))
         except UserError as error:
-            findings.append(Finding(role, False, str(error)))
-    if len(tokenizers) == 2:
-        findings.append(_vocabularies(tokenizers, study.teacher))
-    return findings
+            yield Finding(role, False, str(error))
+            continue
+        where = "local directory" if is_local(ref) else f"hub id, revision {ref.revision or 'not pinned'}"
+        yield Finding(role, True, f"{ref.model}: {config.model_type}, {where}")
+        yield _weights(role, ref)
+        yield _architecture(role, config)
 
 
-def _vocabularies(tokenizers: list[object], teacher: ModelRef) -> Finding:
-    figures = compare_vocabularies(*tokenizers)
+def _weights(role: str, ref: ModelRef) -> Finding:
+    """Whether the weights are here, or the hub would give them."""
+    subject = f"{role}'s weights"
+    if is_local(ref):
+        here = any(Path(ref.model).glob("*.safetensors"))
+        return Finding(
+            subject, here, "here" if here else f"{ref.model} has no .safetensors file; put the weights there"
+        )
+    from huggingface_hub import auth_check, snapshot_download
+    from huggingface_hub.errors import GatedRepoError
+
+    try:
+        cached = snapshot_download(
+            ref.model, revision=ref.revision, allow_patterns=["*.safetensors"], local_files_only=True
+        )
+        if any(Path(cached).glob("*.safetensors")):
+            return Finding(subject, True, "in the hub's cache")
+        auth_check(ref.model)
+        return Finding(subject, True, "on the hub, and this login may read them; downloaded on first use")
+    except GatedRepoError:
+        says = "gated: accept the licence on the hub, then set HF_TOKEN or run `hf auth login`"
+        return Finding(subject, False, says)
+    except Exception as error:  # no network, offline mode, no such model: the hub's library has a class for each
+        says = f"neither in the cache nor to be had from the hub here ({_first_line(error)}); use a local directory"
+        return Finding(subject, False, says)
+
+
+def _architecture(role: str, config: Any) -> Finding:
+    """Whether attention is captured rightly: by the very check that stands before a capture, on a model in little."""
+    from transformers import AutoModelForCausalLM
+
+    subject = f"{role}'s architecture"
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        return Finding(subject, False, f"{config.model_type} is no causal language model; choose another model")
+    try:
+        model = miniature(config)
+    except Exception as error:  # any architecture's own constructor
+        says = (
+            f"{config.model_type}: could not be tried in little ({_first_line(error)}); checked when the stage starts"
+        )
+        return Finding(subject, True, says)
+    import torch
+
+    from stillroom.attention_capture import check_capture
+    from stillroom.models import output_logits
+
+    try:
+        check_capture(model, torch.arange(3, 23)[None], lambda hidden: output_logits(model, hidden))
+    except UserError as error:
+        return Finding(subject, False, f"{error}; choose another model")
+    return Finding(subject, True, f"{config.model_type}: its attention is captured as its own code computes it")
+
+
+def miniature(config: Any) -> Any:
+    """A small random model of an architecture: two layers, narrow, as many heads a key-value head."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from stillroom.attention_capture import ATTENTION
+
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    groups = text.num_attention_heads // (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    text.num_hidden_layers, text.vocab_size, text.hidden_size = 2, 64, 8 * 2 * groups
+    text.num_attention_heads, text.num_key_value_heads, text.head_dim = 2 * groups, 2, 8
+    text.intermediate_size, text.pad_token_id, text.bos_token_id, text.eos_token_id = 32, None, 1, 2
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[-2:]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(small, dtype=torch.float32, attn_implementation=ATTENTION).eval()
+
+
+def _tokenizers(study: Study) -> Lines:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            refs = [
+                ModelRef(**ref.model_dump(include={*ModelRef.model_fields})) for ref in (study.teacher, study.student)
+            ]
+            teacher, student = (load_tokenizer(materialise(ref, Path(folder))) for ref in refs)
+        except UserError:
+            return  # the models' own lines say why
+        yield _vocabularies(teacher, student)
+        yield _coverage(study, teacher, student)
+
+
+def _vocabularies(teacher: Any, student: Any) -> Finding:
+    figures = compare_vocabularies(teacher, student)
     if figures["same"]:
         return Finding("tokenizers", True, "the same vocabulary: alignment is the identity")
     share = figures["mapped_ids"] / figures["teacher_size"]
@@ -61,45 +163,127 @@ def _vocabularies(tokenizers: list[object], teacher: ModelRef) -> Finding:
         f"different: {figures['shared_strings']:,} strings in common, {figures['same_ids']:,} ids that mean the same; "
         f"{share:.0%} of the teacher's ids have a student id of the same bytes"
     )
-    return Finding("tokenizers", share > 0.2, says)
+    return Finding("tokenizers", share > 0.2, says if share > 0.2 else f"{says}; choose a pair that shares more")
 
 
-def _plan(study: Study) -> list[Finding]:
+def _coverage(study: Study, teacher: Any, student: Any) -> Finding:
+    from stillroom.alignment import align_encodings, coverage
+    from stillroom.corpus import build_corpus
+    from stillroom.encoding import encode
+
+    sampled = {n: d.model_copy(update={"examples": min(d.examples, SAMPLE)}) for n, d in study.corpus.tasks.items()}
     try:
-        plan = plan_study(study)
+        examples = build_corpus(study.corpus.model_copy(update={"tasks": sampled}), [teacher, student])
     except UserError as error:
-        return [Finding("data", False, str(error))]
+        return Finding("coverage", False, str(error))
+    totals: dict[str, list[int]] = {}
+    for example in examples.all:
+        pair = encode(teacher, example.text), encode(student, example.text, add_eos=True)
+        counts = coverage(*pair, align_encodings(*pair), len(example.prompt))
+        own = totals.setdefault(example.task, [0, 0])
+        own[0], own[1] = own[0] + counts["aligned"], own[1] + counts["tokens"]
+    shares = {task: aligned / tokens for task, (aligned, tokens) in totals.items()}
+    low = min(shares.values()) < study.signals.minimum_coverage
+    says = ", ".join(f"{task} {share:.0%}" for task, share in shares.items())
+    says += f" of the student's tokens have an aligned teacher token ({SAMPLE} examples a task at most)"
+    remedy = f"; signals.minimum_coverage is {study.signals.minimum_coverage:.0%}: choose another pair or lower it"
+    return Finding("coverage", not low, says + (remedy if low else ""))
+
+
+def _data(plan: dict[str, Any]) -> Lines:
     assumed = [a for a in plan["assumptions"] if a.startswith("tokens per example")]
-    findings = [Finding("data", not assumed, assumed[0] if assumed else f"{plan['corpus']['examples']:,} examples")]
+    yield Finding("data", not assumed, assumed[0] if assumed else f"{plan['corpus']['examples']:,} examples")
+
+
+def _disk(study: Study, plan: dict[str, Any]) -> Lines:
+    students = plan["disk_bytes"]["checkpoints"]
     for subject, path, needed in (
         ("disk for teacher data", study.paths.store_path, plan["store_bytes"]["total"]),
-        ("disk for students", study.paths.results, plan["disk_bytes"]["checkpoints"]),
+        ("disk for students", study.paths.results, students),
     ):
         existing = next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
         free = shutil.disk_usage(existing).free
-        says = f"{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free at {existing}"
-        findings.append(Finding(subject, free > needed, says if free > needed else says + "; free some or move it"))
-    return findings
+        says = f"{_size(needed)} needed, {_size(free)} free at {existing}"
+        fine = free > needed and os.access(existing, os.W_OK)
+        yield Finding(subject, fine, says if fine else f"{says}; free some, or name another folder under paths")
 
 
-def _accelerator(study: Study) -> Finding:
+def _memory(study: Study, plan: dict[str, Any]) -> Lines:
+    """The accelerator, and whether the teacher and a trial fit it by the plan's estimate."""
     import torch
 
-    count = torch.cuda.device_count()
-    if count:
-        names = ", ".join(sorted({torch.cuda.get_device_name(i) for i in range(count)}))
-        return Finding("accelerator", True, f"{count} × {names}")
-    large = study.name == "paper"
-    says = "no GPU: everything runs on the CPU" + ("; this study needs GPUs" if large else "")
-    return Finding("accelerator", not large, says)
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    if gpus:
+        names = ", ".join(sorted({gpu.name for gpu in gpus}))
+        yield Finding("accelerator", True, f"{len(gpus)} × {names}")
+        share = min(1.0, study.sweep.gpus_per_trial or 1.0)
+        room = {"capture": sum(gpu.total_memory for gpu in gpus), "trial": share * min(g.total_memory for g in gpus)}
+    else:
+        hours = sum(plan["hours"].values())
+        says = "no GPU: everything runs on the CPU"
+        says += f"; this study is about {hours:.1f} hours of a GPU, too much for it" if hours > 1 else ""
+        yield Finding("accelerator", hours <= 1, says)
+        cores = os.cpu_count() or 1
+        at_once = study.sweep.max_concurrent or max(1, cores // study.sweep.cpus_per_trial)
+        memory = hardware()["memory_bytes"] or 0
+        room = {"capture": memory, "trial": memory / at_once}
+    where = "of GPU memory" if gpus else "of memory"
+    remedies = {
+        "capture": "set a smaller signals.batch_tokens or teacher.dtype=float16",
+        "trial": "set training.micro_batch_size, or run fewer at once with sweep.max_concurrent",
+    }
+    for stage, needed in plan["memory_bytes"].items():
+        says = f"about {_size(needed)} needed, {_size(room[stage])} {where}"
+        fine = needed < room[stage]
+        yield Finding(f"memory for a {stage}", fine, says if fine else f"{says}; {remedies[stage]}")
 
 
-def print_findings(findings: list[Finding]) -> bool:
-    """Print a line each; returns whether all are fine."""
+def _tracker(study: Study) -> Finding:
+    from stillroom.tracker import Tracker
+
+    server = os.environ.get("MLFLOW_TRACKING_URI")
+    with tempfile.TemporaryDirectory() as folder:
+        # a server gets the study's own run, which it will have anyway; a file of ours is tried elsewhere
+        fine, says = _tried(Tracker(study, study.paths.results if server else Path(folder)).check)
+    where = f"the server {server}" if server else "a file in the results folder"
+    return Finding(
+        "tracker", fine, f"MLflow in {where}" if fine else f"{where}: {says}; set or unset MLFLOW_TRACKING_URI"
+    )
+
+
+def _ray(study: Study) -> Finding:
+    from stillroom.experiment import describe_cluster
+
+    found: dict[str, float] = {}
+    fine, says = _tried(lambda: found.update(describe_cluster(study.sweep)))
+    if not fine:
+        return Finding("ray", False, f"{says}; without Ray, `stillroom train` runs one trial at a time")
+    listed = ", ".join(f"{name} {value:g}" for name, value in found.items() if name != "trials")
+    return Finding("ray", True, f"{listed}; trials at once: {found['trials']:g}")
+
+
+def _tried(action: Callable[[], Any]) -> tuple[bool, str]:
+    """Whether it could be done; if not, the first line of the reason."""
+    try:
+        action()
+    except Exception as error:  # whatever a service's library raises, the user is to read it as a line
+        return False, _first_line(error)
+    return True, ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _size(value: float) -> str:
+    return f"{value / 1e9:.1f} GB" if value >= 1e8 else f"{value / 1e6:.1f} MB"
+
+
+def print_findings(findings: list[Finding]) -> None:
+    """Print a line each."""
     from rich.console import Console
 
     console = Console()
     for finding in findings:
         mark = "ok  " if finding.fine else "todo"
         console.print(f"{mark} {finding.subject}: {finding.says}", markup=False, highlight=False, soft_wrap=True)
-    return all(finding.fine for finding in findings)

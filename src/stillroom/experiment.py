@@ -57,6 +57,14 @@ def sweep(plans: Sequence[TrialPlan], settings: Sweep, storage: str, watch: Watc
     return {name: error_of(plan) for name, plan in missing.items() if not finished(plan)}
 
 
+def describe_cluster(settings: Sweep) -> dict[str, float]:
+    """Start or join Ray as a sweep does: `nodes`, `CPU`, `GPU`, and `trials` at once. `UserError` if it cannot."""
+    with _ray(settings.address):
+        nodes = [node["Resources"] for node in _nodes()]
+        totals = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
+        return {"nodes": len(nodes), **totals, "trials": trial_resources(settings, nodes)[1]}
+
+
 def capture_on_workers(plan: CapturePlan, workers: int, address: str | None, examples: int, progress: Progress) -> None:
     """Capture a store of so many examples by so many Ray workers, a share each.
 

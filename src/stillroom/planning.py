@@ -12,52 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from stillroom.builtin_pair import builtin_config
-from stillroom.config import ModelRef, Study, UserError
+from stillroom.config import Study, UserError
 from stillroom.encoding import encode_many
-from stillroom.models import load_config
+from stillroom.shapes import Shape, capture_memory, shape_of, trial_memory
 from stillroom.signal_store import Layout, id_dtype
 from stillroom.tasks import get_task
-
-_SHAPES: dict[str, dict[str, Any]] = {
-    "mistralai/Mistral-7B-v0.1": {
-        "hidden_size": 4096,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "num_hidden_layers": 32,
-        "intermediate_size": 14336,
-        "vocab_size": 32000,
-        "tie_word_embeddings": False,
-    },
-    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": {
-        "hidden_size": 2048,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "num_hidden_layers": 22,
-        "intermediate_size": 5632,
-        "vocab_size": 32000,
-        "tie_word_embeddings": False,
-    },
-    "Qwen/Qwen2.5-Coder-0.5B-Instruct": {
-        "hidden_size": 896,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "num_hidden_layers": 24,
-        "intermediate_size": 4864,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-    },
-    "HuggingFaceTB/SmolLM2-135M-Instruct": {
-        "hidden_size": 576,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "num_hidden_layers": 30,
-        "intermediate_size": 1536,
-        "vocab_size": 49152,
-        "tie_word_embeddings": True,
-    },
-}
-"""Published shapes of the shipped studies' models, for a machine that reaches neither hub nor cache."""
 
 _TOKENS: dict[str, tuple[float, float, float]] = {
     "sst2": (28.3, 28.9, 465.0),
@@ -71,17 +30,6 @@ _DECODE_TOKENS_PER_SECOND = 1500.0
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """What the plan needs of a model."""
-
-    width: int
-    heads: int
-    layers: int
-    vocabulary: int
-    parameters: int
-
-
-@dataclass(frozen=True)
 class _Lengths:
     """Tokens of a task's examples under both tokenizers, counted or assumed."""
 
@@ -92,9 +40,12 @@ class _Lengths:
 
 
 def plan_study(study: Study) -> dict[str, Any]:
-    """The plan as nested figures: `corpus`, `store_bytes`, `training`, `disk_bytes`, `hours`, `assumptions`."""
+    """The plan as nested figures.
+
+    `corpus`, `store_bytes`, `training`, `disk_bytes`, `memory_bytes`, `hours`, `assumptions`.
+    """
     assumptions: list[str] = []
-    teacher, student = (_shape(ref, assumptions) for ref in (study.teacher, study.student))
+    teacher, student = (shape_of(ref, assumptions) for ref in (study.teacher, study.student))
     lengths = _count(study, assumptions) or _assume(study, assumptions)
     examples = sum(data.examples for data in study.corpus.tasks.values())
     tokens = {name: int(own.teacher.sum()) for name, own in lengths.items()}
@@ -123,32 +74,13 @@ def plan_study(study: Study) -> dict[str, Any]:
         "store_bytes": {**store, "total": sum(store.values())},
         "training": training,
         "disk_bytes": disk,
+        "memory_bytes": {
+            "capture": capture_memory(teacher, study.teacher.dtype, study.signals, study.corpus.max_length),
+            "trial": trial_memory(student, teacher.width, study.training, study.corpus.max_length),
+        },
         "hours": _hours(study, teacher, student, sum(tokens.values()), training, lengths, assumptions),
         "assumptions": assumptions,
     }
-
-
-def _shape(ref: ModelRef, assumptions: list[str]) -> _Shape:
-    if (built_in := builtin_config(ref.model)) is not None:
-        return _of(built_in)
-    try:
-        return _of(load_config(ref).get_text_config().to_dict())
-    except UserError:
-        if ref.model not in _SHAPES:
-            raise
-        assumptions.append(f"{ref.model}: published shape; its config.json could not be read here")
-        return _of(_SHAPES[ref.model])
-
-
-def _of(config: dict[str, Any]) -> _Shape:
-    width, layers, vocabulary = config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]
-    head_width = config.get("head_dim") or width // config["num_attention_heads"]
-    queries = head_width * config["num_attention_heads"]
-    keys = head_width * (config.get("num_key_value_heads") or config["num_attention_heads"])
-    inner = config.get("intermediate_size") or 4 * width
-    per_layer = width * (2 * queries + 2 * keys) + 3 * width * inner + 2 * width
-    embeddings = vocabulary * width * (1 if config.get("tie_word_embeddings") else 2)
-    return _Shape(width, config["num_attention_heads"], layers, vocabulary, embeddings + layers * per_layer + width)
 
 
 def _count(study: Study, assumptions: list[str]) -> dict[str, _Lengths] | None:
@@ -213,7 +145,7 @@ def _training(study: Study, lengths: dict[str, _Lengths]) -> dict[str, int]:
     }
 
 
-def _disk(study: Study, student: _Shape, trials: int) -> dict[str, int]:
+def _disk(study: Study, student: Shape, trials: int) -> dict[str, int]:
     saved = student.parameters * (4 if study.training.precision == "float32" else 2)
     keep, earlier = study.sweep.keep_checkpoints, study.training.epochs - 1
     kept = study.training.epochs if keep == "all" else 1
@@ -228,8 +160,8 @@ def _disk(study: Study, student: _Shape, trials: int) -> dict[str, int]:
 
 def _hours(
     study: Study,
-    teacher: _Shape,
-    student: _Shape,
+    teacher: Shape,
+    student: Shape,
     tokens: int,
     training: dict[str, int],
     lengths: dict[str, _Lengths],
@@ -266,6 +198,7 @@ def print_plan(plan: dict[str, Any], as_json: bool = False) -> None:
     console.print(_table("Teacher data", ("signal", "size"), _rows(plan["store_bytes"], _bytes)))
     console.print(_table("Training", ("what", "count"), _rows(plan["training"], "{:,}".format)))
     console.print(_table("Disk for students", ("what", "size"), _rows(plan["disk_bytes"], _bytes)))
+    console.print(_table("Memory at the peak, estimated", ("stage", "size"), _rows(plan["memory_bytes"], _bytes)))
     console.print(_table("GPU hours, estimated", ("stage", "hours"), _rows(plan["hours"], "{:.2f}".format)))
     console.print("Assumptions")
     for assumption in plan["assumptions"]:

@@ -1,0 +1,111 @@
+"""What a plan needs to know of a model: its sizes, from its configuration or as published."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from stillroom.builtin_pair import builtin_config
+from stillroom.config import ModelRef, Precision, Signals, Training, UserError
+from stillroom.models import DTYPES, load_config
+
+_SHAPES: dict[str, dict[str, Any]] = {
+    "mistralai/Mistral-7B-v0.1": {
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 32,
+        "intermediate_size": 14336,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
+    },
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": {
+        "hidden_size": 2048,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "num_hidden_layers": 22,
+        "intermediate_size": 5632,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
+    },
+    "Qwen/Qwen2.5-Coder-0.5B-Instruct": {
+        "hidden_size": 896,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "num_hidden_layers": 24,
+        "intermediate_size": 4864,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "HuggingFaceTB/SmolLM2-135M-Instruct": {
+        "hidden_size": 576,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "num_hidden_layers": 30,
+        "intermediate_size": 1536,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+}
+"""Published shapes of the shipped studies' models, for a machine that reaches neither hub nor cache."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model."""
+
+    width: int
+    heads: int
+    layers: int
+    vocabulary: int
+    parameters: int
+
+
+def shape_of(ref: ModelRef, assumptions: list[str]) -> Shape:
+    """The sizes of a model; where its configuration is not at hand, published ones, and `assumptions` says so.
+
+    `UserError` if neither is known.
+    """
+    if (built_in := builtin_config(ref.model)) is not None:
+        return _of(built_in)
+    try:
+        return _of(load_config(ref).get_text_config().to_dict())
+    except UserError:
+        if ref.model not in _SHAPES:
+            raise
+        assumptions.append(f"{ref.model}: published shape; its config.json could not be read here")
+        return _of(_SHAPES[ref.model])
+
+
+def _of(config: dict[str, Any]) -> Shape:
+    width, layers, vocabulary = config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]
+    head_width = config.get("head_dim") or width // config["num_attention_heads"]
+    queries = head_width * config["num_attention_heads"]
+    keys = head_width * (config.get("num_key_value_heads") or config["num_attention_heads"])
+    inner = config.get("intermediate_size") or 4 * width
+    per_layer = width * (2 * queries + 2 * keys) + 3 * width * inner + 2 * width
+    embeddings = vocabulary * width * (1 if config.get("tie_word_embeddings") else 2)
+    return Shape(width, config["num_attention_heads"], layers, vocabulary, embeddings + layers * per_layer + width)
+
+
+def capture_memory(teacher: Shape, dtype: Precision, signals: Signals, longest: int) -> int:
+    """Bytes that capturing takes at its peak, by estimate: the weights, and three maps of the last layer's attention.
+
+    The maps are float32 and padded to the `longest` example, in tokens.
+    """
+    weights = teacher.parameters * DTYPES[dtype].itemsize
+    return weights + 3 * 4 * signals.batch_tokens * longest * teacher.heads
+
+
+def trial_memory(student: Shape, teacher_width: int, training: Training, longest: int) -> int:
+    """Bytes that training a student takes at its peak, by estimate.
+
+    Weights, gradients and AdamW's two moments in float32, the copy that is scored, and the activations of one forward
+    pass: 34 bytes a token, layer and dimension in 16 bits (Korthikanti et al., MLSys 2023, without the attention maps
+    that sdpa does not keep), and three float32 maps of the last layer.
+    """
+    trained = student.parameters + student.width * teacher_width
+    size = DTYPES[training.precision].itemsize
+    examples = training.micro_batch_size or training.batch_size
+    activations = examples * longest * (17 * size * student.layers * student.width + 3 * 4 * longest * student.heads)
+    return 16 * trained + (0 if size == 4 else size * student.parameters) + activations

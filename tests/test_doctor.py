@@ -1,0 +1,211 @@
+"""The doctor's lines: each cause of a wasted night is seen beforehand, and its line says what to do."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    T5Config,
+)
+from typer.testing import CliRunner
+
+from conftest import STUDENT_SHAPE
+from stillroom import doctor
+from stillroom.cli import app
+from stillroom.config import ModelRef, UserError
+from stillroom.planning import plan_study
+from stillroom.studies import load_study
+
+
+@pytest.fixture
+def study(teacher_ref, student_ref):
+    """The quickstart's tasks with the test pair."""
+    return load_study("quickstart", [f"teacher.model={teacher_ref.model}", f"student.model={student_ref.model}"])
+
+
+@pytest.fixture
+def no_services(monkeypatch):
+    """Neither Ray nor the tracker is started."""
+    monkeypatch.setattr("stillroom.experiment.describe_cluster", lambda settings: {"CPU": 2.0, "trials": 2})
+    monkeypatch.setattr("stillroom.tracker.Tracker.check", lambda self: None)
+
+
+def line(findings, subject):
+    """The finding of that subject."""
+    return next(finding for finding in findings if finding.subject == subject)
+
+
+def test_a_sound_study_has_no_line_to_do(study, no_services):
+    """Every subject of the issue is there."""
+    findings = doctor.examine(study)
+    assert [finding for finding in findings if not finding.fine] == []
+    assert {finding.subject for finding in findings} == {
+        "packages",
+        "teacher",
+        "teacher's weights",
+        "teacher's architecture",
+        "student",
+        "student's weights",
+        "student's architecture",
+        "tokenizers",
+        "coverage",
+        "data",
+        "disk for teacher data",
+        "disk for students",
+        "accelerator",
+        "memory for a capture",
+        "memory for a trial",
+        "tracker",
+        "ray",
+    }
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**STUDENT_SHAPE),
+        MistralConfig(num_attention_heads=32, num_key_value_heads=8, sliding_window=4),
+        Qwen2Config(num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True),
+        Qwen3Config(num_attention_heads=16, num_key_value_heads=8),
+        Gemma2Config(num_attention_heads=8, num_key_value_heads=4),
+        Phi3Config(num_attention_heads=8, num_key_value_heads=8),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_an_architecture_is_tried_in_little(config):
+    """Really run and compared with its own attention, not looked up in a list."""
+    found = doctor._architecture("student", config)
+    assert (found.fine, "as its own code computes it" in found.says) == (True, True), found.says
+
+
+def test_an_architecture_captured_wrongly_is_refused(monkeypatch):
+    """Where the check before a capture would refuse, the doctor does."""
+    monkeypatch.setattr("stillroom.attention_capture._TOLERANCE", {torch.float32: 0.0})
+    found = doctor._architecture("student", LlamaConfig(**STUDENT_SHAPE))
+    assert not found.fine
+    assert "choose another model" in found.says
+    assert not doctor._architecture("student", T5Config()).fine
+    assert not doctor._architecture("student", BertConfig(is_decoder=False)).fine
+
+
+def test_missing_weights_are_seen(tmp_path, student_ref):
+    """A folder with a config and no weights would fail an hour later."""
+    AutoConfig.from_pretrained(student_ref.model).save_pretrained(tmp_path)
+    assert not doctor._weights("student", ModelRef(model=str(tmp_path))).fine
+    assert doctor._weights("student", student_ref).fine
+
+
+@pytest.mark.parametrize(
+    ("error", "fine", "says"),
+    [
+        (None, True, "may read them"),
+        (GatedRepoError, False, "HF_TOKEN"),
+        (OfflineModeIsEnabled, False, "use a local directory"),
+    ],
+)
+def test_hub_access_and_gate_are_asked_for(monkeypatch, error, fine, says):
+    """Not only whether the small files are cached, but whether the weights can be had."""
+
+    def answer(*_, **__):
+        if error is not None:
+            response = SimpleNamespace(headers={}, status_code=403, request=None, text="")
+            raise error("no", response=response) if error is GatedRepoError else error("offline")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: "/nowhere")
+    monkeypatch.setattr("huggingface_hub.auth_check", answer)
+    found = doctor._weights("teacher", ModelRef(model="some/model"))
+    assert (found.fine, says in found.says) == (fine, True), found.says
+
+
+def test_low_coverage_is_measured_and_refused(study, no_services):
+    """On a sample of the study's own texts, task by task, before a token is trained."""
+    strict = study.model_copy(update={"signals": study.signals.model_copy(update={"minimum_coverage": 0.99})})
+    found = line(doctor.examine(strict), "coverage")
+    assert not found.fine
+    assert "sentiment" in found.says
+    assert "arithmetic" in found.says
+
+
+def test_memory_is_held_against_the_plan(study, monkeypatch):
+    """GPUs too small for the teacher in all, or for a trial alone, each with its own remedy."""
+    plan = plan_study(study)
+    capture, trial = plan["memory_bytes"]["capture"], plan["memory_bytes"]["trial"]
+
+    def gpus(*sizes):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(sizes))
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda i: SimpleNamespace(name="GPU", total_memory=sizes[i])
+        )
+        return {f.subject.split()[-1]: f.fine for f in doctor._memory(study, plan) if f.subject.startswith("memory")}
+
+    assert gpus(2 * max(capture, trial)) == {"capture": True, "trial": True}
+    assert gpus(0.6 * capture, 0.6 * capture)["capture"]
+    assert not gpus(0.6 * capture)["capture"]
+    assert not gpus(2 * trial, 0.9 * trial)["trial"]
+    half = study.sweep.model_copy(update={"gpus_per_trial": 0.5})
+    study = study.model_copy(update={"sweep": half})
+    assert not gpus(1.5 * trial)["trial"]
+
+
+def test_a_plans_memory_is_more_than_the_weights_alone_and_grows_with_the_batch():
+    """By hand for the study as given: 7.24e9 weights of 2 bytes; 1.1e9 of 16 and a scored copy of 2."""
+    memory = plan_study(load_study("paper"))["memory_bytes"]
+    assert 2 * 7.2e9 < memory["capture"] < 2 * 7.3e9 + 4e9
+    assert 18 * 1.1e9 < memory["trial"] < 18 * 1.1e9 + 10e9
+    smaller = plan_study(load_study("paper", ["training.micro_batch_size=1"]))["memory_bytes"]
+    assert smaller["trial"] < memory["trial"]
+    assert smaller["capture"] == memory["capture"]
+
+
+def test_a_study_for_gpus_is_not_begun_on_a_cpu():
+    """By the plan's hours, whatever its name."""
+    study = load_study("paper", ["name=mine"])
+    assert not next(doctor._memory(study, plan_study(study))).fine
+
+
+def test_a_tracker_or_ray_that_does_not_start_is_a_line(study, monkeypatch):
+    """Found now, not after the capture."""
+
+    def refuse(*_):
+        raise UserError("nobody answers\nat all")
+
+    monkeypatch.setattr("stillroom.experiment.describe_cluster", refuse)
+    monkeypatch.setattr("stillroom.tracker.Tracker.check", refuse)
+    for found in (doctor._ray(study), doctor._tracker(study)):
+        assert not found.fine
+        assert "nobody answers" in found.says
+        assert "at all" not in found.says
+
+
+def test_the_command_fails_when_there_is_something_to_do(no_services, tmp_path):
+    """Exit code 1 and JSON for a script; the text ends with what to do."""
+    study = ["quickstart", "--set", "student.model=./nowhere"]
+    told = CliRunner().invoke(app, ["doctor", *study])
+    assert told.exit_code == 1
+    assert "todo student: ./nowhere: no such directory" in told.output
+    assert told.output.splitlines()[-1] == "Next: see to the lines marked todo"
+    found = json.loads(CliRunner().invoke(app, ["doctor", *study, "--json"]).stdout)
+    assert [f["subject"] for f in found if not f["fine"]] == ["student", "data"]
+
+
+@pytest.mark.slow
+def test_the_embedded_study_is_sound_on_this_machine(monkeypatch, tmp_path):
+    """Nothing put in its place: Ray and the tracker start and stop; no file is left behind."""
+    monkeypatch.chdir(tmp_path)
+    told = CliRunner().invoke(app, ["doctor", "quickstart"])
+    assert told.exit_code == 0, told.output
+    assert "ok   ray: nodes 1" in told.output
+    assert "ok   tracker" in told.output
+    assert list(tmp_path.iterdir()) == []
