@@ -154,6 +154,18 @@ def check_report(results):
     seeds, alpha = study["sweep"]["seeds"], study["analysis"]["alpha"]
     tasks = sorted(study["corpus"]["tasks"])
     checked = check_accuracy(tables["accuracy-table"], results, trials, tasks)
+    if "official-table" in tables:
+        official = {
+            (result["config"]["distill_type"], result["config"]["seed"]): (
+                pd.read_parquet(
+                    results / "knowledge_distillation_experiment" / result["trial"] / "predictions_official.parquet"
+                ),
+                result,
+            )
+            for _, result in trials.values()
+        }
+        own = sorted(study["evaluation"]["official"])
+        checked += check_accuracy(tables["official-table"], results, official, own, "_official")
     checked += check_others(tables["others-table"], results, trials, tasks)
     checked += check_shares(tables["gradients-table"], trials)
     checked += check_coverage(tables.get("coverage-table", [[]]), trials)
@@ -164,7 +176,7 @@ def check_report(results):
     return checked
 
 
-def check_accuracy(rows, results, trials, tasks):
+def check_accuracy(rows, results, trials, tasks, suffix=""):
     """Means and standard deviations over seeds; the untrained models."""
     done = 0
     groups = {group for group, _ in trials}
@@ -177,7 +189,7 @@ def check_accuracy(rows, results, trials, tasks):
                 if len(values) > 1:
                     assert same(cell.split("±")[1], 100 * statistics.stdev(values), 1), (name, measure, cell)
             elif name in ("teacher", "untouched student"):
-                file = results / "baselines" / f"{'teacher' if name == 'teacher' else 'student'}.parquet"
+                file = results / "baselines" / f"{'teacher' if name == 'teacher' else 'student'}{suffix}.parquet"
                 assert same(cell, 100 * accuracy(pd.read_parquet(file), measure), 1), (name, measure, cell)
             done += cell != "–"
     return done

@@ -57,12 +57,14 @@ def write_results(folder, seeds=(0, 1, 2), drop=(), overrides=(), rename=lambda 
     by_task = {name: [e for e in examples if e.task == name] for name in SIZES}
     train = [e for own in by_task.values() for e in own[:2]]
     held_out = [e for own in by_task.values() for e in own[2:]]
-    save_corpus(Examples(train, held_out, counts), folder / "corpus", "0123456789abcdef")
+    official = {name: {"used": size, "source_rows": 500, "in_corpus": 1} for name, size in SIZES.items()}
+    save_corpus(Examples(train, held_out, counts, held_out, official), folder / "corpus", "0123456789abcdef")
     for name, chance in (("teacher", 0.9), ("student", 0.3)):
-        own = predictions_of(held_out, chance, rng)
-        save_predictions(own, folder / "baselines" / f"{name}.parquet")
-        metrics = {"fingerprint": "f", "identity": name, "metrics": accuracy_metrics(own), "answer_nll": {}}
-        write_json(folder / "baselines" / f"{name}.json", metrics)
+        for suffix, prefix in (("", "validation_"), ("_official", "official_")):
+            own = predictions_of(held_out, chance, rng)
+            save_predictions(own, folder / "baselines" / f"{name}{suffix}.parquet")
+            metrics = {"fingerprint": "f", "identity": name, "metrics": accuracy_metrics(own, prefix)}
+            write_json(folder / "baselines" / f"{name}{suffix}.json", metrics)
     trials = []
     for group in study.groups:
         for number in seeds:
@@ -72,9 +74,11 @@ def write_results(folder, seeds=(0, 1, 2), drop=(), overrides=(), rename=lambda 
             if (group.name, number) in drop:
                 write_json(trial / "error.json", {"error": rename("RuntimeError: it broke"), "traceback": ""})
                 continue
-            own = predictions_of(held_out, CHANCES[group.name] + rng.normal(0, 0.02), rng)
+            own, official = (predictions_of(held_out, CHANCES[group.name] + rng.normal(0, 0.02), rng) for _ in "ab")
             save_predictions(own, trial / "predictions.parquet")
-            write_json(trial / "result.json", result_of(name, group, number, study, own, rng))
+            save_predictions(official, trial / "predictions_official.parquet")
+            result = result_of(name, group, number, study, own, rng)
+            write_json(trial / "result.json", {**result, **accuracy_metrics(official, "official_")})
     planned = {"study": study.model_dump(mode="json"), "snapshot": "offline_teacher_data_20260101T000000Z"}
     write_json(folder / PLANNED, {**planned, "trials": trials})
     write_summary(folder)

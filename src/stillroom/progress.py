@@ -19,14 +19,14 @@ class ProgressBars:
         self._tasks: dict[str, Any] = {}
         self._printed = time.monotonic()
 
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """Show progress; a bar ends when done reaches total."""
+    def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
+        """Show progress; a bar ends when done reaches total. The note stands beside it."""
         if sys.stderr.isatty():
-            self._draw(what, done, total)
+            self._draw(what, done, total, note)
         else:
-            self._print(what, done, total)
+            self._print(what, done, total, note)
 
-    def _draw(self, what: str, done: int, total: int) -> None:
+    def _draw(self, what: str, done: int, total: int, note: str) -> None:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -44,17 +44,18 @@ class ProgressBars:
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
             )
             self._bars = Progress(*columns, console=Console(stderr=True))
             self._bars.start()
         if what not in self._tasks:
-            self._tasks[what] = self._bars.add_task(what, total=total)
-        self._bars.update(self._tasks[what], completed=done, total=total)
+            self._tasks[what] = self._bars.add_task(what, total=total, note=note)
+        self._bars.update(self._tasks[what], completed=done, total=total, note=note)
         if all(task.finished for task in self._bars.tasks):
             self._bars.stop()
             self._bars, self._tasks = None, {}
 
-    def _print(self, what: str, done: int, total: int) -> None:
+    def _print(self, what: str, done: int, total: int, note: str) -> None:
         if time.monotonic() - self._printed >= QUIET_SECONDS:
-            print(f"{what}: {done}/{total}", file=sys.stderr, flush=True)
+            print(f"{what}: {done}/{total}{'; ' if note else ''}{note}", file=sys.stderr, flush=True)
             self._printed = time.monotonic()

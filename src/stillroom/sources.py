@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from stillroom.builtin_pair import materialise
 from stillroom.config import ModelRef, Study, fingerprint
@@ -22,11 +21,15 @@ from stillroom.corpus import (
 from stillroom.models import context_length, load_config, load_tokenizer, model_identity, tokenizer_hash
 from stillroom.provenance import Meter
 
-Progress = Callable[[str, int, int], None]
-"""Called with (what is going on, done, total)."""
+
+class Progress(Protocol):
+    """Called with what is going on, how much of it is done, and a note that changes with it."""
+
+    def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
+        """Show it."""
 
 
-def _silent(what: str, done: int, total: int) -> None:
+def _silent(what: str, done: int, total: int, note: str = "") -> None:
     return None
 
 

@@ -37,6 +37,7 @@ from stillroom.signal_store import MANIFEST, SignalStore
 from stillroom.sources import Sources
 from stillroom.tracker import Tracker
 from stillroom.train_student import Trial
+from stillroom.watching import SweepWatch
 
 
 class Workspace(Sources):
@@ -248,24 +249,18 @@ class Workspace(Sources):
     def sweep(self) -> dict[str, str]:
         """Run the trials that are missing, then write the summary; returns the errors of failed trials by name."""
         plans = self.plans()
-        done, failed = sum(finished(plan) for plan in plans), set[str]()
+        shown = SweepWatch(plans, self.progress)
 
         def watch(event: str, facts: dict[str, Any]) -> None:
-            nonlocal done
-            done += event == "finished"
-            failed.discard(facts["trial"])
-            if event == "failed":
-                failed.add(facts["trial"])
             if event == "finished":
                 with suppress(UserError):  # the trials go on; at the end it is done again, and then it must succeed
                     write_summary(self.results)
                     self.tracker.log_trial(self.results / EXPERIMENT / facts["trial"])
-            shown = f" ({len(failed)} failed)" if failed else ""
-            self.progress(f"training students, trials{shown}", done, len(plans))
+            shown.tell(event, facts)
 
         self.tracker.check()
         write_summary(self.results)
-        self.progress("training students, trials", done, len(plans))
+        shown.show()
         storage = self.study.sweep.storage or str(self.results / "ray")
         errors = sweep(plans, self.study.sweep, storage if "://" in storage else str(Path(storage).resolve()), watch)
         write_summary(self.results)

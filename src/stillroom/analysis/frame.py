@@ -170,6 +170,20 @@ class StudyResults:
         return {label: own["metrics"] for label, own in self.untrained.items()}
 
     @cached_property
+    def official_metrics(self) -> dict[str, dict[str, float]]:
+        """Metrics of the baselines on the official evaluation splits, if the study evaluates any."""
+        paths = {label: self.folder / "baselines" / f"{name}_official.json" for name, label in UNTRAINED.items()}
+        return {label: read_json(path)["metrics"] for label, path in paths.items() if path.is_file()}
+
+    @cached_property
+    def official_columns(self) -> dict[str, str]:
+        """Column of `frame` by what was measured on the official splits; empty if nothing was."""
+        if "official_accuracy" not in self.frame:
+            return {}
+        tasks = accuracy_columns(self.frame, "official_accuracy_")
+        return {"all": "official_accuracy", **tasks}
+
+    @cached_property
     def predictions(self) -> dict[tuple[str, int], pd.DataFrame]:
         """Per-example predictions of every finished trial, by group and seed; rows sorted by example."""
         return {
@@ -200,8 +214,19 @@ class StudyResults:
     @cached_property
     def corpus(self) -> dict[str, dict[str, int]]:
         """By task: rows in the source, examples of either part, what was dropped and why."""
-        counts: dict[str, dict[str, int]] = read_json(self.folder / "corpus" / "corpus.json")["counts"]
+        counts: dict[str, dict[str, int]] = self._corpus["counts"]
         return counts
+
+    @cached_property
+    def official_counts(self) -> dict[str, dict[str, int]]:
+        """Of the official splits likewise: used, rows in the source, what was dropped and why."""
+        counts: dict[str, dict[str, int]] = self._corpus["official_counts"]
+        return counts
+
+    @cached_property
+    def _corpus(self) -> dict[str, Any]:
+        described: dict[str, Any] = read_json(self.folder / "corpus" / "corpus.json")
+        return described
 
     @cached_property
     def run(self) -> dict[str, Any]:

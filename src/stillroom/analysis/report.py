@@ -144,6 +144,7 @@ def write_report(folder: Path) -> Path:
             accuracy=group_table(results.frame, results.groups, results.untrained_metrics),
             measures=list(measures),
             others=group_table(results.measures, results.groups, results.untrained_metrics, measures),
+            official=group_table(results.frame, results.groups, results.official_metrics, results.official_columns),
             gradients=gradient_rows(results),
             integrity=integrity_rows(results),
             settings=settings_rows({k: v for k, v in results.study.items() if k != "groups"}),
