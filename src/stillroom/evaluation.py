@@ -196,9 +196,11 @@ def _shared_prefix(encodings: Sequence[Encoding]) -> int:
 
 
 def _within(rows: Sequence[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
+    """Batches of rows that come longest first: within the budget, and no row under 4/5 of its batch's longest."""
     batch: list[_Row] = []
     for row in rows:
-        if batch and len(batch[0].encoding) * (len(batch) + 1) > batch_tokens:
+        longest = len(batch[0].encoding) if batch else 0
+        if batch and (longest * (len(batch) + 1) > batch_tokens or 5 * len(row.encoding) < 4 * longest):
             yield batch
             batch = []
         batch.append(row)

@@ -82,20 +82,21 @@ class _HeadLosses(torch.autograd.Function):
             cast = weight.to(dtype)
             task_sum, kd_sum = hidden.new_zeros(2, dtype=torch.float32)
             hidden_grad = torch.zeros_like(hidden) if needs_grad else None
-            weight_grad = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+            weight_grad: Tensor | None = None
             bias_grad = torch.zeros_like(bias) if needs_grad and bias is not None else None
             for first in range(0, len(hidden), chunk):
                 rows = slice(first, min(first + chunk, len(hidden)))
                 part = hidden[rows].to(dtype)
-                raw = F.linear(part, cast, None if bias is None else bias.to(dtype)).float()
+                raw = F.linear(part, cast, None if bias is None else bias.to(dtype))
                 task, kd, grad = _chunk_losses(raw, _rows_of(targets, rows), needs_grad)
                 task_sum, kd_sum = task_sum + task, kd_sum + kd
                 if hidden_grad is None or grad is None:
                     continue
                 narrow = grad.to(dtype)
                 hidden_grad[rows] = (narrow @ cast).to(hidden.dtype)
-                if weight_grad is not None:
-                    weight_grad += narrow.T @ part
+                if ctx.needs_input_grad[1]:
+                    own = narrow.T @ part
+                    weight_grad = own.float() if weight_grad is None else weight_grad.add_(own)
                 if bias_grad is not None:
                     bias_grad += grad.sum(0)
         ctx.grads = (hidden_grad, weight_grad, bias_grad)
@@ -105,7 +106,8 @@ class _HeadLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_grad, weight_grad, bias_grad = (None if g is None else g * upstream for g in ctx.grads)
+        grads, ctx.grads = ctx.grads, None  # scaled in place, so they can be handed over once
+        hidden_grad, weight_grad, bias_grad = (None if g is None else g.mul_(upstream) for g in grads)
         return hidden_grad, weight_grad, bias_grad, None, None, None, None
 
 
@@ -134,53 +136,58 @@ def _rows_of(targets: HeadTargets, rows: slice) -> HeadTargets:
 
 
 def _chunk_losses(raw: Tensor, targets: HeadTargets, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Sums of one chunk and the gradient of their weighted sum by the raw logits (float32)."""
+    """Sums of one chunk and the gradient of their weighted sum by the raw logits (float32).
+
+    The logits are gone over as seldom as can be: log-softmax, exp in place, a sum, and one product in place.
+    """
     cap = targets.softcap
-    logits = raw if cap is None else cap * torch.tanh(raw / cap)
-    lse = logits.logsumexp(-1, keepdim=True)
-    probs = (logits - lse).exp_()
+    logits = raw if cap is None else cap * torch.tanh(raw.float() / cap)
+    logprobs = torch.log_softmax(logits, -1, dtype=torch.float32)
     supervised = targets.targets >= 0
     safe = targets.targets.clamp(min=0)[:, None]
-    task = torch.where(supervised, (lse - logits.gather(1, safe))[:, 0], 0.0).sum()
-    scale = targets.task_weight * supervised.float()
-    kd, kd_parts = raw.new_zeros(()), None
-    if targets.outcomes is not None and len(targets.outcomes.rows):
-        kd, kd_parts = _kd_parts(logits, lse, probs, targets.outcomes, targets.temperature)
+    task = torch.where(supervised, -logprobs.gather(1, safe)[:, 0], 0.0).sum()
+    kd = logprobs.new_zeros(())
+    outcomes = targets.outcomes if targets.outcomes is not None and len(targets.outcomes.rows) else None
+    if outcomes is None and not needs_grad:
+        return task, kd, None
+    own = scale = targets.task_weight * supervised.float()
+    if outcomes is None:
+        probs = logprobs.exp_()
+    else:
+        at = (outcomes.rows * raw.shape[1])[:, None] + outcomes.ids  # in the flattened logits
+        entries = logprobs.take(at)
+        probs = logprobs.exp_()
+        probs.view(-1).index_fill_(0, at.flatten(), 0.0)
+        rest = probs.sum(1)[outcomes.rows]
+        kd, by_entry, by_ghost = _kl(entries, rest, outcomes, targets.temperature, raw.shape[1])
+        total = targets.kd_weight * (by_entry.sum(1) + by_ghost)
+        own = scale.index_add(0, outcomes.rows, total, alpha=-1)
+        scale = own.index_add(0, outcomes.rows, targets.kd_weight * by_ghost / rest.clamp(min=_TINY))
     if not needs_grad:
         return task, kd, None
-    if kd_parts is not None and targets.outcomes is not None:
-        by_entry, by_ghost, others = kd_parts
-        total = by_entry.sum(1) + by_ghost
-        scale.index_add_(0, targets.outcomes.rows, total, alpha=-targets.kd_weight)
-        grad = probs.mul_(scale[:, None])
-        share = others.mul_((targets.kd_weight * by_ghost)[:, None])
-        share.scatter_add_(1, targets.outcomes.ids, targets.kd_weight * by_entry)
-        grad.index_add_(0, targets.outcomes.rows, share)
-    else:
-        grad = probs.mul_(scale[:, None])
+    grad = probs.mul_(scale[:, None])
+    if outcomes is not None:
+        at_entries = entries.exp() * own[outcomes.rows][:, None] + targets.kd_weight * by_entry
+        grad.view(-1).index_add_(0, at.flatten(), torch.where(outcomes.valid, at_entries, 0.0).flatten())
     grad.scatter_add_(1, safe, -targets.task_weight * supervised.float()[:, None])
-    if cap is not None:
-        grad.mul_(1 - (logits / cap) ** 2)
-    return task, kd, grad
+    return task, kd, grad if cap is None else grad.mul_(1 - (logits / cap) ** 2)
 
 
-def _kd_parts(
-    logits: Tensor, lse: Tensor, probs: Tensor, outcomes: Outcomes, temperature: float
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+def _kl(
+    entries: Tensor, rest: Tensor, outcomes: Outcomes, temperature: float, vocabulary: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sum over positions of KL(teacher ‖ student) over K + 1 outcomes, times τ², and what its gradient is made of.
 
-    At τ ≠ 1 both sides' probabilities are raised to 1/τ and renormalised over the K + 1 outcomes (Hinton et al.
-    2015, sec. 2, for τ²). The ghost is a sum over the other logits, never 1 − sum, so it cannot be negative.
+    `entries` (M, K) are the student's log-probabilities of the entries, `rest` (M) its probability of all others:
+    a sum, never 1 − sum, so it cannot be negative. At τ ≠ 1 both sides' probabilities are raised to 1/τ and
+    renormalised over the K + 1 outcomes (Hinton et al. 2015, sec. 2, for τ²).
 
-    With u the student's log-probabilities of the K + 1 outcomes: (∂KL/∂u of the entries, of the ghost, and the
-    student's distribution within the ghost). u_k = z_k − lse(z) and u_ghost = lse(others) − lse(z), so
-    ∂KL/∂z = ∂u_k at the entries + ∂u_ghost · within-ghost − (Σ ∂u) · softmax(z).
+    With u the student's log-probabilities of the K + 1 outcomes: (KL, ∂KL/∂u of the entries, of the ghost).
+    u_k = z_k − lse(z) and u_ghost = lse(others) − lse(z), so ∂KL/∂z = ∂u_k at the entries
+    + ∂u_ghost · softmax(z) / rest at the others − (Σ ∂u) · softmax(z).
     """
-    entries = torch.where(outcomes.valid, (logits[outcomes.rows].gather(1, outcomes.ids) - lse[outcomes.rows]), 0.0)
-    others = probs[outcomes.rows].scatter_(1, outcomes.ids, 0.0)
-    rest = others.sum(1)
-    no_ghost = rest == 0 if outcomes.ids.shape[1] >= probs.shape[1] else torch.zeros_like(rest, dtype=torch.bool)
-    others.div_(rest.clamp(min=_TINY)[:, None])
+    entries = torch.where(outcomes.valid, entries, 0.0)
+    no_ghost = rest == 0 if outcomes.ids.shape[1] >= vocabulary else torch.zeros_like(rest, dtype=torch.bool)
     student = torch.cat([entries, rest.clamp(min=_TINY).log()[:, None]], 1)
     teacher = torch.cat([outcomes.probs, outcomes.ghost.masked_fill(no_ghost, 0.0)[:, None]], 1)
     if temperature == 1.0:
@@ -194,7 +201,7 @@ def _kd_parts(
         by = temperature * (student.exp() - teacher)
         student = student.masked_fill(absent, 0.0)
     kd = temperature**2 * (torch.xlogy(teacher, teacher) - teacher * student).sum()
-    return kd, (by[:, :-1], by[:, -1], others)
+    return kd, by[:, :-1], by[:, -1]
 
 
 def hidden_loss(projected: Float[Tensor, "P D"], teacher: Float[Tensor, "P D"]) -> Float[Tensor, ""]:
