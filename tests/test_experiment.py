@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stillroom.config import Sweep, UserError
-from stillroom.experiment import trial_resources
+from stillroom.jobs import trial_resources
 
 SEEDS = {"seeds": (0,)}
 

@@ -7,8 +7,10 @@ node sees, so `jobs.run_trial` and `jobs.run_capture` run as well without Ray.
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +19,19 @@ from typing import Any
 import torch
 
 from stillroom.config import EXPERIMENT, Sweep, UserError
-from stillroom.jobs import ERROR, CapturePlan, Progress, TrialPlan, error_of, failures, finished, run_capture, run_trial
+from stillroom.jobs import (
+    ERROR,
+    CapturePlan,
+    Progress,
+    TrialPlan,
+    error_of,
+    failures,
+    finished,
+    run_capture,
+    run_trial,
+    trial_resources,
+    worker_resources,
+)
 from stillroom.provenance import exclusive, package_digest, write_text
 from stillroom.shares import Share
 from stillroom.signal_store import MANIFEST, SHARDS
@@ -37,8 +51,8 @@ def sweep(plans: Sequence[TrialPlan], settings: Sweep, storage: str, watch: Watc
     """Run the trials that are not finished; return the error of each one that failed on every try, by name.
 
     `storage` is where Ray keeps its own files: a folder or a URI. `watch` is called with an event (started, epoch,
-    finished, failed) and its facts. The other trials go on when one fails. A trial lost with its node goes on from
-    its checkpoint on another, and that is not one of its tries. Raises `UserError` if another sweep is writing
+    finished, failed, lost) and its facts. The other trials go on when one fails. A trial lost with its node goes on
+    from its checkpoint on another, and that is not one of its tries. Raises `UserError` if another sweep is writing
     here, or if a node does not see what a trial needs.
     """
     missing = {plan.trial.name: plan for plan in plans if not finished(plan)}
@@ -54,6 +68,8 @@ def sweep(plans: Sequence[TrialPlan], settings: Sweep, storage: str, watch: Watc
             lost = {node["NodeID"] for node in _nodes(alive=False)} - gone
             again = {n: p for n, p in pending.items() if not finished(p) and failures(p) <= settings.retries}
             pending = again if lost else {}
+            for name in pending:
+                watch("lost", {"trial": name})
     return {name: error_of(plan) for name, plan in missing.items() if not finished(plan)}
 
 
@@ -128,26 +144,41 @@ def _ray(address: str | None) -> Iterator[None]:
     if address == "local" and ray.is_initialized():
         yield
         return
-    if address.startswith("ray://"):
-        raise UserError(
-            f"sweep.address: {address} is a Ray client's address; run stillroom on a node of the cluster instead, "
-            "as a Ray job for instance, with address=auto"
-        )
+    _require_listener(address)
     ray.shutdown()
     own: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if address == "local" else {}
     environment = {"env_vars": _WORKER_ENVIRONMENT}
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"sweep.address: no Ray cluster can be joined at {address} (sweep.address or RAY_ADDRESS): {error}; "
-            "start one with `ray start`, or leave both out to use this machine alone"
-        ) from error
+        raise UserError(_unreachable(address, error)) from error
     try:
         yield
     finally:
         if address != "local":
             ray.shutdown()
+
+
+def _require_listener(address: str) -> None:
+    """Raise `UserError` unless something listens at the address: Ray itself would wait for a quarter of an hour."""
+    if address.startswith("ray://"):
+        raise UserError(
+            f"sweep.address: {address} is a Ray client's address; run stillroom on a node of the cluster instead, "
+            "as a Ray job for instance, with address=auto"
+        )
+    if address not in ("local", "auto"):
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=30).close()
+        except (OSError, ValueError) as error:
+            raise UserError(_unreachable(address, error)) from None
+
+
+def _unreachable(address: str, error: Exception) -> str:
+    return (
+        f"sweep.address: no Ray cluster can be joined at {address} (sweep.address or RAY_ADDRESS): {error}; "
+        "start one with `ray start`, or leave both out to use this machine alone"
+    )
 
 
 def _nodes(alive: bool = True) -> list[dict[str, Any]]:
@@ -170,28 +201,31 @@ def _require_sight(
             return [f"it cannot import stillroom ({type(error).__name__}: {error}); install the version used here"]
         return unseen(digest, paths, probes)
 
-    asked = []
-    for node in cluster:
-        if any(node["Resources"].get(name, 0) < wanted for name, wanted in resources.items()):
-            continue
-        probes = [folder / f".{node['NodeID']}.probe" for folder in folders]
-        for probe in probes:
-            write_text(probe, "")
-        where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=where)(look)
-        asked.append((node, probes, task.remote(package_digest(), paths, probes)))
-    for node, probes, reference in asked:
-        name = f"node {node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
-        try:
-            faults = ray.get(reference, timeout=_PROBE_SECONDS)
-        except ray.exceptions.RayError as error:
-            faults = [f"it does not answer: {error}"]
-        finally:
-            for probe in probes:
-                probe.unlink(missing_ok=True)
-        if faults:
-            listed = "; ".join(faults)
-            raise UserError(f"{name}: {listed}. Every node must see the same files under the same paths")
+    able = [node for node in cluster if all(node["Resources"].get(n, 0) >= some for n, some in resources.items())]
+    probes = [[folder / f".{node['NodeID']}.probe" for folder in folders] for node in able]
+    faults = []
+    try:
+        asked = []
+        for node, own in zip(able, probes, strict=True):
+            for probe in own:
+                write_text(probe, "")
+            where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=where)(look)
+            asked.append(task.remote(package_digest(), paths, own))
+        for node, reference in zip(able, asked, strict=True):
+            try:
+                found = ray.get(reference, timeout=_PROBE_SECONDS)
+            except ray.exceptions.RayError as error:
+                found = [f"it does not answer: {error}"]
+            if found:
+                faults.append(
+                    f"  node {node['NodeManagerHostname']} ({node['NodeManagerAddress']}): {'; '.join(found)}"
+                )
+    finally:
+        for probe in itertools.chain(*probes):
+            probe.unlink(missing_ok=True)
+    if faults:
+        raise UserError("\n".join(["every node must see the same package and files as this one:", *faults]))
 
 
 def _tune(missing: dict[str, TrialPlan], settings: Sweep, storage: str, watch: Watch) -> None:
@@ -206,7 +240,7 @@ def _tune(missing: dict[str, TrialPlan], settings: Sweep, storage: str, watch: W
     trainable = tune.with_resources(
         tune.with_parameters(_trainable, plans=missing, threads=resources["CPU"]), resources
     )
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's error is in its folder, and told at the end
     tuner = tune.Tuner(
         trainable,
         param_space={"trial": tune.grid_search(list(missing))},
@@ -238,41 +272,6 @@ def _trainable(config: dict[str, Any], plans: dict[str, TrialPlan], threads: flo
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in metrics.items() if isinstance(value, int | float)}
-
-
-def trial_resources(settings: Sweep, nodes: Sequence[dict[str, float]]) -> tuple[dict[str, float], int]:
-    """Resources of a trial, and how many run at once: as many as the GPUs found allow, else the cores.
-
-    `nodes` are the resources of each node; a trial runs within one.
-    """
-    resources, fit = _fitting(settings.gpus_per_trial, settings.cpus_per_trial, nodes, "sweep.gpus_per_trial")
-    return resources, min(fit, settings.max_concurrent or fit)
-
-
-def worker_resources(workers: int, nodes: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Resources of one of so many capturing workers: its part of the GPUs, one at least, and of the cores."""
-    gpus, cores = (sum(node.get(name, 0.0) for node in nodes) / workers for name in ("GPU", "CPU"))
-    within = max(node.get("GPU", 0.0) for node in nodes)
-    return _fitting(min(max(1, int(gpus)), within), max(1, int(cores)), nodes, "--workers")[0]
-
-
-def _fitting(
-    gpus: float, cpus: float, nodes: Sequence[dict[str, float]], asked_by: str
-) -> tuple[dict[str, float], int]:
-    """What a job gets where there are GPUs, or else cores, and how many such jobs fit; fewer cores stop none."""
-    with_gpus = [node for node in nodes if node.get("GPU", 0) > 0] if gpus else []
-    usable = [node for node in with_gpus or nodes if node.get("GPU", 0) >= gpus or not with_gpus]
-    if not usable:
-        found = max(node["GPU"] for node in with_gpus)
-        raise UserError(f"{asked_by}: {gpus} asked for, {found:g} found on a node")
-    if with_gpus:
-        part = min(node.get("CPU", 1.0) * gpus / node["GPU"] for node in usable)
-        return {"CPU": max(1.0, float(int(min(cpus, part)))), "GPU": gpus}, sum(int(n["GPU"] / gpus) for n in usable)
-    cores = max((node.get("CPU", 0.0) for node in usable), default=0.0)
-    if not cores:
-        raise UserError("no node of the Ray cluster has a CPU to give")
-    cpus = min(float(cpus), cores)
-    return {"CPU": cpus}, sum(int(node.get("CPU", 0.0) / cpus) for node in usable)
 
 
 def _watcher(watch: Watch) -> Any:
