@@ -270,17 +270,17 @@ def save_corpus(examples: Examples, folder: Path, fingerprint: str) -> None:
     ]
     (folder / "corpus.json").unlink(missing_ok=True)  # it says what the other file is, so it goes first and comes last
     with atomic_path(folder / "corpus.parquet") as path:
-        pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), path)
+        pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), path, write_page_checksum=True)
     counts = {"counts": examples.counts, "official_counts": examples.official_counts}
     write_json(folder / "corpus.json", {"fingerprint": fingerprint, **counts})
 
 
 def load_corpus(folder: Path) -> tuple[Examples, str]:
     """Read what `save_corpus` wrote: the examples and their fingerprint."""
-    described = read_json(folder / "corpus.json")
+    described = read_json(folder / "corpus.json", "fingerprint", "counts", "official_counts")
     parts: dict[str, list[Example]] = {"train": [], "validation": [], "official": []}
     try:
-        rows = pq.read_table(folder / "corpus.parquet", schema=_SCHEMA).to_pylist()
+        rows = pq.read_table(folder / "corpus.parquet", schema=_SCHEMA, page_checksum_verification=True).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise UserError(
             f"{folder / 'corpus.parquet'} cannot be read: {error}; delete {folder} to make it anew"

@@ -109,7 +109,7 @@ def measure_baseline(
     """
     how = settings.model_dump(exclude={"official"})
     own = fingerprint(identity, precision, how, prefix, [example.example_id for example in examples])
-    if path.is_file() and (known := read_json(path))["fingerprint"] == own:
+    if path.is_file() and (known := read_json(path, "fingerprint", "metrics"))["fingerprint"] == own:
         found: dict[str, Any] = known
         return found
     predictions = evaluate(load(), tokenizer, examples, settings, progress)

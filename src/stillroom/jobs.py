@@ -118,14 +118,14 @@ def finished(plan: TrialPlan) -> bool:
 def failures(plan: TrialPlan) -> int:
     """How often the trial itself has failed since `error.json` was last cleared."""
     path = plan.folder / ERROR
-    return int(read_json(path).get("failures", 0)) if path.is_file() else 0
+    return int(read_json(path, "failures")["failures"]) if path.is_file() else 0
 
 
 def error_of(plan: TrialPlan) -> str:
     """Why the trial has no result."""
     path = plan.folder / ERROR
     if path.is_file():
-        return str(read_json(path)["error"])
+        return str(read_json(path, "error")["error"])
     return "no result and no error message: the process was stopped"
 
 

@@ -158,7 +158,7 @@ def load_output_head(ref: ModelRef) -> torch.Tensor | None:
     """The output head (V, D) of a local checkpoint, read alone; None where it cannot be found by its usual names."""
     folder = Path(ref.model)
     index = folder / "model.safetensors.index.json"
-    files = read_json(index)["weight_map"] if index.is_file() else {}
+    files = read_json(index, "weight_map")["weight_map"] if index.is_file() else {}
     for name in ("lm_head.weight", "model.embed_tokens.weight", "transformer.wte.weight"):
         path = folder / files.get(name, "model.safetensors")
         if path.is_file():

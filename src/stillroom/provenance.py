@@ -85,7 +85,7 @@ _FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 def _system_reason(error: BaseException) -> str | None:
     """What the system said, if it is why this failed; torch hides it in the context, Rust libraries in the text."""
     if isinstance(error, OSError):
-        return error.strerror or str(error)
+        return os.strerror(error.errno) if error.errno else str(error)
     if found := re.search(r"\(os error (\d+)\)", str(error)):
         return os.strerror(int(found[1]))
     cause = error.__cause__ or error.__context__
@@ -117,16 +117,20 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, default=str, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON; `UserError` names a file that is absent or broken."""
+def read_json(path: Path, *keys: str) -> Any:
+    """Read JSON; `UserError` names a file that is absent or broken, or is no object with these keys."""
     try:
-        return json.loads(path.read_text("utf-8"))
+        value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    lacking = [key for key in keys if not isinstance(value, dict) or key not in value]
+    if lacking:
+        raise UserError(f"{path} lacks {', '.join(lacking)}: edited, or of another version; delete it and start again")
+    return value
 
 
 def file_sha256(path: Path) -> str:

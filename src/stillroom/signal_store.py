@@ -294,5 +294,5 @@ class SignalStore:
         if name not in self._files:
             if not (self.path / name).is_file():
                 raise UserError(f"{self.path / name} is missing")
-            self._files[name] = pq.ParquetFile(self.path / name, memory_map=True)
+            self._files[name] = pq.ParquetFile(self.path / name, memory_map=True, page_checksum_verification=True)
         return self._files[name]

@@ -50,7 +50,7 @@ class Workspace(Sources):
         folder = self.results / "teacher"
         own = self.adaptation_fingerprint(model_identity(self.teacher_ref))
         if (folder / ADAPTED).is_file():
-            adapted = read_json(folder / ADAPTED)
+            adapted = read_json(folder / ADAPTED, "origin", "model")
             if adapted["origin"] == own and Path(adapted["model"]).is_dir():
                 return ModelRef(model=adapted["model"], trust_remote_code=self.study.teacher.trust_remote_code)
         with exclusive(folder, "adaptation"):

@@ -64,7 +64,7 @@ def require_verified(store: SignalStore) -> None:
     """Raise `UserError` unless this very store has passed `verify_saved_data` and its shards have kept their sizes."""
     if not (store.path / VERIFIED).is_file():
         raise UserError(f"{store.path} has not been verified: run `stillroom verify` first")
-    if read_json(store.path / VERIFIED)["manifest_sha256"] != file_sha256(store.path / MANIFEST):
+    if read_json(store.path / VERIFIED, "manifest_sha256")["manifest_sha256"] != file_sha256(store.path / MANIFEST):
         raise UserError(f"{store.path / MANIFEST} was changed after verification: run `stillroom verify` again")
     for shard in store.manifest["shards"]:
         path = store.path / shard["name"]

@@ -51,7 +51,7 @@ def write_summary(results: Path) -> None:
 
     `status` is finished, failed or missing; a trial that is not finished has no metrics.
     """
-    trials = read_json(results / PLANNED)["trials"]
+    trials = read_json(results / PLANNED, "trials")["trials"]
     folders = [results / EXPERIMENT / trial["name"] for trial in trials]
     frame = summary_frame(read_results(folders))
     frame.insert(0, "status", "finished")
