@@ -11,6 +11,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 import reference
 from conftest import STUDENT_SHAPE, TEACHER_SHAPE, real_tokenizer, write_model
+from recompute_report import check_report
 from stillroom.config import ModelRef, UserError
 from stillroom.provenance import read_json
 from stillroom.signal_store import SignalStore
@@ -92,6 +93,8 @@ def test_mistral_teaches_llama_through_their_real_tokenizers(tmp_path, tiny_mist
     assert "untouched student" in report
     assert "combined" in report
     assert (results / "figures" / "accuracy.svg").is_file()
+    assert check_report(results) > 20
+    assert list((results / "ray").rglob("events.out.tfevents.*")), "TensorBoard has nothing to show"
     snapshots = list(tmp_path.glob("offline_teacher_data_20*"))
     assert len(snapshots) == 1
 
