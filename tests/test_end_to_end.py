@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pandas as pd
 import pytest
 import torch
@@ -17,6 +19,7 @@ from stillroom.provenance import read_json
 from stillroom.signal_store import SignalStore
 from stillroom.stages import Workspace
 from stillroom.studies import load_study
+from stillroom.tasks import TASKS
 from test_losses import dense
 
 pytestmark = pytest.mark.slow
@@ -137,6 +140,13 @@ def test_official_splits_are_evaluated_for_trials_teacher_and_untouched_student(
     assert frame["official_accuracy"].tolist() == [result["official_accuracy"]]
     changed = Workspace(load_study(path, ["evaluation.official.quiz.examples=11"]))
     assert changed.plans()[0].folder != trial
+    rows = TASKS["quiz"].generate_rows(5, 20)
+    names = set()
+    for some in (rows[:12], rows[8:]):  # one file, other rows
+        (tmp_path / "quiz.jsonl").write_text("\n".join(json.dumps(row) for row in some))
+        own = Workspace(load_study(path, [f"evaluation.official.quiz.dataset={tmp_path / 'quiz.jsonl'}"]))
+        names.add(own.plans()[0].trial.name)
+    assert len(names) == 2
 
 
 def test_one_failing_trial_stops_no_other_and_is_retried_alone(tmp_path, teacher_ref, student_ref):
