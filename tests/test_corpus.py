@@ -199,6 +199,7 @@ def test_built_in_official_examples_are_others_than_the_corpus(corpus_settings, 
     built = with_official(examples, splits, corpus_settings, tokenizers, 128)
     assert {name: count["used"] for name, count in built.official_counts.items()} == dict.fromkeys(splits, 50)
     assert not {folded(e.prompt) for e in built.official} & {folded(e.prompt) for e in built.all}
+    assert all(count["in_corpus"] < corpus_settings.tasks[n].examples / 2 for n, count in built.official_counts.items())
 
 
 def test_a_saved_corpus_is_the_same_corpus(tmp_path, examples):

@@ -140,13 +140,19 @@ def test_official_splits_are_evaluated_for_trials_teacher_and_untouched_student(
     assert frame["official_accuracy"].tolist() == [result["official_accuracy"]]
     changed = Workspace(load_study(path, ["evaluation.official.quiz.examples=11"]))
     assert changed.plans()[0].folder != trial
-    rows = TASKS["quiz"].generate_rows(5, 20)
-    names = set()
-    for some in (rows[:12], rows[8:]):  # one file, other rows
-        (tmp_path / "quiz.jsonl").write_text("\n".join(json.dumps(row) for row in some))
-        own = Workspace(load_study(path, [f"evaluation.official.quiz.dataset={tmp_path / 'quiz.jsonl'}"]))
-        names.add(own.plans()[0].trial.name)
-    assert len(names) == 2
+
+
+def test_other_official_rows_in_the_same_file_are_another_trial(tmp_path, teacher_ref, student_ref, store):
+    """A trial's name pins the examples, not just where they were read from."""
+    file = tmp_path / "quiz.jsonl"
+    evaluation = {"official": {"quiz": {"dataset": str(file), "examples": 12}}}
+    path = study_file(tmp_path, teacher_ref.model, student_ref.model, evaluation=evaluation)
+    rows, names = TASKS["quiz"].generate_rows(5, 20), []
+    for some in (rows[:12], rows[8:], rows[8:]):
+        file.write_text("\n".join(json.dumps(row) for row in some))
+        workspace = Workspace(load_study(path))
+        names.append(workspace.trial_id(workspace.study.groups[0], 0, store.path))
+    assert names[0] != names[1] == names[2]
 
 
 def test_one_failing_trial_stops_no_other_and_is_retried_alone(tmp_path, teacher_ref, student_ref):

@@ -76,8 +76,9 @@ def test_calibration_error_is_the_sum_over_ten_bins():
     assert calibration_error(table) == pytest.approx(by_definition(table))
 
 
-def test_a_confidence_of_one_is_in_the_last_bin_and_none_is_an_error():
-    """The bins are closed above; likelihoods far apart do not overflow."""
+def test_bins_are_closed_above_and_no_predictions_are_an_error():
+    """One half is in the fifth bin, one in the tenth; likelihoods far apart do not overflow."""
+    assert calibration_error(choices(([0.5, 0.5], 0), ([0.55, 0.45], 1))) == pytest.approx((0.5 + 0.55) / 2)
     assert calibration_error(choices(([1 - 1e-12, 1e-12], 0), ([0.95, 0.05], 0))) == pytest.approx(0.025)
     certain = choices(([0.9, 0.1], 0)).assign(scores=[[-1.0, -2000.0]])
     assert calibration_error(certain) == 0
@@ -102,11 +103,12 @@ def test_metrics_are_shares_of_right_answers():
 
 def test_agreement_is_the_share_of_choices_that_are_the_teachers():
     """Wrong together counts, right or wrong alone does not; generation has no agreement; other examples are refused."""
-    student = choices(([0.7, 0.3], 0), ([0.3, 0.7], 0), ([0.9, 0.1], 0), ([0.8, 0.2], 1))
-    teacher = choices(([0.6, 0.4], 0), ([0.1, 0.9], 0), ([0.2, 0.8], 0), ([0.9, 0.1], 1))
+    a, b, c = [0.6, 0.3, 0.1], [0.3, 0.6, 0.1], [0.3, 0.1, 0.6]
+    student = choices((a, 0), (b, 0), (a, 0), (b, 0), (a, 1))
+    teacher = choices((a, 0), (b, 0), (b, 0), (c, 0), (a, 1))  # the last but one: both wrong, each in its way
     mood = choices(([0.7, 0.3], 0), ([0.3, 0.7], 0), task="sentiment")
     words = generated((True, True))
     found = agreement(pd.concat([student, words, mood]), pd.concat([teacher, words, mood]))
-    assert found == {"quiz": 0.75, "sentiment": 1.0}
+    assert found == {"quiz": 0.6, "sentiment": 1.0}
     with pytest.raises(UserError, match="same examples"):
         agreement(student, teacher.iloc[::-1])
