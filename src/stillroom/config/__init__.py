@@ -63,27 +63,26 @@ class Training(Section):
     """How weights are updated; the same for every trial."""
 
     learning_rate: float = Field(1e-4, gt=0, description="AdamW's peak learning rate")
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay, on every weight")
     batch_size: int = Field(8, ge=1, description="examples an optimizer step")
     micro_batch_size: int | None = Field(None, ge=1, description="examples a forward pass; default the batch")
-    epochs: int = Field(3, ge=1)
-    max_gradient_norm: float = Field(1.0, gt=0, description="gradient clipping")
+    epochs: int = Field(3, ge=1, description="passes over the training part")
+    max_gradient_norm: float = Field(1.0, gt=0, description="L2 norm at which the gradient is clipped")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up; the rate is constant after it")
     precision: Precision = Field("bfloat16", description="autocast dtype; weights and losses stay float32")
     gradient_interval: int = Field(50, ge=0, description="steps between measurements of each term's gradient; 0: never")
     bucket_batches: int = Field(64, ge=1, description="batches that are grouped by length at a time")
     max_skipped_steps: int = Field(10, ge=0, description="consecutive non-finite steps before a trial stops")
-    deterministic: bool = Field(False, description="on a GPU, only kernels that repeat to the bit, if slower ones")
 
 
 class Adaptation(Section):
     """Fine-tuning of the teacher on the training part, with the task loss alone, before capture."""
 
-    method: Literal["none", "full", "lora"] = "none"
-    lora_rank: int = Field(16, ge=1)
-    lora_alpha: int = Field(32, ge=1)
+    method: Literal["none", "full", "lora"] = Field("none", description="all weights, or LoRA layers merged afterwards")
+    lora_rank: int = Field(16, ge=1, description="rank of LoRA's matrices, on every linear layer")
+    lora_alpha: int = Field(32, ge=1, description="LoRA's updates are multiplied by alpha / rank")
     training: Training = Training()
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="order of batches, dropout and LoRA's first weights")
 
 
 class Teacher(ModelRef):
@@ -105,31 +104,28 @@ class TaskData(TaskColumns):
         description="hub id, local directory of `<split>.parquet`, a `.jsonl` file, or `builtin`",
     )
     subset: str | None = Field(None, description="the hub data set's configuration")
-    revision: str | None = None
-    split: str = "train"
-    examples: int = Field(ge=2)
+    revision: str | None = Field(None, description="commit of the hub data set")
+    split: str = Field("train", description="split of the data set; a `.jsonl` file has but one")
+    examples: int = Field(ge=2, description="examples used, training and validation part together")
 
 
 class Corpus(Section):
     """The examples of a study."""
 
-    tasks: dict[Annotated[str, Field(pattern=NAME)], TaskData] = Field(min_length=1)
+    tasks: dict[Annotated[str, Field(pattern=NAME)], TaskData] = Field(min_length=1, description="by task's name")
     max_length: int = Field(512, ge=8, description="tokens, under either tokenizer")
-    validation_share: float = Field(0.1, gt=0, lt=1)
-    sample_seed: int = Field(0, ge=0)
-    split_seed: int = Field(0, ge=0)
+    validation_share: float = Field(0.1, gt=0, lt=1, description="share of each task's examples, at least one example")
+    sample_seed: int = Field(0, ge=0, description="which examples are drawn of those there are")
+    split_seed: int = Field(0, ge=0, description="which of them are held out")
 
 
 class Signals(Section):
     """What is stored of the teacher."""
 
-    top_k: int = Field(256, ge=1)
-    dtype: Literal["float16", "float32"] = "float16"
-    attention_dtype: Literal["uint8_sqrt"] | None = Field(
-        None, description="`uint8_sqrt`: attention in 8 bits, as round(255·√p); default as dtype"
-    )
+    top_k: int = Field(256, ge=1, description="next-token log-probabilities kept of each token, the highest")
+    dtype: Literal["float16", "float32"] = Field("float16", description="dtype of every stored signal")
     batch_tokens: int = Field(4096, ge=1, description="tokens a forward pass, padding included")
-    shard_examples: int = Field(256, ge=1)
+    shard_examples: int = Field(256, ge=1, description="examples a file")
     minimum_coverage: float = Field(
         0.5,
         ge=0,
@@ -145,8 +141,8 @@ class OfficialSplit(Section):
         None, description="default: the task's own in corpus.tasks, its subset and revision too"
     )
     subset: str | None = Field(None, description="the hub data set's configuration")
-    revision: str | None = None
-    split: str = "test"
+    revision: str | None = Field(None, description="commit of the hub data set")
+    split: str = Field("test", description="split of the data set")
     examples: int = Field(ge=2, description="fewer are used where some stand in the corpus or exceed a model's context")
 
     def data(self, task: TaskData) -> TaskData:
@@ -159,17 +155,17 @@ class Evaluation(Section):
     """How accuracy is measured."""
 
     batch_tokens: int = Field(8192, ge=1, description="tokens a scoring batch, padding included")
-    generation_batch_size: int = Field(32, ge=1)
-    max_new_tokens: int = Field(256, ge=1)
+    generation_batch_size: int = Field(32, ge=1, description="prompts that are continued at once")
+    max_new_tokens: int = Field(256, ge=1, description="tokens a generated answer may have")
     official: dict[str, OfficialSplit] = Field({}, description="official evaluation splits, by task; default none")
 
 
 class Sweep(Section):
     """Groups × seeds, and what a trial may use."""
 
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
-    gpus_per_trial: float = Field(1.0, ge=0, description="used where there are GPUs")
-    cpus_per_trial: int = Field(4, ge=1)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1, description="one trial a group and seed")
+    gpus_per_trial: float = Field(1.0, ge=0, description="GPUs, where there are any; 0.5 lets two trials share one")
+    cpus_per_trial: int = Field(4, ge=1, description="cores, at most those there are")
     max_concurrent: int | None = Field(None, ge=1, description="default: as many as the GPUs (else cores) allow")
     retries: int = Field(1, ge=0, description="times a failed trial is tried again")
     keep_checkpoints: Retention = Field("last", description="best: of highest validation accuracy, the earliest such")
@@ -195,12 +191,11 @@ class Analysis(Section):
         (("hidden", "black_box"), ("attention", "black_box"), ("combined", "black_box")),
         description="contrasts that answer the first question; p-values are Holm-adjusted over them",
     )
-    secondary: tuple[tuple[str, str], ...] = (
-        ("hidden", "attention"),
-        ("combined", "hidden"),
-        ("combined", "attention"),
+    secondary: tuple[tuple[str, str], ...] = Field(
+        (("hidden", "attention"), ("combined", "hidden"), ("combined", "attention")),
+        description="contrasts that are reported beside them",
     )
-    alpha: float = Field(0.05, gt=0, lt=0.5)
+    alpha: float = Field(0.05, gt=0, lt=0.5, description="level of every test, and of the intervals 1 − alpha")
     equivalence_margin: float = Field(0.02, gt=0, lt=1, description="share of accuracy within which groups are alike")
     simple_tasks: tuple[str, ...] = Field((), description="tasks on which the hypothesis expects groups to be alike")
     hard_tasks: tuple[str, ...] = Field((), description="tasks on which it expects white-box groups to be better")
@@ -213,7 +208,7 @@ class Paths(Section):
     """Where a study writes."""
 
     store: Path | None = Field(None, description="teacher data; default: `config.OFFLINE_DATA_PATH`")
-    results: Path = Path("results")
+    results: Path = Field(Path("results"), description="all else: corpus, baselines, trials, summary, report")
 
     @property
     def store_path(self) -> Path:
@@ -224,13 +219,13 @@ class Paths(Section):
 class Study(Section):
     """Everything that a study is."""
 
-    name: str = Field(pattern=NAME)
+    name: str = Field(pattern=NAME, description="names the study in its report and tracker")
     teacher: Teacher
     student: Student
     corpus: Corpus
     signals: Signals = Signals()
     objective: Objective = Objective()
-    groups: tuple[StudyGroup, ...] = Field(min_length=1)
+    groups: tuple[StudyGroup, ...] = Field(min_length=1, description="shipped ones by name, or declared")
     training: Training = Training()
     evaluation: Evaluation = Evaluation()
     sweep: Sweep

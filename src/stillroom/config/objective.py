@@ -18,10 +18,16 @@ class Objective(Section):
     weights: dict[Term, Annotated[float, Field(ge=0)]] = Field(
         {"task": 1.0, "kd": 0.5, "hidden": 0.1, "attention": 0.1}, description="what each term is multiplied by"
     )
-    temperature: float = Field(1.0, gt=0)
-    hidden_scale: Literal["none", "teacher_rms"] = "none"
-    attention_scale: Literal["none", "row_sum"] = "none"
-    kd_positions: Literal["answer", "all"] = "answer"
+    temperature: float = Field(1.0, gt=0, description="τ of the KL term, which is multiplied by τ²")
+    hidden_scale: Literal["none", "teacher_rms"] = Field(
+        "none", description="plain mean square, or divided by that of the teacher's hidden states"
+    )
+    attention_scale: Literal["none", "row_sum"] = Field(
+        "none", description="mean over columns, which shrinks with length, or sum over columns and mean over rows"
+    )
+    kd_positions: Literal["answer", "all"] = Field(
+        "answer", description="where the KL is taken: the answer, or the whole text"
+    )
 
     @model_validator(mode="after")
     def _all_weights(self) -> Objective:
@@ -34,13 +40,13 @@ class Objective(Section):
 class Group(Section):
     """One experimental group: the terms that are on, and its own settings where they differ."""
 
-    name: str = Field(pattern=NAME)
-    terms: tuple[Term, ...] = Field(min_length=1)
+    name: str = Field(pattern=NAME, description="names the group in every table; `config/distill_type` in the summary")
+    terms: tuple[Term, ...] = Field(min_length=1, description="the loss terms that are on")
     weights: dict[Term, Annotated[float, Field(ge=0)]] = Field({}, description="those that differ from the objective's")
-    temperature: float | None = Field(None, gt=0)
-    hidden_scale: Literal["none", "teacher_rms"] | None = None
-    attention_scale: Literal["none", "row_sum"] | None = None
-    kd_positions: Literal["answer", "all"] | None = None
+    temperature: float | None = Field(None, gt=0, description="default: the objective's")
+    hidden_scale: Literal["none", "teacher_rms"] | None = Field(None, description="default: the objective's")
+    attention_scale: Literal["none", "row_sum"] | None = Field(None, description="default: the objective's")
+    kd_positions: Literal["answer", "all"] | None = Field(None, description="default: the objective's")
 
     def objective(self, shared: Objective) -> Objective:
         """The objective of this group: `shared` with this group's settings, weight 0 for a term that is off."""
