@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from conftest import make_store
+from stillroom.cells import Layout, parquet_cell
 from stillroom.config import Signals, UserError
 from stillroom.models import load_model, load_tokenizer
 from stillroom.offline_teacher_data import (
@@ -23,7 +24,8 @@ from stillroom.offline_teacher_data import (
     verify_saved_data,
 )
 from stillroom.provenance import read_json, write_json
-from stillroom.signal_store import Layout, SignalStore
+from stillroom.recomputation import recompute, sample_ids
+from stillroom.signal_store import SignalStore
 from stillroom.teacher_signals import compute_signals
 
 LAYOUT = Layout(top_k=4, width=6, heads=2, dtype="float16", id_dtype="uint16")
@@ -77,6 +79,33 @@ def test_a_cell_of_the_wrong_size_is_an_error():
     """A ragged cell cannot be taken for a smaller tensor."""
     with pytest.raises(ValueError, match="holds 5 values"):
         _to_numpy_array(_to_py(torch.zeros(5), "float32"), "float32", (2, 3))
+
+
+def test_a_parquet_cell_holds_the_bytes_of_its_values():
+    """Written without a copy, the cell is the one `_to_py` gives, of slices, transposes and half floats too."""
+    for value, dtype in (
+        (torch.arange(12.0).reshape(3, 4).T, "float16"),
+        (torch.arange(12.0).reshape(3, 4)[1:].half(), "float16"),
+        (torch.arange(4).bfloat16(), "float32"),
+    ):
+        cell = parquet_cell(value, dtype)
+        assert cell.type == pa.large_binary()
+        assert cell.to_pylist() == [_to_py(value, dtype)]
+
+
+def test_attention_in_eight_bits_is_within_its_rounding(tmp_path, teacher_ref, examples, store):
+    """√p is off by half a step of 1/255 at most, the cell is a byte a value, and gate and recomputation accept it."""
+    small = make_store(tmp_path, teacher_ref, examples, attention_dtype="uint8_sqrt")
+    assert small.manifest["layout"]["attention_dtype"] == "uint8_sqrt"
+    assert small.manifest["fingerprint"] != store.manifest["fingerprint"]
+    for example in examples.all[::9]:
+        found, whole = (s.read(example.example_id) for s in (small, store))
+        assert found.attention.dtype == np.float32
+        assert found.attention.shape == whole.attention.shape
+        assert np.abs(np.sqrt(found.attention) - np.sqrt(whole.attention)).max() <= 0.5 / 255 + 1e-6
+        assert small.layout.payload_bytes(len(found.encoding))["attention"] == whole.attention.size
+        assert (found.hidden == whole.hidden).all()
+    recompute(small, load_model(teacher_ref), sample_ids(small, 3))
 
 
 def test_the_store_holds_what_the_teacher_said(teacher_ref, examples, store):

@@ -59,6 +59,18 @@ def combined(tmp_path_factory, student_ref, store, examples):
     return run(folder, student_ref, store, examples), folder
 
 
+def test_the_deterministic_option_runs_every_term_and_is_off_again_after(tmp_path, student_ref, store, examples):
+    """No operation of a trial is one that torch refuses then; the numbers are those without it."""
+    seen = []
+    options = {"epochs": 1, "report": lambda metrics: seen.append(torch.are_deterministic_algorithms_enabled())}
+    found = [
+        numbers(run(tmp_path / str(on), student_ref, store, examples, deterministic=on, **options))
+        for on in (True, False)
+    ]
+    assert seen == [True, False]
+    assert found[0] == found[1]
+
+
 def test_the_same_trial_twice_gives_identical_numbers(tmp_path, combined, student_ref, store, examples):
     """Every metric of every epoch, to the bit, and every measured gradient."""
     again = run(tmp_path, student_ref, store, examples)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -41,20 +41,27 @@ class Batch:
     tokens: int
     """Real tokens, padding left out."""
 
+    def pinned(self) -> Batch:
+        """The batch in page-locked memory, from which a GPU copies while it computes."""
+        return self._each(Tensor.pin_memory)
+
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device; from pinned memory and without waiting where that is a GPU."""
+        """The batch on a device, without waiting for the copies; `outcomes.rows` stay where they are."""
         if device.type == "cpu":
             return self
-        moved = {f.name: _move(getattr(self, f.name), device) for f in fields(self)}
-        return Batch(**moved)
+        moved = self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        if moved.outcomes is None or self.outcomes is None:
+            return moved
+        return replace(moved, outcomes=replace(moved.outcomes, rows=self.outcomes.rows))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return replace(self, **{f.name: _changed(getattr(self, f.name), change) for f in fields(self)})
 
 
-def _move(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.pin_memory().to(device, non_blocking=True)
+def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Outcomes):
-        return Outcomes(**{f.name: _move(getattr(value, f.name), device) for f in fields(value)})
-    return value
+        return Outcomes(**{f.name: change(getattr(value, f.name)) for f in fields(value)})
+    return change(value) if isinstance(value, Tensor) else value
 
 
 class Collator:

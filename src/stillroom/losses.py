@@ -24,7 +24,7 @@ class Outcomes:
     """The teacher's next-token distribution in student ids, at M positions: K entries and the ghost."""
 
     rows: Int[Tensor, "M"]
-    """Which of the head's rows each position is; increasing."""
+    """Which of the head's rows each position is; increasing. On the CPU: they are cut while the GPU computes."""
     ids: Int[Tensor, "M K"]
     """Student ids, distinct where valid; elsewhere any valid id of the row."""
     valid: Bool[Tensor, "M K"]
@@ -115,11 +115,10 @@ def _rows_of(targets: HeadTargets, rows: slice) -> HeadTargets:
     """The same targets, for a slice of the head's rows."""
     outcomes = targets.outcomes
     if outcomes is not None:
-        bounds = torch.tensor([rows.start, rows.stop], device=outcomes.rows.device)
-        first, last = torch.searchsorted(outcomes.rows, bounds).tolist()
+        first, last = torch.searchsorted(outcomes.rows, torch.tensor([rows.start, rows.stop])).tolist()
         own = slice(first, last)
         outcomes = Outcomes(
-            outcomes.rows[own] - rows.start,
+            outcomes.rows[own].to(outcomes.ids.device, non_blocking=True) - rows.start,
             outcomes.ids[own],
             outcomes.valid[own],
             outcomes.probs[own],

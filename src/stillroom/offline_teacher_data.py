@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from stillroom.attention_capture import check_capture
+from stillroom.cells import Layout, _to_numpy_array, _to_py, id_dtype
 from stillroom.config import Signals, UserError, fingerprint
 from stillroom.corpus import examples_digest
 from stillroom.encoding import Encoding, encode_many
@@ -26,11 +27,7 @@ from stillroom.shares import Share, hold, plan_shards, token_batches
 from stillroom.signal_store import (
     MANIFEST,
     SCHEMA_VERSION,
-    Layout,
     SignalStore,
-    _to_numpy_array,
-    _to_py,
-    id_dtype,
     shard_entry,
     shard_is_whole,
     shard_name,
@@ -73,6 +70,7 @@ def made_from(teacher_identity: str, tokenizer: Any, signals: Signals, examples:
         "examples": len(examples),
         "top_k": signals.top_k,
         "dtype": signals.dtype,
+        "attention_dtype": signals.attention_dtype,
         "shard_examples": signals.shard_examples,
         "batch_tokens": signals.batch_tokens,
     }
@@ -143,7 +141,8 @@ def _layout(model: PreTrainedModel, signals: Signals) -> Layout:
     vocabulary = vocabulary_size(model)
     if signals.top_k > vocabulary:
         raise UserError(f"signals.top_k: {signals.top_k} exceeds the teacher's vocabulary of {vocabulary}")
-    return Layout(signals.top_k, width(model.config), heads(model.config), signals.dtype, id_dtype(vocabulary))
+    shape = (signals.top_k, width(model.config), heads(model.config))
+    return Layout(*shape, signals.dtype, id_dtype(vocabulary), signals.attention_dtype)
 
 
 def _claim(store: Path, origin: dict[str, Any]) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from stillroom.cells import Layout, id_dtype
 from stillroom.config import Study, UserError
 from stillroom.encoding import encode_many
 from stillroom.shapes import Shape, capture_memory, shape_of, trial_memory
-from stillroom.signal_store import Layout, id_dtype
 from stillroom.tasks import get_task
 
 _TOKENS: dict[str, tuple[float, float, float]] = {
@@ -51,7 +51,12 @@ def plan_study(study: Study) -> dict[str, Any]:
     tokens = {name: int(own.teacher.sum()) for name, own in lengths.items()}
     student_tokens = {name: int(own.student.sum()) for name, own in lengths.items()}
     layout = Layout(
-        study.signals.top_k, teacher.width, teacher.heads, study.signals.dtype, id_dtype(teacher.vocabulary)
+        study.signals.top_k,
+        teacher.width,
+        teacher.heads,
+        study.signals.dtype,
+        id_dtype(teacher.vocabulary),
+        study.signals.attention_dtype,
     )
     store = _store_bytes(lengths, layout)
     training = _training(study, lengths)
@@ -123,7 +128,7 @@ def _store_bytes(lengths: dict[str, _Lengths], layout: Layout) -> dict[str, int]
     return {
         "topk": int(tokens * layout.top_k * (value + index)),
         "hidden": int(tokens * layout.width * value),
-        "attention": int(triangle * layout.heads * value),
+        "attention": int(triangle * layout.heads * (1 if layout.attention_dtype else value)),
         "encoding": int(tokens * 9),
     }
 

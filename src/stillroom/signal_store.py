@@ -6,19 +6,18 @@ so that a memory-mapped read is a copy-free view; their shapes follow from the r
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy import ndarray
 
+from stillroom.cells import Layout, _to_numpy_array, parquet_cell
 from stillroom.config import UserError, fingerprint
 from stillroom.encoding import Encoding
 from stillroom.provenance import atomic_path, file_sha256, read_json, remove_leftovers, write_json
@@ -49,61 +48,6 @@ _COLUMNS: dict[Signal, tuple[str, ...]] = {
     "hidden": ("hidden",),
     "attention": ("attention",),
 }
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Shapes and dtypes of a store's cells."""
-
-    top_k: int
-    width: int
-    heads: int
-    dtype: str
-    """numpy name of `topk_logprobs`, `hidden` and `attention`."""
-    id_dtype: str
-    """uint16 where the vocabulary allows, else int32."""
-
-    def cell(self, column: str, tokens: int) -> tuple[str, tuple[int, ...]]:
-        """dtype and shape of a column's cell in a row of so many tokens."""
-        shapes: dict[str, tuple[str, tuple[int, ...]]] = {
-            "ids": ("int32", (tokens,)),
-            "ends": ("int32", (tokens,)),
-            "special": ("bool", (tokens,)),
-            "topk_ids": (self.id_dtype, (tokens, self.top_k)),
-            "topk_logprobs": (self.dtype, (tokens, self.top_k)),
-            "hidden": (self.dtype, (tokens, self.width)),
-            "attention": (self.dtype, (self.heads, tokens * (tokens + 1) // 2)),
-        }
-        return shapes[column]
-
-    def payload_bytes(self, tokens: int) -> dict[str, int]:
-        """Bytes of each column's cell in a row of so many tokens."""
-        cells = {name: self.cell(name, tokens) for name in SCHEMA.names[3:]}
-        return {name: np.dtype(dtype).itemsize * int(np.prod(shape)) for name, (dtype, shape) in cells.items()}
-
-
-def id_dtype(vocabulary: int) -> str:
-    """The smallest dtype this store uses that holds every id."""
-    return "uint16" if vocabulary <= 2**16 else "int32"
-
-
-def _to_py(value: torch.Tensor | ndarray, dtype: str) -> bytes:
-    """A tensor as a Parquet cell: little-endian bytes in C order, in the given numpy dtype."""
-    if isinstance(value, torch.Tensor):
-        value = value.detach().cpu()
-        value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
-    array = np.ascontiguousarray(value, dtype=np.dtype(dtype).newbyteorder("<"))
-    return array.tobytes()
-
-
-def _to_numpy_array(cell: Any, dtype: str, shape: Sequence[int]) -> ndarray:
-    """A Parquet cell as a read-only array of the given dtype and shape; ValueError if the sizes do not agree."""
-    buffer = cell.as_buffer() if isinstance(cell, pa.Scalar) else cell
-    array: ndarray = np.frombuffer(buffer, dtype=np.dtype(dtype).newbyteorder("<"))
-    expected = int(np.prod(shape))
-    if array.size != expected:
-        raise ValueError(f"holds {array.size} values of {dtype}, shape {tuple(shape)} needs {expected}")
-    return array.reshape(shape).astype(dtype, copy=False) if sys.byteorder == "big" else array.reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -144,8 +88,9 @@ def write_shard(
             squares, values = 0.0, 0
             for example_id, task, encoding, signals in rows:
                 writer.write_batch(_row(example_id, task, encoding, signals, layout))
-                hidden = signals.hidden[torch.from_numpy(~encoding.special)].double()
-                squares, values = squares + float(hidden.square().sum()), values + hidden.numel()
+                hidden = signals.hidden[torch.from_numpy(~encoding.special)].float()
+                squares += float(torch.linalg.vecdot(hidden, hidden).double().sum())
+                values += hidden.numel()
             writer.add_key_value_metadata({"hidden_square_sum": repr(squares), "hidden_values": str(values)})
 
 
@@ -157,7 +102,7 @@ def _row(example_id: str, task: str, encoding: Encoding, signals: TeacherSignals
         dtype, shape = layout.cell(name, len(encoding))
         if tuple(value.shape) != shape:
             raise ValueError(f"{example_id}: {name} has shape {tuple(value.shape)}, the store expects {shape}")
-        cells.append(pa.array([_to_py(value, dtype)], pa.large_binary()))
+        cells.append(parquet_cell(layout.stored(name, value), dtype))
     return pa.RecordBatch.from_arrays(cells, schema=SCHEMA)
 
 
@@ -282,7 +227,7 @@ class SignalStore:
 
         def array(column: str) -> ndarray:
             try:
-                return _to_numpy_array(cells[column], *self.layout.cell(column, tokens))
+                return self.layout.restored(column, _to_numpy_array(cells[column], *self.layout.cell(column, tokens)))
             except ValueError as error:
                 raise ValueError(f"{column}: {error}") from None
 

@@ -7,6 +7,7 @@ gives every group the same weights, batches and dropout, and a trial run again g
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -85,6 +86,7 @@ def train(
     `folder`, which no other process may write.
     """
     own = trial.group.objective(objective)
+    _set_determinism(training.deterministic)
     device = default_device()
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
@@ -158,6 +160,13 @@ def train(
     return result
 
 
+def _set_determinism(on: bool) -> None:
+    """Refuse operations that may differ from run to run; cuBLAS needs a workspace of fixed size for it."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(on)
+
+
 def seed_step(seed: int, step: int) -> None:
     """Dropout is a function of seed and step, so it is the same in every group and after a restart."""
     torch.manual_seed((seed << 32) + step)
@@ -206,7 +215,8 @@ def _micro_batches(
     items: Sequence[Prepared], chosen: Sequence[int], training: Training, collate: Collator
 ) -> list[Batch]:
     size = training.micro_batch_size or training.batch_size
-    return [collate([items[i] for i in chosen[n : n + size]]) for n in range(0, len(chosen), size)]
+    batches = [collate([items[i] for i in chosen[n : n + size]]) for n in range(0, len(chosen), size)]
+    return [batch.pinned() for batch in batches] if torch.cuda.is_available() else batches
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, training: Training, step: int) -> None:

@@ -73,6 +73,7 @@ class Training(Section):
     gradient_interval: int = Field(50, ge=0, description="steps between measurements of each term's gradient; 0: never")
     bucket_batches: int = Field(64, ge=1, description="batches that are grouped by length at a time")
     max_skipped_steps: int = Field(10, ge=0, description="consecutive non-finite steps before a trial stops")
+    deterministic: bool = Field(False, description="on a GPU, only kernels that repeat to the bit, if slower ones")
 
 
 class Adaptation(Section):
@@ -124,6 +125,9 @@ class Signals(Section):
 
     top_k: int = Field(256, ge=1, description="next-token log-probabilities kept of each token, the highest")
     dtype: Literal["float16", "float32"] = Field("float16", description="dtype of every stored signal")
+    attention_dtype: Literal["uint8_sqrt"] | None = Field(
+        None, description="`uint8_sqrt`: attention in 8 bits, as round(255·√p); default as dtype"
+    )
     batch_tokens: int = Field(4096, ge=1, description="tokens a forward pass, padding included")
     shard_examples: int = Field(256, ge=1, description="examples a file")
     minimum_coverage: float = Field(
