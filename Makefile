@@ -1,11 +1,14 @@
 # make install     a virtual environment in .venv with everything
 # make quickstart  the embedded study, end to end
 # make test        the whole test suite
-# make check       what CI runs: format, lint, types, tests
+# make docs        the site, in site/, with warnings as errors
+# make wheel       a wheel in dist/, installed into a clean environment, the embedded study run from there
+# make cover       the tests, with the lines and branches that they reach
+# make check       what CI runs: format, lint, types, docs, wheel, tests
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test lint check clean
+.PHONY: install quickstart test lint docs wheel cover check clean
 
 install: .venv/installed
 
@@ -22,11 +25,29 @@ test: install
 	$(BIN)/python -m pytest
 
 lint: install
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks tools
+	$(BIN)/ruff check src tests benchmarks tools
 	$(BIN)/mypy
 
-check: lint test
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The clean environment sees the packages of .venv by path, so that torch is not fetched twice; pip still refuses a
+# declared dependency that is not there, and the package itself can only come from the wheel.
+wheel: install
+	rm -rf build dist
+	$(BIN)/python -m build --quiet --wheel
+	$(PYTHON) -m venv --without-pip build/clean
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> "$$(build/clean/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/dependencies.pth"
+	$(BIN)/python -m pip --python build/clean/bin/python install --quiet --no-index --force-reinstall --no-deps dist/*.whl
+	$(BIN)/python -m pip --python build/clean/bin/python check
+	cd build && clean/bin/stillroom run quickstart
+
+cover: install
+	$(BIN)/python -m pytest --cov --cov-report=term
+
+check: lint docs wheel test
 
 clean:
-	rm -rf results offline_teacher_data*
+	rm -rf results offline_teacher_data* build dist site

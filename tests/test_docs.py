@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,20 @@ def test_a_gated_model_without_a_login_is_one_line_that_says_what_to_do():
     assert "\n" not in message
     with pytest.raises(UserError, match="no such directory"):
         load_tokenizer(ModelRef(model="./nowhere"))
+
+
+def test_the_reference_pages_have_every_command_and_describe_every_field():
+    """They are made from the program; a field without a meaning, or a command without an example, would show."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    import reference_pages
+
+    cli, configuration = reference_pages.cli_page(), reference_pages.configuration_page()
+    for command in COMMANDS:
+        assert f"\n## {command}\n" in cli
+        assert f"```text\nstillroom {command}" in cli
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \| (.+) \| (.*) \|$", configuration, re.M)
+    assert len(rows) > 70
+    assert [name for name, kind, default, meaning in rows if not (kind and default and meaning)] == []
+    assert "| `max_length` | integer, ≥ 8 | `512` |" in configuration
+    for section in ("corpus.tasks.<name>.choice", "teacher.adapt.training", "sweep"):
+        assert f"## `{section}`" in configuration

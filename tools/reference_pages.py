@@ -1,9 +1,10 @@
-"""Pages of the site that are made from the program: every command, and every field of a study. A MkDocs hook."""
+"""Pages of the site that are made, not written: the README as its start, every command, every field. A MkDocs hook."""
 
 from __future__ import annotations
 
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -19,11 +20,18 @@ from stillroom.config import GROUPS, Study
 def on_files(files: Files, config: Any) -> Files:
     """Add the generated pages; MkDocs calls this."""
     for path, content in (
+        ("index.md", start_page()),
         ("reference/cli.md", cli_page()),
         ("reference/configuration.md", configuration_page()),
     ):
         files.append(File.generated(config, path, content=content))
     return files
+
+
+def start_page() -> str:
+    """The README, its links as seen from the site."""
+    readme = Path(__file__).resolve().parents[1] / "README.md"
+    return readme.read_text("utf-8").replace("](docs/", "](")
 
 
 def cli_page() -> str:
@@ -61,7 +69,7 @@ def configuration_page() -> str:
     ]
     for path, model in _sections(Study, ""):
         rows = [_field(name, field) for name, field in model.model_fields.items()]
-        heading = path or "The study"
+        heading = f"`{path}`" if path else "The study"
         table = "\n".join(["| Field | Type | Default | Meaning |", "|---|---|---|---|", *rows])
         parts += [f"## {heading}", (model.__doc__ or "").strip(), table]
     groups = [f"| `{name}` | {', '.join(f'`{term}`' for term in group.terms)} |" for name, group in GROUPS.items()]

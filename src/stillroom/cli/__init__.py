@@ -9,7 +9,9 @@ import warnings
 
 import typer
 
-from stillroom.cli import after, before, stages  # each registers its commands
+from stillroom.cli import before  # isort: skip - each registers its commands, in the order that --help lists them
+from stillroom.cli import stages  # isort: skip
+from stillroom.cli import after  # isort: skip
 from stillroom.cli.options import app
 from stillroom.credentials import redact
 
