@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+import pages
 from conftest import STUDENT_SHAPE, make_store, real_tokenizer, write_model
 from stillroom.cli import app
 from stillroom.config import UserError
@@ -135,3 +136,15 @@ def test_a_folder_that_is_no_store_is_refused(tmp_path):
     """By the same message as everywhere."""
     with pytest.raises(UserError, match="not a finished store"):
         describe_store(tmp_path)
+
+
+def test_a_stranger_reads_a_store_by_the_page_on_its_format(store):
+    """The page's own lines, without this package, give what the reader gives."""
+    (block,) = [b for b in pages.blocks(pages.ROOT / "docs" / "store.md") if b.language == "python"]
+    assert "stillroom" not in block.text
+    read = {"store": str(store.path)}
+    exec(compile(block.text, "docs/store.md", "exec"), read)
+    stored = store.read(read["row"]["example_id"])
+    assert np.array_equal(read["hidden"], stored.hidden)
+    assert np.array_equal(read["topk_ids"], stored.topk_ids)
+    assert np.array_equal(read["attention"], stored.attention)
