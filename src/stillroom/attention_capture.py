@@ -140,6 +140,11 @@ def check_capture(model: PreTrainedModel, ids: Tensor, head: Any) -> None:
     with capture_attention(model) as capture:
         hidden = last_hidden_state(model, ids, mask)
         found = capture.map
+    if not torch.isfinite(hidden).all():
+        raise UserError(
+            f"{name} gives NaN or infinite values: its weights are damaged, or too large for {model.dtype}; "
+            "try another dtype"
+        )
     if found is None:
         raise UserError(f"{name}: its last layer's attention cannot be captured; this architecture is not supported")
     try:

@@ -53,7 +53,8 @@ def _prepare(example: Example, encoding: Encoding, store: SignalStore | None, ob
     alignment = align_encodings(store.read(example.example_id, ()).encoding, encoding)
     if not len(alignment.pairs):
         raise UserError(
-            f"example {example.example_id} ({example.task}): no teacher token ends where a student token does"
+            f"example {example.example_id} ({example.task}): no teacher token ends where a student token does; "
+            "leave the row out"
         )
     compared = in_answer(encoding, len(example.prompt) if objective.kd_positions == "answer" else 0)
     following = alignment.pairs[:, 1] + 1

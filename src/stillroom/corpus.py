@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stillroom.config import Corpus, TaskData, UserError
-from stillroom.encoding import encode_many, fits
-from stillroom.provenance import atomic_path, file_sha256, read_json, write_json
+from stillroom.encoding import encode_many, ending_tokens, fits
+from stillroom.provenance import atomic_path, file_sha256, read_json, read_text, write_json
 from stillroom.tasks import Example, Task, get_task
 
 Split = Literal["train", "validation"]
@@ -107,10 +107,7 @@ def with_official(
 
 
 def load_rows(task: Task, data: TaskData, seed: int, place: str) -> Sequence[dict[str, Any]]:
-    """A task's rows: generated (`builtin`), from a `.jsonl` file, a local directory or the hub.
-
-    Errors name the field `place`.
-    """
+    """A task's rows: generated (`builtin`), or from a `.jsonl` file, a directory or the hub; errors name `place`."""
     if data.dataset == "builtin":
         if task.generate_rows is None:
             raise UserError(f"{place}.dataset: this task has no built-in rows")
@@ -121,9 +118,11 @@ def load_rows(task: Task, data: TaskData, seed: int, place: str) -> Sequence[dic
         _require_columns(task, data, list(dict.fromkeys(name for row in read for name in row)), place)
         return [{column: row.get(column) for column in task.columns} for row in read]
     from datasets import disable_progress_bars, load_dataset
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetsError
+    from datasets.utils.logging import CRITICAL, set_verbosity
 
     disable_progress_bars()
+    set_verbosity(CRITICAL)  # what goes wrong is in the exception
     try:
         if local.is_dir():
             file = local / f"{data.split}.parquet"
@@ -132,8 +131,9 @@ def load_rows(task: Task, data: TaskData, seed: int, place: str) -> Sequence[dic
             rows = load_dataset("parquet", data_files={data.split: str(file)}, split=data.split)
         else:
             rows = load_dataset(data.dataset, data.subset, revision=data.revision, split=data.split)
-    except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError, OSError) as error:
-        raise UserError(f"{place}.dataset: {data.dataset!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except (DatasetsError, ValueError, OSError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise UserError(f"{place}.dataset: {data.dataset!r} cannot be loaded: {reason}") from error
     _require_columns(task, data, rows.column_names, place)
     listed: list[dict[str, Any]] = rows.select_columns(list(task.columns)).to_list()
     return listed
@@ -146,10 +146,8 @@ def _require_columns(task: Task, data: TaskData, present: Sequence[str], place: 
 
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:
-    if not file.is_file():
-        raise UserError(f"{file}: no such file")
     rows = []
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(file).splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -213,6 +211,9 @@ def _fitting(
         texts = [example.text for example in part]
         encodings = [encode_many(tokenizer, texts, add_eos=True) for tokenizer in tokenizers]
         for example, *own in zip(part, *encodings, strict=True):
+            if not all(len(ending_tokens(encoding)) for encoding in own):
+                name = f"example {example.example_id} ({example.task}), {example.text[:60]!r}"
+                raise UserError(f"{name}: a tokenizer has no token for any of its text; leave the row out")
             if all(fits(encoding, max_length) for encoding in own):
                 yield example
             else:
@@ -268,8 +269,8 @@ def save_corpus(examples: Examples, folder: Path, fingerprint: str) -> None:
         for part in ("train", "validation", "official")
         for e in getattr(examples, part)
     ]
-    (folder / "corpus.json").unlink(missing_ok=True)  # it says what the other file is, so it goes first and comes last
     with atomic_path(folder / "corpus.parquet") as path:
+        (folder / "corpus.json").unlink(missing_ok=True)  # it says what the other file is: it goes first, comes last
         pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), path, write_page_checksum=True)
     counts = {"counts": examples.counts, "official_counts": examples.official_counts}
     write_json(folder / "corpus.json", {"fingerprint": fingerprint, **counts})

@@ -150,7 +150,7 @@ def _ray(address: str | None) -> Iterator[None]:
     environment = {"env_vars": _WORKER_ENVIRONMENT}
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **own)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray raises a plain one when its processes do not start in time
         raise UserError(_unreachable(address, error)) from error
     try:
         yield
@@ -175,6 +175,8 @@ def _require_listener(address: str) -> None:
 
 
 def _unreachable(address: str, error: Exception) -> str:
+    if address == "local":
+        return f"Ray does not start on this machine: {error}; what is finished is on disk, run the command again"
     return (
         f"sweep.address: no Ray cluster can be joined at {address} (sweep.address or RAY_ADDRESS): {error}; "
         "start one with `ray start`, or leave both out to use this machine alone"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import errors as hub_errors
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -58,14 +58,17 @@ def load_model(ref: ModelRef, dtype: Precision = "float32", device: Any = None) 
         device = default_device()
     placement = {"device_map": "auto"} if device == "auto" else {}
     _require_safetensors(ref)
-    model = _from_hub(
+    model, loaded = _from_hub(
         AutoModelForCausalLM,
         ref,
         dtype=DTYPES[dtype],
         attn_implementation=ATTENTION,
         use_safetensors=True,
+        output_loading_info=True,
         **placement,
     )
+    if missing := sorted(loaded["missing_keys"]):
+        raise UserError(f"{ref.model}: its files lack {len(missing)} of its weights, {missing[0]} among them")
     model.eval()
     return model if placement or device is None else model.to(device)
 
@@ -97,7 +100,7 @@ def _from_hub(kind: Any, ref: ModelRef, **options: Any) -> Any:
             trust_remote_code=ref.trust_remote_code,
             **options,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(_explain(ref, error)) from error
 
 

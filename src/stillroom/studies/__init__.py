@@ -34,18 +34,34 @@ def load_study(name_or_path: str, overrides: Iterable[str] = ()) -> Study:
         raise UserError(_explain(name_or_path, error)) from None
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader, which would let a key that stands twice quietly replace the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping of different keys."""
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.value in seen and isinstance(key, yaml.ScalarNode) and key.value != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(name_or_path: str) -> dict[str, Any]:
     path = Path(name_or_path)
     if name_or_path in shipped_studies():
         text = resources.files("stillroom.studies").joinpath(f"{name_or_path}.yaml").read_text("utf-8")
     elif path.is_file():
-        text = path.read_text("utf-8")
+        try:
+            text = path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: not text in UTF-8 that can be read: {error}") from None
     else:
         raise UserError(
             f"no study {name_or_path!r}: neither a file nor one of the shipped {', '.join(shipped_studies())}"
         )
     try:
-        raw = yaml.safe_load(text)
+        raw = yaml.load(text, _UniqueKeys)
     except yaml.YAMLError as error:
         raise UserError(f"{name_or_path}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
