@@ -276,7 +276,7 @@ def main() -> None:
         print(task)
         for key, value in own.items():
             if key != "differ":
-                print(f"  {key:40}{value if isinstance(value, list | int) else f'{value:.4f}'}")
+                print(f"  {key:40}{value if isinstance(value, list | int) else f'{value:.4g}'}")
     if given.output:
         write_json(given.output, {"precision": given.precision, "versions": package_versions(), "tasks": found})
     if lines := disagreements(found):
