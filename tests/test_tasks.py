@@ -108,6 +108,7 @@ def test_an_edited_file_is_read_again(files, tmp_path, teacher_ref, student_ref)
         f"student.model={student_ref.model}",
         f"paths.results={tmp_path / 'results'}",
         "analysis={}",
+        "evaluation.official={}",
         "corpus.tasks=" + json.dumps({"animals": {"dataset": files[0], "examples": 6, "choice": CHOICE}}),
     ]
     study = load_study("quickstart", overrides)

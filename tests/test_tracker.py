@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from stillroom.analysis.report import write_report
@@ -24,6 +26,7 @@ def test_study_trials_metrics_snapshot_and_report_are_in_the_tracker(tmp_path, m
         for folder in folders:
             tracker.log_trial(folder)
         tracker.log_report(write_report(results))
+    assert "MLFLOW_TRACKING_URI" not in os.environ, "the next study of this process would be written here"
     import mlflow
 
     runs = mlflow.search_runs(experiment_names=[study.name], output_format="list")

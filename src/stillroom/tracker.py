@@ -31,10 +31,13 @@ class Tracker:
             logging.getLogger("mlflow").setLevel(logging.ERROR)
             self.results.mkdir(parents=True, exist_ok=True)
             default = f"sqlite:///{(self.results / 'mlflow.db').resolve()}"
-            mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI") or default)
+            server = os.environ.get("MLFLOW_TRACKING_URI")
+            mlflow.set_tracking_uri(server or default)
+            if not server:  # MLflow sets it for its children; another study of this process has a file of its own
+                os.environ.pop("MLFLOW_TRACKING_URI", None)
             if mlflow.get_experiment_by_name(self.study.name) is None:
                 artifacts = None
-                if not os.environ.get("MLFLOW_TRACKING_URI"):
+                if not server:
                     artifacts = (self.results / "mlartifacts").resolve().as_uri()
                 mlflow.create_experiment(self.study.name, artifact_location=artifacts)
             mlflow.set_experiment(self.study.name)
