@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stillroom.config import Sweep, UserError
-from stillroom.jobs import trial_resources
+from stillroom.jobs import told_of_memory, trial_resources
 
 SEEDS = {"seeds": (0,)}
 
@@ -31,3 +31,11 @@ def test_more_gpus_than_there_are_is_said():
     """A trial that could never start would wait for ever."""
     with pytest.raises(UserError, match=r"gpus_per_trial: 4\.0 asked for, 2 found"):
         trial_resources(Sweep(**SEEDS, gpus_per_trial=4), [{"CPU": 8, "GPU": 2}])
+
+
+def test_a_machine_without_memory_is_a_message_not_a_traceback():
+    """Tune's own error for a worker killed at its start names the remedy; any other error stays what it is."""
+    with pytest.raises(UserError, match=r"sweep\.max_concurrent"), told_of_memory(2):
+        raise RuntimeError("Caught unexpected exception: 1 worker(s) were killed due to the node running low on memory")
+    with pytest.raises(RuntimeError, match="something else"), told_of_memory(2):
+        raise RuntimeError("something else")

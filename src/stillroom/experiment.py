@@ -29,6 +29,7 @@ from stillroom.jobs import (
     finished,
     run_capture,
     run_trial,
+    told_of_memory,
     trial_resources,
     worker_resources,
 )
@@ -260,7 +261,8 @@ def _tune(missing: dict[str, TrialPlan], settings: Sweep, storage: str, watch: W
             verbose=0,
         ),
     )
-    tuner.fit()
+    with told_of_memory(concurrent):
+        tuner.fit()
 
 
 def _trainable(config: dict[str, Any], plans: dict[str, TrialPlan], threads: float) -> None:

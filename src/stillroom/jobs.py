@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,20 @@ from stillroom.train_student import RESULT, Trial, train
 
 ERROR = "error.json"
 Progress = Callable[[int, int], None]
+
+
+@contextmanager
+def told_of_memory(concurrent: int) -> Iterator[None]:
+    """Turn Tune's giving up, when a worker is killed for memory as it starts, into a `UserError` with the remedy."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "low on memory" not in str(error):
+            raise
+        raise UserError(
+            f"this machine ran out of memory with {concurrent} trials at once: set sweep.max_concurrent or "
+            "training.micro_batch_size lower; the same command goes on from each trial's last epoch"
+        ) from None
 
 
 @dataclass(frozen=True)
