@@ -179,6 +179,8 @@ class SignalStore:
             raise UserError(
                 f"{path / MANIFEST} is not as it was written (its digest differs); delete the store, capture again"
             )
+        if any(shard["name"] != shard_name(number) for number, shard in enumerate(manifest["shards"])):
+            raise UserError(f"{path / MANIFEST} names files that no capture writes; do not trust this store")
         return cls(path, manifest)
 
     @cached_property

@@ -106,7 +106,7 @@ class TaskData(TaskColumns):
     )
     subset: str | None = Field(None, description="the hub data set's configuration")
     revision: str | None = Field(None, description="commit of the hub data set")
-    split: str = Field("train", description="split of the data set; a `.jsonl` file has but one")
+    split: str = Field("train", pattern=r"^[^/\\]+$", description="split of the data set; a `.jsonl` file has but one")
     examples: int = Field(ge=2, description="examples used, training and validation part together")
 
 
@@ -146,7 +146,7 @@ class OfficialSplit(Section):
     )
     subset: str | None = Field(None, description="the hub data set's configuration")
     revision: str | None = Field(None, description="commit of the hub data set")
-    split: str = Field("test", description="split of the data set")
+    split: str = Field("test", pattern=r"^[^/\\]+$", description="split of the data set")
     examples: int = Field(ge=2, description="fewer are used where some stand in the corpus or exceed a model's context")
 
     def data(self, task: TaskData) -> TaskData:

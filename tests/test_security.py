@@ -1,0 +1,171 @@
+"""What must not get out, must not get in, and must stay in its folder."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shutil
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import STUDENT_SHAPE, write_model
+from processes import stillroom
+from stillroom.config import ModelRef, UserError
+from stillroom.credentials import redact
+from stillroom.models import load_config, load_model, model_identity
+from stillroom.provenance import read_json
+from stillroom.signal_store import SignalStore, write_manifest
+from stillroom.studies import load_study
+from test_end_to_end import study_file
+
+SOURCES = sorted((Path(__file__).resolve().parents[1] / "src" / "stillroom").rglob("*.py"))
+CANARY = "canary-9f8e7d6c5b4a"
+SECRETS = {
+    "HF_TOKEN": CANARY,
+    "MLFLOW_TRACKING_PASSWORD": CANARY + "-password",
+    "AWS_SECRET_ACCESS_KEY": CANARY + "-key",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the helper's processes are Linux's")
+def test_no_secret_of_the_environment_reaches_a_file_or_the_screen(tmp_path, teacher_ref, student_ref):
+    """A study from capture to report, a failing trial and a failing tracker among it; every byte is searched."""
+    sweep = {"seeds": [0], "cpus_per_trial": 1, "retries": 0}
+    path = study_file(tmp_path, teacher_ref.model, student_ref.model, groups=["task_only", "combined"], sweep=sweep)
+    log = tmp_path / "log"
+    for stage in ("capture", "verify", "archive"):
+        assert stillroom(log, stage, path, environ=SECRETS).end() == 0, log.read_text()
+    train = ("train", path, "--seed", "0", "--group")
+    assert stillroom(log, *train, "task_only", environ=SECRETS).end() == 0, log.read_text()
+    assert stillroom(log, *train, "combined", environ=SECRETS, limit=30_000).end() == 2, log.read_text()
+    with socket.socket() as closed:  # bound, not listening: a server that refuses
+        closed.bind(("127.0.0.1", 0))
+        server = f"http://someone:{CANARY}-uri@127.0.0.1:{closed.getsockname()[1]}"
+        failing = {**SECRETS, "MLFLOW_TRACKING_URI": server, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+        assert stillroom(log, "sweep", path, environ=failing).end() == 2, log.read_text()
+    assert "http://***@127.0.0.1" in log.read_text()
+    assert stillroom(log, "report", path, environ=SECRETS).end() == 0, log.read_text()
+    written = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert {"run.json", "error.json", "mlflow.db", "report.html", "manifest.json", "log"} <= {p.name for p in written}
+    assert [p for p in written if CANARY.encode() in p.read_bytes()] == []
+
+
+def test_a_credential_in_a_study_is_refused_unseen(monkeypatch):
+    """A study is recorded in full, so none may stand in it; the message does not repeat it."""
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    token = "hf_" + "A1b2C3d4" * 4
+    for override in (f"teacher.revision={CANARY}", f"teacher.model={token}", f"sweep.storage=s3://me:{CANARY}@bucket"):
+        with pytest.raises(UserError, match="there is a credential in it") as error:
+            load_study("quickstart", [override])
+        assert CANARY not in str(error.value)
+        assert token not in str(error.value)
+
+
+def test_redaction_hides_credentials_and_nothing_else():
+    """Values of variables with telling names, known forms, passwords in addresses; settings and prose stay."""
+    environ = {"X_API_KEY": "abcdefgh12", "TOKENIZERS_PARALLELISM": "false-false", "MY_TOKEN": "true"}
+    text = "abcdefgh12 false-false true hf_abcdefghijklmnop1 https://me:pw@host/a https://host/a@b me@host"
+    assert redact(text, environ) == "*** false-false true *** https://***@host/a https://host/a@b me@host"
+
+
+EVIL = """
+from pathlib import Path
+from transformers import LlamaConfig
+Path({path!r}).write_text("it ran")
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+"""
+
+
+def test_code_of_a_model_runs_only_if_the_study_says_so_and_is_then_recorded(tmp_path, byte_level, monkeypatch):
+    """Off by default, refused by name; on, it is part of what the store and every trial were made from."""
+    ref = write_model(tmp_path / "own", byte_level, STUDENT_SHAPE, 1)
+    config = json.loads((tmp_path / "own" / "config.json").read_text())
+    config |= {"model_type": "own_llama", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own" / "configuration_own.py").write_text(EVIL.format(path=str(tmp_path / "ran")))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    for load in (load_config, load_model):
+        with pytest.raises(UserError, match="comes with code of its own: set trust_remote_code=true"):
+            load(ref)
+    assert not (tmp_path / "ran").exists()
+    trusted = ref.model_copy(update={"trust_remote_code": True})
+    assert type(load_config(trusted)).__name__ == "OwnConfig"
+    assert (tmp_path / "ran").read_text() == "it ran"
+    before = model_identity(trusted)
+    assert before.endswith(" with its own code")
+    assert before != model_identity(ref)
+    (tmp_path / "own" / "configuration_own.py").write_text("changed = True")
+    assert model_identity(trusted) != before
+    hub = ModelRef(model="a/b", revision="0" * 40, trust_remote_code=True)
+    assert model_identity(hub).endswith(" with its own code")
+
+
+def calls():
+    """Every call in the package: file, dotted name, keywords."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call):
+                yield path.name, ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}, node
+
+
+def test_nothing_is_loaded_that_can_run_code():
+    """No unpickling but with weights_only, no YAML but by a safe loader, no eval, no shell."""
+    found = {"torch.load": 0, "yaml.load": 0}
+    for name, function, keywords, node in calls():
+        if function == "torch.load":
+            assert keywords.get("weights_only") == "True", name
+            found[function] += 1
+        if function == "yaml.load":
+            assert ast.unparse(node.args[1]) == "_UniqueKeys", name
+            found[function] += 1
+        assert function not in {"pickle.load", "pickle.loads", "eval", "exec", "os.system", "yaml.unsafe_load"}, name
+        assert keywords.get("shell", "False") == "False", name
+    assert min(found.values()) >= 1  # the search sees calls
+    from stillroom.studies import _UniqueKeys
+
+    assert issubclass(_UniqueKeys, yaml.SafeLoader)
+
+
+def test_templates_exempt_nothing_from_escaping():
+    """Whatever text comes from data is escaped in the report."""
+    templates = list(SOURCES[0].parent.rglob("*.html.j2"))
+    assert templates
+    assert [p for p in templates if re.search(r"\|\s*safe\b|autoescape\s+false", p.read_text("utf-8"))] == []
+    environments = [keywords for _, function, keywords, _ in calls() if function == "Environment"]
+    assert environments
+    assert "True" in [keywords.get("autoescape") for keywords in environments]
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "name=../../etc",
+        "groups=[{name: ../x, terms: [task]}]",
+        "groups=[{name: 'a/b', terms: [task]}]",
+        "corpus.tasks={../x: {dataset: builtin, examples: 9}}",
+        "corpus.tasks.quiz.split=../../secret",
+        "evaluation.official={quiz: {split: a/b, examples: 9}}",
+    ],
+)
+def test_a_name_cannot_leave_its_folder(override):
+    """Names of studies, groups, tasks and splits become parts of paths."""
+    with pytest.raises(UserError, match="should match pattern"):
+        load_study("quickstart", [override])
+
+
+def test_a_manifest_cannot_point_out_of_its_store(tmp_path, store):
+    """Even one with a good digest: shards have the names that a capture gives them."""
+    copy = shutil.copytree(store.path, tmp_path / "data")
+    manifest = read_json(copy / "manifest.json")
+    del manifest["digest"]
+    manifest["shards"][0]["name"] = "../elsewhere.parquet"
+    write_manifest(copy, manifest)
+    with pytest.raises(UserError, match="names files that no capture writes"):
+        SignalStore.open(copy)
