@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from stillroom.config import ModelRef, UserError
 from stillroom.corpus import load_corpus
 from stillroom.distillation_student import PROJECTOR
 from stillroom.models import load_tokenizer
-from stillroom.provenance import read_json
+from stillroom.provenance import atomic_path, read_json
 from stillroom.train_student import RESULT
 
 
@@ -35,18 +34,10 @@ def export_trial(trial: Path, target: Path) -> Path:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists; name a new folder")
     card = _card(trial, kept[-1])
-    building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    with atomic_path(target) as building:
         shutil.copytree(kept[-1], building, ignore=shutil.ignore_patterns(PROJECTOR, STATE))
         _generation_config(trial, building).save_pretrained(building)
         (building / "README.md").write_text(card, "utf-8")
-        building.replace(target)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {target}: {error.strerror or error}; free space or name another folder"
-        ) from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return target
 
 

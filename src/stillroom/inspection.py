@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from stillroom.alignment import Alignment, align_encodings, token_bytes
+from stillroom.alignment import Alignment, align_encodings, coverage, token_bytes
 from stillroom.collation import map_outcomes, segment_map, teacher_to_student_ids
 from stillroom.config import ModelRef, UserError
 from stillroom.corpus import load_corpus
@@ -119,7 +119,8 @@ def _beside_student(
     teacher: list[dict[str, Any]],
 ) -> dict[str, Any]:
     encoding = encode(student_tokenizer, text, add_eos=True)
-    pairs = align_encodings(stored.encoding, encoding).pairs
+    alignment = align_encodings(stored.encoding, encoding)
+    pairs, counts = alignment.pairs, coverage(stored.encoding, encoding, alignment, 0)
     student = _tokens(encoding, text, _words(student_tokenizer))
     for side, column in ((teacher, 0), (student, 1)):
         for position in pairs[:, column]:
@@ -130,7 +131,7 @@ def _beside_student(
     *_, ghost = map_outcomes(stored.topk_ids, stored.topk_logprobs, mapped)
     for token, value in zip(teacher, ghost.tolist(), strict=True):
         token["ghost"] = value
-    covered = len(pairs) / max(1, int((~encoding.special).sum()))
+    covered = counts["aligned"] / counts["tokens"]
     return {"student": student, "pairs": pairs.tolist(), "covered": covered}
 
 
