@@ -13,7 +13,9 @@ import pytest
 from recompute_report import check_report
 from stillroom.analysis.paper import latex_escaped
 from stillroom.analysis.report import print_table, write_report
+from stillroom.analysis.results import StudyResults
 from stillroom.config import UserError
+from stillroom.corpus import folded
 from stillroom.provenance import Meter
 from synthetic import write_results
 
@@ -100,6 +102,20 @@ def test_a_weak_signal_and_a_needless_teacher_are_flagged(results):
     first = page.index("In group attention the term attention stayed under 1 %")
     assert first < page.index('id="accuracy-table"')
     assert "In group hidden" not in page
+
+
+def test_a_leak_is_counted_from_the_examples_themselves(results, tmp_path):
+    """The report's line on leaks is a count, not a promise: one more shared prompt is one more in it."""
+    before = StudyResults.read(results).shared_prompts
+    leaking = tmp_path / "leaking"
+    shutil.copytree(results, leaking)
+    rows = pd.read_parquet(leaking / "corpus" / "corpus.parquet")
+    trained = rows.loc[rows["split"] == "train", "prompt"]
+    fresh = rows[(rows["split"] == "validation") & ~rows["prompt"].map(folded).isin(trained.map(folded))].index[0]
+    known = next(p for p in trained if not rows.loc[rows["split"] != "train", "prompt"].map(folded).eq(folded(p)).any())
+    rows.loc[fresh, "prompt"] = known.upper()
+    rows.to_parquet(leaking / "corpus" / "corpus.parquet")
+    assert StudyResults.read(leaking).shared_prompts == before + 1
 
 
 def test_tables_for_a_paper_are_tidy_and_escaped(results):

@@ -1,1 +1,1 @@
-"""From results on disk to an answer: frame · statistics · figures · report. Needs no model and no Ray."""
+"""From results on disk to an answer, its figures and its report. Needs no model and no Ray."""

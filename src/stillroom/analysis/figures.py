@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from stillroom.analysis.frame import StudyResults, accuracy_columns
+from stillroom.analysis.frame import accuracy_columns
+from stillroom.analysis.results import StudyResults
 from stillroom.analysis.statistics import mean_interval
 from stillroom.analysis.verdicts import Answer, Finding
 from stillroom.config import TERMS

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from stillroom.config import EXPERIMENT, UserError
-from stillroom.metrics import agreement
+from stillroom.config import EXPERIMENT
 from stillroom.provenance import atomic_path, read_json
 
 SUMMARY = "results_summary.csv"
 PLANNED = "planned.json"
 """The study and every trial it should have: what a report is complete against."""
-
-UNTRAINED = {"teacher": "teacher", "student": "untouched student"}
-"""Baselines by file name, and what tables call them."""
 
 
 def summary_row(result: dict[str, Any]) -> dict[str, Any]:
@@ -104,191 +98,3 @@ def group_table(
             rows[group][f"{key}_mean"] = own[column].mean() if len(own) else float("nan")
             rows[group][f"{key}_std"] = own[column].std() if len(own) > 1 else float("nan")
     return pd.DataFrame.from_dict(rows, orient="index")
-
-
-@dataclass(frozen=True)
-class StudyResults:
-    """A results folder, read: what was planned, what is there, what failed. Nothing else is needed for a report."""
-
-    folder: Path
-    study: dict[str, Any]
-    trials: list[dict[str, Any]]
-    """Every planned trial: name, group, seed."""
-    snapshot: str
-    finished: list[dict[str, Any]]
-    """`result.json` of the finished trials, in the plan's order."""
-
-    @classmethod
-    def read(cls, folder: Path) -> StudyResults:
-        """Read what is in a results folder. `UserError` if there is nothing to report yet."""
-        if not (folder / PLANNED).is_file():
-            raise UserError(f"{folder} holds no {PLANNED}: it is no results folder, or `stillroom sweep` has not begun")
-        planned = read_json(folder / PLANNED)
-        finished = read_results([folder / EXPERIMENT / trial["name"] for trial in planned["trials"]])
-        if not finished:
-            raise UserError(f"{folder}: no trial is finished yet; run `stillroom sweep`")
-        return cls(folder, planned["study"], planned["trials"], planned["snapshot"], finished)
-
-    def trial_folder(self, name: str) -> Path:
-        """Where a trial's files are."""
-        return self.folder / EXPERIMENT / name
-
-    @cached_property
-    def groups(self) -> list[str]:
-        """Names of the groups, in the study's order."""
-        return [group["name"] for group in self.study["groups"]]
-
-    @cached_property
-    def frame(self) -> pd.DataFrame:
-        """A row a finished trial: `results_summary.csv`."""
-        return summary_frame(self.finished)
-
-    @cached_property
-    def tasks(self) -> list[str]:
-        """Names of the tasks, sorted."""
-        return list(accuracy_columns(self.frame))
-
-    @cached_property
-    def missing(self) -> list[dict[str, Any]]:
-        """Planned trials without a result, each with `error`: what stopped it, or None."""
-        done = {result["trial"] for result in self.finished}
-        return [{**trial, "error": self._error(trial["name"])} for trial in self.trials if trial["name"] not in done]
-
-    def _error(self, name: str) -> str | None:
-        path = self.trial_folder(name) / "error.json"
-        return str(read_json(path)["error"]) if path.is_file() else None
-
-    @cached_property
-    def untrained(self) -> dict[str, dict[str, Any]]:
-        """Baselines by what tables call them: fingerprint, identity, metrics, answer_nll."""
-        paths = {label: self.folder / "baselines" / f"{name}.json" for name, label in UNTRAINED.items()}
-        return {label: read_json(path) for label, path in paths.items() if path.is_file()}
-
-    @cached_property
-    def untrained_metrics(self) -> dict[str, dict[str, float]]:
-        """Metrics of the baselines."""
-        return {label: own["metrics"] for label, own in self.untrained.items()}
-
-    @cached_property
-    def official_metrics(self) -> dict[str, dict[str, float]]:
-        """Metrics of the baselines on the official evaluation splits, if the study evaluates any."""
-        paths = {label: self.folder / "baselines" / f"{name}_official.json" for name, label in UNTRAINED.items()}
-        return {label: read_json(path)["metrics"] for label, path in paths.items() if path.is_file()}
-
-    @cached_property
-    def official_columns(self) -> dict[str, str]:
-        """Column of `frame` by what was measured on the official splits; empty if nothing was."""
-        if "official_accuracy" not in self.frame:
-            return {}
-        tasks = accuracy_columns(self.frame, "official_accuracy_")
-        return {"all": "official_accuracy", **tasks}
-
-    @cached_property
-    def predictions(self) -> dict[tuple[str, int], pd.DataFrame]:
-        """Per-example predictions of every finished trial, by group and seed; rows sorted by example."""
-        return {
-            (result["config"]["distill_type"], result["config"]["seed"]): _read_predictions(
-                self.trial_folder(result["trial"]) / "predictions.parquet"
-            )
-            for result in self.finished
-        }
-
-    @cached_property
-    def untrained_predictions(self) -> dict[str, pd.DataFrame]:
-        """The baselines' predictions on the same examples, by what tables call them, where they were kept."""
-        paths = {label: self.folder / "baselines" / f"{name}.parquet" for name, label in UNTRAINED.items()}
-        return {label: _read_predictions(path) for label, path in paths.items() if path.is_file()}
-
-    @cached_property
-    def measures(self) -> pd.DataFrame:
-        """`frame` with `agreement_<task>`: share of a choice task's examples on which the teacher chooses the same."""
-        teacher = self.untrained_predictions.get("teacher")
-        if teacher is None:
-            return self.frame
-        rows = [
-            {f"agreement_{task}": share for task, share in agreement(own, teacher).items()}
-            for own in self.predictions.values()
-        ]
-        return pd.concat([self.frame, pd.DataFrame(rows)], axis=1)
-
-    @cached_property
-    def corpus(self) -> dict[str, dict[str, int]]:
-        """By task: rows in the source, examples of either part, what was dropped and why."""
-        counts: dict[str, dict[str, int]] = self._corpus["counts"]
-        return counts
-
-    @cached_property
-    def official_counts(self) -> dict[str, dict[str, int]]:
-        """Of the official splits likewise: used, rows in the source, what was dropped and why."""
-        counts: dict[str, dict[str, int]] = self._corpus["official_counts"]
-        return counts
-
-    @cached_property
-    def _corpus(self) -> dict[str, Any]:
-        described: dict[str, Any] = read_json(self.folder / "corpus" / "corpus.json")
-        return described
-
-    @cached_property
-    def run(self) -> dict[str, Any]:
-        """`run.json`: each stage's commit, versions and hardware."""
-        log: dict[str, Any] = read_json(self.folder / "run.json")
-        return log
-
-    @cached_property
-    def coverage(self) -> dict[str, Any]:
-        """Alignment counts and shares by task; the same for every trial that reads the teacher's data."""
-        return next((result["coverage"] for result in self.finished if result["coverage"]), {})
-
-    @cached_property
-    def epochs(self) -> pd.DataFrame:
-        """Tidy: trial, group, seed, epoch, metric, value; a row for each number that training or validation gave."""
-        rows = [
-            {**_key(result), "epoch": epoch["epoch"], "metric": name, "value": value}
-            for result in self.finished
-            for epoch in result["epochs"]
-            for name, value in epoch.items()
-            if name != "epoch" and isinstance(value, int | float)
-        ]
-        return pd.DataFrame(rows)
-
-    @cached_property
-    def gradients(self) -> pd.DataFrame:
-        """Tidy: trial, group, seed, step, term, norm (before clipping, weight included), share."""
-        rows = [
-            {**_key(result), "step": row["step"], "term": term, "norm": norm, "share": row["shares"][term]}
-            for result in self.finished
-            for row in result["gradients"]
-            for term, norm in row["norms"].items()
-        ]
-        return pd.DataFrame(rows, columns=["trial", "group", "seed", "step", "term", "norm", "share"])
-
-    @cached_property
-    def costs(self) -> pd.DataFrame:
-        """A row a trial: seconds of training and evaluation, seconds waited for data, tokens, bytes on disk."""
-        rows = []
-        for result in self.finished:
-            total = {
-                name: sum(epoch.get(name, 0) for epoch in result["epochs"])
-                for name in ("train_seconds", "evaluation_seconds", "data_wait_seconds", "tokens")
-            }
-            disk = sum(path.stat().st_size for path in self.trial_folder(result["trial"]).rglob("*") if path.is_file())
-            rows.append({**_key(result), **total, "disk_bytes": disk})
-        return pd.DataFrame(rows)
-
-    @cached_property
-    def samples(self) -> dict[str, dict[str, str]]:
-        """One validation example a task, as prompt and answer: what the models were shown."""
-        examples = pd.read_parquet(self.folder / "corpus" / "corpus.parquet").sort_values("example_id")
-        chosen = examples[examples["split"] == "validation"].groupby("task").head(1)
-        return {row["task"]: {"prompt": row["prompt"], "answer": row["answer"]} for _, row in chosen.iterrows()}
-
-
-def _key(result: dict[str, Any]) -> dict[str, Any]:
-    config = result["config"]
-    return {"trial": result["trial"], "group": config["distill_type"], "seed": config["seed"]}
-
-
-def _read_predictions(path: Path) -> pd.DataFrame:
-    if not path.is_file():
-        raise UserError(f"{path} is missing: the report needs every finished trial's predictions")
-    return pd.read_parquet(path).sort_values("example_id", ignore_index=True)

@@ -9,7 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from stillroom.analysis.frame import StudyResults, group_table
+from stillroom.analysis.frame import group_table
+from stillroom.analysis.results import StudyResults
 from stillroom.analysis.verdicts import Answer, Finding
 from stillroom.provenance import atomic_path, write_text
 
@@ -202,9 +203,9 @@ def _pinned(model: dict[str, Any]) -> str:
     return str(model["model"]) + (f"@{model['revision']}" if model["revision"] else "")
 
 
-def write_paper(results: StudyResults, answers: Sequence[Answer]) -> None:
-    """Write `tables/*.csv` and `paper/` into the results folder."""
-    for name, table in study_tables(results, answers).items():
+def write_paper(results: StudyResults, answers: Sequence[Answer], tables: dict[str, pd.DataFrame]) -> None:
+    """Write `tables/*.csv` (those of `study_tables`) and `paper/` into the results folder."""
+    for name, table in tables.items():
         with atomic_path(results.folder / "tables" / f"{name}.csv") as path:
             table.to_csv(path, index=False)
     write_text(results.folder / "paper" / "accuracy.tex", accuracy_latex(results))

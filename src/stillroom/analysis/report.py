@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,9 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from stillroom.analysis.figures import save_figure, study_figures
-from stillroom.analysis.frame import UNTRAINED, StudyResults, group_table, worse_or_equal
+from stillroom.analysis.frame import group_table, worse_or_equal
 from stillroom.analysis.paper import study_tables, write_paper
+from stillroom.analysis.results import UNTRAINED, StudyResults
 from stillroom.analysis.verdicts import Answer, Evidence, answer_questions
 from stillroom.config import TERMS, Analysis
 from stillroom.provenance import write_text
@@ -22,11 +22,11 @@ WEAK_SIGNAL = 0.01
 """A term under this share of the gradient is flagged: the group may be its baseline in all but name."""
 
 
-def answers_of(results: StudyResults) -> list[Answer]:
-    """The questions' answers from a results folder."""
-    analysis = Analysis.model_validate(results.study["analysis"])
+def answers_of(results: StudyResults, analysis: Analysis, bootstrap: bool) -> list[Answer]:
+    """The questions' answers from a results folder; the bootstrap reads every trial's predictions."""
+    predictions = results.predictions if bootstrap else {}
     seeds = results.study["sweep"]["seeds"]
-    return answer_questions(Evidence(results.frame, analysis, seeds, results.groups, results.predictions))
+    return answer_questions(Evidence(results.frame, analysis, seeds, results.groups, predictions))
 
 
 def gradient_rows(results: StudyResults) -> list[dict[str, Any]]:
@@ -77,7 +77,7 @@ def integrity_rows(results: StudyResults) -> list[tuple[str, str]]:
     weak = [f"{row['group']} ({', '.join(row['weak'])})" for row in gradient_rows(results) if row["weak"]]
     rows = [
         ("trials finished", f"{len(results.finished)} of {len(results.trials)}"),
-        ("training and held-out examples", "no prompt stands in both; duplicates were dropped before the split"),
+        ("prompts that stand in training and in a held-out part", str(results.shared_prompts)),
         ("optimizer steps skipped for gradients that were not finite", str(skipped)),
         ("terms under 1 % of the gradient", "; ".join(weak) or "none"),
         (
@@ -126,12 +126,13 @@ def write_report(folder: Path) -> Path:
     The same folder gives the same bytes. `UserError` if no trial is finished.
     """
     results = StudyResults.read(folder)
-    answers = answers_of(results)
     analysis = Analysis.model_validate(results.study["analysis"])
+    answers = answers_of(results, analysis, bootstrap=True)
     figures = study_figures(results, answers, analysis.equivalence_margin, analysis.alpha)
     measures = other_measures(results)
     pictures = {figure.name: save_figure(figure, folder / "figures") for figure in figures}
-    write_paper(results, answers)
+    tables = study_tables(results, answers)
+    write_paper(results, answers, tables)
     page = (
         _environment()
         .get_template("report.html.j2")
@@ -149,7 +150,7 @@ def write_report(folder: Path) -> Path:
             integrity=integrity_rows(results),
             settings=settings_rows({k: v for k, v in results.study.items() if k != "groups"}),
             figures={figure.name: (figure, _data_uri(pictures[figure.name], "image/png")) for figure in figures},
-            downloads=_downloads(results, answers),
+            downloads=_downloads(folder, tables),
             terms=TERMS,
         )
     )
@@ -169,16 +170,12 @@ def other_measures(results: StudyResults) -> dict[str, str]:
     return {label: column for label, column in names.items() if column in results.measures}
 
 
-def _downloads(results: StudyResults, answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    rows = []
-    for name, table in study_tables(results, answers).items():
-        path = results.folder / "tables" / f"{name}.csv"
-        size = path.stat().st_size
-        rows.append({"name": path.name, "rows": len(table), "bytes": size, "uri": _data_uri(path, "text/csv")})
-    for path in sorted((results.folder / "paper").iterdir()):
-        rows.append(
-            {"name": path.name, "rows": None, "bytes": path.stat().st_size, "uri": _data_uri(path, "text/plain")}
-        )
+def _downloads(folder: Path, tables: dict[str, pd.DataFrame]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for path in [*(folder / "tables" / f"{name}.csv" for name in tables), *sorted((folder / "paper").iterdir())]:
+        kind = "text/csv" if path.suffix == ".csv" else "text/plain"
+        count = len(tables[path.stem]) if path.suffix == ".csv" else None
+        rows.append({"name": path.name, "rows": count, "bytes": path.stat().st_size, "uri": _data_uri(path, kind)})
     return rows
 
 
@@ -218,7 +215,7 @@ def print_table(folder: Path) -> None:
         table.add_row(str(name), str(int(row["seeds"])) if row["seeds"] else "untrained", *cells)
     console = Console()
     console.print(table)
-    for answer in answers_of(results):
+    for answer in answers_of(results, Analysis.model_validate(results.study["analysis"]), bootstrap=False):
         console.print(f"{answer.question} {answer.answer}", markup=False, highlight=False, soft_wrap=True)
     for warning in warnings_of(results):
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
