@@ -15,18 +15,18 @@ from stillroom.analysis.frame import group_table, worse_or_equal
 from stillroom.analysis.paper import study_tables, write_paper
 from stillroom.analysis.results import UNTRAINED, StudyResults
 from stillroom.analysis.verdicts import Answer, Evidence, answer_questions
-from stillroom.config import TERMS, Analysis
+from stillroom.config import TERMS
 from stillroom.provenance import write_text
 
 WEAK_SIGNAL = 0.01
 """A term under this share of the gradient is flagged: the group may be its baseline in all but name."""
 
 
-def answers_of(results: StudyResults, analysis: Analysis, bootstrap: bool) -> list[Answer]:
+def answers_of(results: StudyResults, bootstrap: bool = True) -> list[Answer]:
     """The questions' answers from a results folder; the bootstrap reads every trial's predictions."""
     predictions = results.predictions if bootstrap else {}
     seeds = results.study["sweep"]["seeds"]
-    return answer_questions(Evidence(results.frame, analysis, seeds, results.groups, predictions))
+    return answer_questions(Evidence(results.frame, results.analysis, seeds, results.groups, predictions))
 
 
 def gradient_rows(results: StudyResults) -> list[dict[str, Any]]:
@@ -126,8 +126,7 @@ def write_report(folder: Path) -> Path:
     The same folder gives the same bytes. `UserError` if no trial is finished.
     """
     results = StudyResults.read(folder)
-    analysis = Analysis.model_validate(results.study["analysis"])
-    answers = answers_of(results, analysis, bootstrap=True)
+    analysis, answers = results.analysis, answers_of(results)
     figures = study_figures(results, answers, analysis.equivalence_margin, analysis.alpha)
     measures = other_measures(results)
     pictures = {figure.name: save_figure(figure, folder / "figures") for figure in figures}
@@ -215,7 +214,7 @@ def print_table(folder: Path) -> None:
         table.add_row(str(name), str(int(row["seeds"])) if row["seeds"] else "untrained", *cells)
     console = Console()
     console.print(table)
-    for answer in answers_of(results, Analysis.model_validate(results.study["analysis"]), bootstrap=False):
+    for answer in answers_of(results, bootstrap=False):
         console.print(f"{answer.question} {answer.answer}", markup=False, highlight=False, soft_wrap=True)
     for warning in warnings_of(results):
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)

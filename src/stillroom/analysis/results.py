@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from stillroom.analysis.frame import PLANNED, accuracy_columns, read_results, summary_frame
-from stillroom.config import EXPERIMENT, UserError
+from stillroom.config import EXPERIMENT, Analysis, UserError
 from stillroom.corpus import folded
 from stillroom.metrics import agreement
 from stillroom.provenance import read_json
@@ -45,6 +45,11 @@ class StudyResults:
     def trial_folder(self, name: str) -> Path:
         """Where a trial's files are."""
         return self.folder / EXPERIMENT / name
+
+    @cached_property
+    def analysis(self) -> Analysis:
+        """What was to be compared."""
+        return Analysis.model_validate(self.study["analysis"])
 
     @cached_property
     def groups(self) -> list[str]:
