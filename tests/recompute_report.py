@@ -341,10 +341,13 @@ def check_bootstrap(shown, pair, measure, trials, seeds, alpha):
         arrays.append(np.array([(r["prediction"] == r["gold"]).to_numpy() for r in own], dtype=float))
     difference = arrays[0] - arrays[1]
     s, e = difference.shape
-    means = [difference[rng.integers(0, s, s)][:, rng.integers(0, e, e)].mean() for _ in range(2000)]
-    width = np.std(means)
-    for text, expected in zip(shown.split(" … "), np.quantile(means, [alpha / 2, 1 - alpha / 2]), strict=True):
-        assert abs(number(text) / 100 - expected) <= 0.25 * width + 0.001, (pair, measure, shown, expected)
+    draws = 4000
+    means = [difference[rng.integers(0, s, s)][:, rng.integers(0, e, e)].mean() for _ in range(draws)]
+    for text, level in zip(shown.split(" … "), (alpha / 2, 1 - alpha / 2), strict=True):
+        # a quantile of 2,000 draws lies between those of levels a little lower and higher: four standard errors
+        off = 4 * math.sqrt(level * (1 - level) * (1 / 2000 + 1 / draws))
+        low, high = np.quantile(means, [max(0.0, level - off), min(1.0, level + off)])
+        assert low - 0.0006 <= number(text) / 100 <= high + 0.0006, (pair, measure, shown, low, high)
 
 
 def check_interactions(page, trials, seeds, tasks):
