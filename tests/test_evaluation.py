@@ -8,12 +8,12 @@ from transformers import AutoModelForCausalLM
 
 from conftest import SHARED, STUDENT_SHAPE, real_tokenizer, write_model
 from stillroom.analysis.frame import worse_or_equal
-from stillroom.config import Evaluation, TaskData
+from stillroom.config import Evaluation, ModelRef, TaskData
 from stillroom.corpus import load_rows
 from stillroom.encoding import encode
 from stillroom.evaluation import answer_scores, evaluate
 from stillroom.generation import _NextQuestion, generate
-from stillroom.models import load_model, load_tokenizer
+from stillroom.models import DTYPES, load_model, load_tokenizer, scoring_copy
 from stillroom.tasks import TASKS
 
 
@@ -133,3 +133,17 @@ def test_a_teacher_with_nothing_to_give_is_called_out():
     teacher = {"validation_accuracy": 0.9, "validation_accuracy_a": 0.5, "validation_accuracy_b": 0.9}
     student = {"validation_accuracy": 0.5, "validation_accuracy_a": 0.5, "validation_accuracy_b": 0.4}
     assert worse_or_equal(teacher, student) == ["a"]
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_what_is_scored_is_what_is_saved(student_ref, examples, tokenizer, tmp_path, precision):
+    """A trained student scores as its checkpoint does once loaded: its rotary frequencies are not rounded."""
+    trained = load_model(student_ref, "float32")
+    scored = scoring_copy(trained, precision)
+    trained.to(DTYPES[precision]).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_model(ModelRef(model=str(tmp_path)), precision)
+    ids = torch.tensor([tokenizer(example.text).input_ids[:20] for example in examples.validation[:2]])
+    with torch.no_grad():
+        assert torch.equal(scored(ids).logits, loaded(ids).logits)
+    assert all(p.dtype == DTYPES[precision] for p in scored.parameters())

@@ -230,8 +230,12 @@ def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def scoring_copy(model: PreTrainedModel, precision: Precision) -> PreTrainedModel:
-    """The model in the training precision: under autocast every forward pass would cast float32 weights anew."""
+    """The model as its checkpoint is loaded in the training precision; under autocast each pass would cast anew.
+
+    Parameters alone are cast, on the way: buffers such as rotary frequencies lose their meaning in 16 bits.
+    """
     model = without_adapters(model)
     if precision == "float32":
         return model.eval()
-    return copy.deepcopy(model).to(DTYPES[precision]).eval()
+    cast = {id(p): torch.nn.Parameter(p.detach().to(DTYPES[precision]), False) for p in model.parameters()}
+    return copy.deepcopy(model, cast).eval()  # deepcopy takes what is copied already from the dictionary
