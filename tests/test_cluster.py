@@ -149,8 +149,8 @@ def numbers(result):
 
 @pytest.fixture
 def study(tmp_path, teacher_ref, student_ref):
-    """A study file; its trials have enough epochs to be killed in one."""
-    training = {"epochs": 6, "precision": "float32", "gradient_interval": 2}
+    """A study file; its trials have enough epochs for one to be seen and killed on a machine at leisure."""
+    training = {"epochs": 24, "precision": "float32", "gradient_interval": 2}
     sweep = {"seeds": [0, 1], "cpus_per_trial": 1, "retries": 0}
     (tmp_path / "results").mkdir()
     return study_file(tmp_path, teacher_ref.model, student_ref.model, training=training, sweep=sweep)
