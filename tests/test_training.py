@@ -256,6 +256,24 @@ def test_all_checkpoints_are_kept_when_asked(tmp_path, student_ref, store, examp
     assert not list(tmp_path.glob("*/trainer_state.pt"))
 
 
+@pytest.mark.parametrize("best", [1, 2])
+def test_the_best_checkpoint_is_kept_when_asked(tmp_path, student_ref, store, examples, monkeypatch, best):
+    """`keep_checkpoints=best` leaves the epoch of highest validation accuracy alone, and it loads."""
+    real, passed = train_student._validate, []
+
+    def scripted(*arguments):
+        passed.append([p.name for p in sorted(tmp_path.glob("checkpoint_*"))])
+        metrics, predictions = real(*arguments)
+        return metrics | {"validation_accuracy": float(len(passed) == best)}, predictions
+
+    monkeypatch.setattr(train_student, "_validate", scripted)
+    result = run(tmp_path, student_ref, store, examples, "task_only", keep_checkpoints="best", epochs=3)
+    assert passed[2] == (["checkpoint_2"] if best == 2 else ["checkpoint_1", "checkpoint_2"])
+    assert [p.name for p in tmp_path.glob("checkpoint_*")] == [f"checkpoint_{best}"]
+    assert result["epoch"] == 3
+    load_model(ModelRef(model=str(tmp_path / f"checkpoint_{best}")))
+
+
 def test_without_a_store_the_task_loss_alone_is_trained(tmp_path, student_ref, examples):
     """What adapting a teacher uses."""
     result = run(tmp_path, student_ref, None, examples, "task_only")

@@ -18,6 +18,9 @@ from numpy import ndarray
 
 _CLUSTER = regex.compile(r"\X")
 
+_TEXTS = 512
+"""Texts the tokenizer is given at a time: what it returns is ten times an `Encoding`."""
+
 
 @dataclass(frozen=True)
 class Encoding:
@@ -40,11 +43,13 @@ def encode(tokenizer: Any, text: str, *, add_eos: bool = False) -> Encoding:
 
 def encode_many(tokenizer: Any, texts: Sequence[str], *, add_eos: bool = False) -> list[Encoding]:
     """As `encode`, for many texts at once."""
-    if not texts:
-        return []
-    batch = tokenizer(list(texts), return_offsets_mapping=True, return_special_tokens_mask=True)
-    rows = zip(texts, batch["input_ids"], batch["offset_mapping"], batch["special_tokens_mask"], strict=True)
-    return [_encoding(tokenizer, *row, add_eos) for row in rows]
+    encodings = []
+    for first in range(0, len(texts), _TEXTS):
+        part = list(texts[first : first + _TEXTS])
+        batch = tokenizer(part, return_offsets_mapping=True, return_special_tokens_mask=True)
+        rows = zip(part, batch["input_ids"], batch["offset_mapping"], batch["special_tokens_mask"], strict=True)
+        encodings += [_encoding(tokenizer, *row, add_eos) for row in rows]
+    return encodings
 
 
 def _encoding(
