@@ -1,0 +1,125 @@
+"""Capture against a bare forward pass over the same batches, and against the outline's way.
+
+    python benchmarks/capture.py paper --layers 2 --set teacher.model=DIR ...   # random weights at Mistral's widths
+    python benchmarks/capture.py small --set teacher.model=DIR ...              # a real model
+
+The bare pass makes logits of every position with PyTorch's own attention (sdpa). Capture includes the store: shards
+written, checksummed and read back; not the one comparison with the eager model that a capture begins with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+import outline_way
+from inputs import mixed, model_of, no_gradients, open_study, study_arguments
+from ratios import PeakMemory, begin, finish, in_turn, ratio, value
+from stillroom.attention_capture import ATTENTION
+from stillroom.cells import Layout, id_dtype
+from stillroom.config import Signals
+from stillroom.encoding import Encoding, encode_many
+from stillroom.models import heads, vocabulary_size, width
+from stillroom.shares import plan_shards, token_batches
+from stillroom.signal_store import shard_entry, shard_name, write_shard
+from stillroom.teacher_signals import compute_signals, padded
+
+
+def batched(encodings: list[Encoding], budget: int) -> list[list[Encoding]]:
+    """The forward passes a capture makes of them."""
+    (order,) = plan_shards(encodings, len(encodings))
+    return [[encodings[i] for i in part] for part in token_batches(order, encodings, budget)]
+
+
+def bare(model: PreTrainedModel, batches: list[list[Encoding]]) -> None:
+    """A forward pass with logits, by sdpa."""
+    model.set_attn_implementation("sdpa")
+    for batch in batches:
+        ids, mask = padded(batch)
+        model(ids, attention_mask=mask, use_cache=False)
+
+
+def ours(model: PreTrainedModel, batches: list[list[Encoding]], signals: Signals, folder: Path) -> None:
+    """The same batches captured and stored."""
+    model.set_attn_implementation(ATTENTION)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    vocabulary = vocabulary_size(model)
+    layout = Layout(signals.top_k, width(model.config), heads(model.config), "float16", id_dtype(vocabulary))
+    rows = (
+        (f"{number}-{place}", "task", encoding, found)
+        for number, batch in enumerate(batches)
+        for place, (encoding, found) in enumerate(
+            zip(batch, compute_signals(model, batch, signals.top_k, torch.float16), strict=True)
+        )
+    )
+    write_shard(folder / shard_name(0), "benchmark", layout, rows)
+    shard_entry(folder / shard_name(0))
+
+
+def outline(model: PreTrainedModel, encodings: list[Encoding], signals: Signals, path: Path) -> None:
+    """The outline's way."""
+    model.set_attn_implementation("eager")
+    outline_way.write(path, outline_way.forward(model, encodings, signals.top_k))
+
+
+def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of the table, and what they were measured on."""
+    no_gradients()
+    workspace = open_study(options, folder)
+    study, tokenizer = workspace.study, workspace.tokenizers[0]
+    model = model_of(workspace.teacher_ref, study.teacher.dtype, options.layers)
+    texts = [example.text for example in mixed(workspace.examples.all, options.examples)]
+    encodings = encode_many(tokenizer, texts)
+    signals, short = study.signals, encodings[: options.outline_examples]
+    batches, few = (batched(some, options.batch_tokens) for some in (encodings, short))
+    ways: dict[str, Callable[[], None]] = {
+        "bare": lambda: bare(model, batches),
+        "ours": lambda: ours(model, batches, signals, folder / "shards"),
+    }
+    against: dict[str, Callable[[], None]] = {
+        "ours": lambda: ours(model, few, signals, folder / "shards"),
+        "outline": lambda: outline(model, short, signals, folder / "outline.parquet"),
+    }
+    seconds = in_turn(ways, options.rounds)
+    slow = in_turn(against, options.outline_rounds)
+    peaks = {}
+    for name, run in {**against, "bare": ways["bare"], "captured": ways["ours"]}.items():
+        with PeakMemory() as peak:
+            run()
+        peaks[name] = peak.bytes
+    rows = [
+        ratio("speed of capture / bare forward pass", seconds["bare"], seconds["ours"], options.target),
+        ratio("speed of capture / outline's way", slow["outline"], slow["ours"], "≥ 1.5"),
+        value("peak memory, outline's way / capture", peaks["outline"] / max(peaks["ours"], 1), "> 1"),
+        value("peak memory, capture / bare forward pass", peaks["captured"] / max(peaks["bare"], 1)),
+    ]
+    tokens = sum(len(encoding) for encoding in encodings)
+    facts = {"tokens": tokens, "seconds": seconds, "outline_seconds": slow, "peak_bytes": peaks}
+    return rows, facts
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    parser = study_arguments(__doc__, examples=48)
+    parser.add_argument("--layers", type=int, help="random weights in so many layers instead of the checkpoint")
+    parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens a forward pass, padding included")
+    parser.add_argument("--outline-examples", type=int, default=8, help="examples for the outline's way, which is slow")
+    parser.add_argument("--outline-rounds", type=int, default=3, help="times it is measured")
+    parser.add_argument("--target", default="≥ 0.9", help="what the speed should be, of a bare pass's")
+    options = parser.parse_args(arguments)
+    begin(options)
+    with tempfile.TemporaryDirectory() as folder:
+        rows, facts = measure(options, Path(folder))
+    finish("capture", rows, options, **facts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""What benchmarks are run on: a study's examples and tokenizers, its models or random ones of their shape."""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ratios import arguments
+from stillroom.attention_capture import ATTENTION
+from stillroom.config import ModelRef, Precision
+from stillroom.models import DTYPES, load_config, load_model
+from stillroom.stages import Workspace
+from stillroom.studies import load_study
+from stillroom.tasks import Example
+
+
+def study_arguments(description: str | None, examples: int, rounds: int = 5) -> argparse.ArgumentParser:
+    """`ratios.arguments`, and which study's examples."""
+    parser = arguments(description, rounds)
+    parser.add_argument("study", help="a shipped study's name or a YAML file")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override a field of the study")
+    parser.add_argument("--examples", type=int, default=examples, help="drawn from the study's, tasks mixed")
+    return parser
+
+
+def open_study(options: argparse.Namespace, folder: Path) -> Workspace:
+    """The study with everything it makes in `folder`, and no official splits."""
+    places = [f"paths.results={folder / 'results'}", f"paths.store={folder / 'store'}", "evaluation.official={}"]
+    return Workspace(load_study(options.study, [*options.set, *places]))
+
+
+def mixed(examples: list[Example], count: int) -> list[Example]:
+    """So many of the examples, at random but always the same: the tasks in the study's own proportions."""
+    return random.Random(0).sample(examples, min(count, len(examples)))
+
+
+def model_of(ref: ModelRef, dtype: Precision, layers: int | None) -> PreTrainedModel:
+    """The model; or, with `layers`, random weights in so many layers, with no checkpoint."""
+    if layers is None:
+        return load_model(ref, dtype)
+    config = load_config(ref)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], attn_implementation=ATTENTION)
+    assert isinstance(model, PreTrainedModel)
+    return model.eval()
+
+
+def no_gradients() -> None:
+    """For programs that only read models."""
+    torch.set_grad_enabled(False)

@@ -1,0 +1,182 @@
+"""Reading a shuffled epoch, one process: stored signals, aligned batches, nested lists; and four readers' memory.
+
+    python benchmarks/reading.py paper --set teacher.model=DIR --set student.model=DIR ...
+
+Signals are random, of the study's widths and its texts' real lengths. `cold`: the page cache holds nothing of the
+store when an epoch begins, as with data larger than memory. Every page read is checked against its checksum, so every
+byte is touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import outline_way
+from inputs import mixed, study_arguments
+from ratios import Seconds, begin, finish, in_turn, ratio, value
+from stillroom.batches import epoch_order, prepare
+from stillroom.collation import Collator, teacher_to_student_ids
+from stillroom.config import GROUPS, Objective, fingerprint
+from stillroom.models import heads, load_config, tokenizer_hash
+from stillroom.signal_store import SCHEMA_VERSION, SignalStore, shard_entry, shard_name, write_manifest, write_shard
+from stillroom.tasks import Example
+from writing import layout_of, random_signals
+
+
+def write_store(folder: Path, options: argparse.Namespace) -> tuple[SignalStore, list[Example], Any]:
+    """A store of random signals for the study's examples."""
+    layout, encodings, workspace = layout_of(options, folder)
+    examples = mixed(workspace.examples.all, options.examples)
+    vocabulary = load_config(workspace.teacher_ref).get_text_config().vocab_size
+    rows = list(zip(examples, encodings, strict=True))
+    store, size = folder / "data", workspace.study.signals.shard_examples
+    store.mkdir()
+    for number, first in enumerate(range(0, len(rows), size)):
+        part = rows[first : first + size]
+        signals = ((e.example_id, e.task, c, random_signals(layout, len(c), vocabulary)) for e, c in part)
+        write_shard(store / shard_name(number), "benchmark", layout, signals)
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "fingerprint": fingerprint("benchmark"),
+        "made_from": {"tokenizer": tokenizer_hash(workspace.tokenizers[0])},
+        "layout": layout.__dict__,
+        "vocabulary": vocabulary,
+        "shards": [shard_entry(path) for path in sorted(store.glob("part-*.parquet"))],
+    }
+    write_manifest(store, manifest)
+    return SignalStore.open(store), examples, workspace
+
+
+def forget(folder: Path) -> None:
+    """Drop the store's pages from the system's cache."""
+    for path in folder.glob("*.parquet"):
+        with path.open("rb") as handle:
+            os.fsync(handle.fileno())
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_epoch(folder: Path, order: Sequence[str]) -> None:
+    """Every signal of every example."""
+    store = SignalStore.open(folder)
+    for example_id in order:
+        store.read(example_id)
+
+
+def shared_pages(folder: Path, order: Sequence[str], readers: int) -> int:
+    """Proportional memory (PSS) of the store's pages, summed over processes that have all read the epoch, bytes."""
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(readers), context.Queue()
+
+    def reader() -> None:
+        store = SignalStore.open(folder)
+        for example_id in order:
+            store.read(example_id)
+        barrier.wait()
+        results.put(_mapped(folder))
+        barrier.wait()
+
+    processes = [context.Process(target=reader) for _ in range(readers)]
+    for process in processes:
+        process.start()
+    found = sum(results.get() for _ in processes)
+    for process in processes:
+        process.join()
+    return found
+
+
+def _mapped(folder: Path) -> int:
+    """PSS of this process's mappings of files in a folder, bytes."""
+    inside, total = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if not line.split()[0].endswith(":"):
+            inside = str(folder) in line
+        elif inside and line.startswith("Pss:"):
+            total += 1024 * int(line.split()[1])
+    return total
+
+
+def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of the table, and what they were measured on."""
+    store, examples, workspace = write_store(folder, options)
+    tokens = sum(shard["tokens"] for shard in store.manifest["shards"])
+    teacher, student = workspace.tokenizers
+    objective = GROUPS["combined"].objective(Objective())
+    items = prepare(examples, student, store, objective)
+    sizes = [load_config(ref).get_text_config().vocab_size for ref in (workspace.teacher_ref, workspace.student_ref)]
+    collate = Collator(
+        store,
+        objective,
+        teacher_to_student_ids(teacher, student, *sizes),
+        heads(load_config(workspace.student_ref)),
+    )
+    training = workspace.study.training
+    lengths = [len(item.encoding) for item in items]
+    batches = epoch_order(lengths, training.batch_size, training.bucket_batches, 0, 0)
+    order = [examples[i].example_id for batch in batches for i in batch]
+
+    few = list(range(0, len(examples), max(1, len(examples) // options.list_examples)))
+    stored = {example.example_id: example for example in map(store.read, (examples[i].example_id for i in few))}
+    few_tokens = sum(len(example.encoding) for example in stored.values())
+    lists = folder / "lists.parquet"
+    outline_way.write(lists, (_lists(example) for example in stored.values()))
+
+    def collated() -> None:
+        for batch in batches:
+            collate([items[i] for i in batch])
+
+    seconds = in_turn(
+        {
+            "read": lambda: read_epoch(store.path, order),
+            "collated": collated,
+            "lists": lambda: list(map(len, outline_way.read(lists, range(len(few))))),
+        },
+        options.rounds,
+    )
+    cold: Seconds = {"read": []}
+    for _ in range(options.rounds):
+        forget(store.path)
+        started = time.perf_counter()
+        read_epoch(store.path, order)
+        cold["read"].append(time.perf_counter() - started)
+    each = [duration * tokens / few_tokens for duration in seconds["lists"]]
+    one, four = (shared_pages(store.path, order, readers) for readers in (1, 4))
+    every = [float(tokens)] * options.rounds
+    rows = [
+        ratio("tokens/s read, data in the page cache", every, seconds["read"], "≥ 120,000"),
+        ratio("tokens/s read, data beyond the page cache", every, cold["read"], "≥ 120,000"),
+        ratio("tokens/s aligned and collated, all signals", every, seconds["collated"], "≥ 60,000"),
+        ratio("speed of reading / nested lists at true lengths", each, seconds["read"], "≥ 100"),
+        value("memory of the store's pages, four readers / one", four / one, "≤ 1.1"),
+    ]
+    return rows, {"tokens": tokens, "seconds": seconds, "cold_seconds": cold, "pages_bytes": [one, four]}
+
+
+def _lists(example: Any) -> dict[str, Any]:
+    """A stored example as the outline keeps it."""
+    import torch
+
+    names = ("topk_ids", "topk_logprobs", "hidden", "attention")
+    signals = argparse.Namespace(**{name: torch.from_numpy(getattr(example, name).copy()) for name in names})
+    return outline_way.whole(signals, len(example.encoding))  # type: ignore[arg-type]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    parser = study_arguments(__doc__, examples=700)
+    parser.add_argument("--list-examples", type=int, default=16, help="examples that are also kept as nested lists")
+    options = parser.parse_args(arguments)
+    begin(options)
+    with tempfile.TemporaryDirectory() as folder:
+        rows, facts = measure(options, Path(folder))
+    finish("reading", rows, options, **facts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""The KL term from the teacher's top k, chunk by chunk, against one that holds every logit.
+
+    python benchmarks/sparse_kl.py
+
+Same definition on both sides: K entries and the ghost. The dense one is what automatic differentiation makes of it
+when logits, their log-softmax and the teacher's distribution are whole tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ratios import PeakMemory, arguments, begin, finish, in_turn, ratio, value
+from stillroom.losses import HeadTargets, Outcomes, head_losses
+
+
+def dense_kl(hidden: Tensor, weight: Tensor, outcomes: Outcomes) -> Tensor:
+    """Sum over positions of KL(teacher ‖ student) over the K entries and the ghost, every tensor whole."""
+    logprobs = torch.log_softmax(torch.nn.functional.linear(hidden, weight).float(), -1)
+    teacher = torch.zeros_like(logprobs).scatter_(1, outcomes.ids, outcomes.probs)
+    entries = (torch.xlogy(teacher, teacher) - teacher * logprobs).sum()
+    others = logprobs.masked_fill(teacher > 0, -torch.inf).logsumexp(-1)
+    ghost = torch.xlogy(outcomes.ghost, outcomes.ghost) - outcomes.ghost * others
+    return entries + ghost.sum()
+
+
+def sparse_kl(hidden: Tensor, weight: Tensor, outcomes: Outcomes) -> Tensor:
+    """Ours."""
+    nothing = torch.full((len(hidden),), -1)
+    return head_losses(hidden, weight, None, HeadTargets(nothing, outcomes, 0.0, 1.0))[0]
+
+
+def random_outcomes(rows: int, vocabulary: int, top_k: int) -> Outcomes:
+    """A teacher's top k and what they leave."""
+    top = torch.softmax(3 * torch.randn(rows, vocabulary), -1).topk(top_k, dim=-1)
+    valid = torch.ones(rows, top_k, dtype=torch.bool)
+    return Outcomes(torch.arange(rows), top.indices, valid, top.values, 1 - top.values.sum(1))
+
+
+def main(given: list[str] | None = None) -> None:
+    """The command."""
+    parser = arguments(__doc__)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--vocabulary", type=int, default=32_000)
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--top-k", type=int, default=256)
+    parser.add_argument("--precision", default="bfloat16", choices=["float32", "bfloat16"], help="of the products")
+    options = parser.parse_args(given)
+    begin(options)
+    outcomes = random_outcomes(options.tokens, options.vocabulary, options.top_k)
+    hidden = torch.randn(options.tokens, options.width, requires_grad=True)
+    weight = (torch.randn(options.vocabulary, options.width) / options.width**0.5).requires_grad_()
+
+    def step(kl: Callable[[Tensor, Tensor, Outcomes], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        hidden.grad = weight.grad = None
+        with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bfloat16"):
+            loss = kl(hidden, weight, outcomes)
+        loss.backward()
+        assert hidden.grad is not None
+        assert weight.grad is not None
+        return loss.detach(), hidden.grad, weight.grad
+
+    ways: dict[str, Callable[[], Any]] = {"sparse": lambda: step(sparse_kl), "dense": lambda: step(dense_kl)}
+    seconds = in_turn(ways, options.rounds)
+    peaks, results = {}, {}
+    for name, run in ways.items():
+        with PeakMemory() as peak:
+            results[name] = run()
+        peaks[name] = peak.bytes
+    differences = [
+        float((ours - theirs).norm() / theirs.norm())
+        for ours, theirs in zip(results["sparse"], results["dense"], strict=True)
+    ]
+    rows = [
+        ratio("speed of sparse KL / dense", seconds["dense"], seconds["sparse"], "≥ 1.7"),
+        value("peak memory, dense / sparse", peaks["dense"] / max(peaks["sparse"], 1), "≥ 4"),
+        value("relative difference of the loss", differences[0], "same"),
+        value("relative difference of the hidden states' gradient", differences[1], "same"),
+        value("relative difference of the output head's gradient", differences[2], "same"),
+    ]
+    finish("sparse KL", rows, options, seconds=seconds, peak_bytes=peaks)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""A training step: `black_box` against plain fine-tuning, `combined` against `black_box`, and a teacher in the loop.
+
+    python benchmarks/training.py small --set teacher.model=DIR --set student.model=DIR ...
+
+Plain fine-tuning is Transformers' own loss on full logits. The teacher in the loop is TRL's `GKDTrainer` with forward
+KL on the data's own answers; it needs one vocabulary, so there the student's model teaches a cut of itself of half the
+depth, and ours reads that teacher's store. All take the same batches, autocast, clipping and fused AdamW.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from inputs import mixed, open_study, study_arguments
+from ratios import begin, finish, in_turn, ratio
+from stillroom.attention_capture import ATTENTION
+from stillroom.batches import epoch_order, prepare
+from stillroom.collation import Batch, Collator, teacher_to_student_ids
+from stillroom.config import GROUPS, ModelRef, Objective, Study
+from stillroom.distillation_student import DistillationStudent
+from stillroom.models import DTYPES, heads, load_model, load_tokenizer, vocabulary_size
+from stillroom.offline_teacher_data import capture, made_from
+from stillroom.signal_store import SignalStore
+from stillroom.tasks import Example
+from stillroom.training_step import StepRunner
+
+
+class Bench:
+    """A student with its optimizer, and batches of a store by group."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, store: SignalStore, study: Study) -> None:
+        self.student = DistillationStudent(model, store.layout.width)
+        self.student.train()
+        self.tokenizer, self.store, self.study = tokenizer, store, study
+        rate = study.training.learning_rate
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=rate, fused=True)
+
+    def batches(self, group: str, examples: Sequence[Example], count: int) -> list[Batch]:
+        """The first batches of an epoch; the same examples for every group."""
+        objective = GROUPS[group].objective(Objective())
+        items = prepare(examples, self.tokenizer, self.store, objective)
+        teacher = load_tokenizer(ModelRef(model=str(self.store.path / "tokenizer")))
+        sizes = self.store.manifest["vocabulary"], vocabulary_size(self.student.model)
+        collate = Collator(
+            self.store,
+            objective,
+            teacher_to_student_ids(teacher, self.tokenizer, *sizes),
+            heads(self.student.model.config),
+        )
+        training = self.study.training
+        order = epoch_order([len(i.encoding) for i in items], training.batch_size, training.bucket_batches, 0, 0)
+        return [collate([items[i] for i in chosen]) for chosen in order[:count]]
+
+    def ours(self, group: str, batches: Sequence[Batch]) -> None:
+        """One optimizer step a batch, as a trial makes it."""
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        objective = GROUPS[group].objective(Objective())
+        runner = StepRunner(self.student, objective, self.study.training, torch.device("cpu"), scaler, 1.0)
+        self.student.model.set_attn_implementation(ATTENTION)
+        for batch in batches:
+            runner.update([batch], self.optimizer)
+
+    def step(self, losses: Sequence[Callable[[], torch.Tensor]]) -> None:
+        """The same step with another loss."""
+        for loss in losses:
+            self.optimizer.zero_grad(set_to_none=True)
+            loss().backward()
+            torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.study.training.max_gradient_norm)
+            self.optimizer.step()
+
+    def plain(self, batches: Sequence[Batch]) -> None:
+        """Fine-tuning with the model's own loss."""
+        model, precision = self.student.model, self.study.training.precision
+        model.set_attn_implementation("sdpa")
+
+        def loss(batch: Batch) -> torch.Tensor:
+            with torch.autocast("cpu", DTYPES[precision], enabled=precision != "float32"):
+                found: torch.Tensor = model(batch.ids, attention_mask=batch.mask, labels=labels_of(batch)).loss
+            return found
+
+        self.step([lambda batch=batch: loss(batch) for batch in batches])  # type: ignore[misc]
+
+
+def labels_of(batch: Batch) -> torch.Tensor:
+    """Transformers' labels: the token at each supervised place, −100 elsewhere; the model shifts them."""
+    labels = torch.full((batch.ids.numel() + 1,), -100)
+    supervised = batch.targets >= 0
+    labels[batch.head_rows[supervised] + 1] = batch.targets[supervised]
+    return labels[:-1].view_as(batch.ids)
+
+
+def store_of(ref: ModelRef, study: Study, examples: Sequence[Example], folder: Path) -> SignalStore:
+    """The model's signals of the examples."""
+    tokenizer = load_tokenizer(ref)
+    model = load_model(ref, study.teacher.dtype)
+    origin = made_from("benchmark", tokenizer, study.signals, examples)
+    return capture(model, tokenizer, examples, study.signals, folder, origin)
+
+
+def cut(model: PreTrainedModel, layers: int) -> PreTrainedModel:
+    """A copy with its first layers alone."""
+    model = copy.deepcopy(model)
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = layers
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:layers]
+    return model
+
+
+def teacher_in_the_loop(
+    teacher: PreTrainedModel, student: PreTrainedModel, tokenizer: Any, precision: str, folder: Path
+) -> Any:
+    """TRL's trainer, off-policy, forward KL at temperature 1."""
+    from datasets import Dataset
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    settings = GKDConfig(
+        output_dir=str(folder / "trl"),
+        lmbda=0.0,
+        beta=0.0,
+        temperature=1.0,
+        use_cpu=True,
+        bf16=precision == "bfloat16",
+        gradient_checkpointing=False,
+        report_to=[],
+    )
+    rows = Dataset.from_list([{"input_ids": [0], "labels": [0]}])
+    return GKDTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=settings,
+        train_dataset=rows,
+        processing_class=tokenizer,
+        data_collator=lambda features: features,
+    )
+
+
+def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of the table, and what they were measured on."""
+    workspace = open_study(options, folder)
+    study, examples = workspace.study, mixed(workspace.examples.train, options.examples)
+    store = store_of(workspace.teacher_ref, study, examples, folder / "store")
+    model, tokenizer = load_model(workspace.student_ref), workspace.tokenizers[1]
+    bench = Bench(model, tokenizer, store, study)
+    batches = {g: bench.batches(g, examples, options.batches) for g in ("black_box", "combined")}
+    seconds = in_turn(
+        {
+            "plain": lambda: bench.plain(batches["black_box"]),
+            "black_box": lambda: bench.ours("black_box", batches["black_box"]),
+            "combined": lambda: bench.ours("combined", batches["combined"]),
+        },
+        options.rounds,
+    )
+    rows = [
+        ratio("time of a black_box step / plain fine-tuning", seconds["black_box"], seconds["plain"], "≤ 1.0"),
+        ratio("time of a combined step / black_box", seconds["combined"], seconds["black_box"], "≤ 1.25"),
+    ]
+    tokens = sum(batch.tokens for batch in batches["black_box"])
+    facts: dict[str, Any] = {"tokens": tokens, "seconds": seconds}
+    if not options.without_trl:
+        own = loop_against_store(options, workspace, examples, folder)
+        rows.append(ratio("speed of black_box / teacher in the loop (TRL)", own["trl"], own["black_box"], "≥ 1.5"))
+        facts["trl_seconds"] = own
+    return rows, facts
+
+
+def loop_against_store(
+    options: argparse.Namespace, workspace: Any, examples: Sequence[Example], folder: Path
+) -> dict[str, list[float]]:
+    """Seconds of TRL's way and ours, one tokenizer."""
+    study, ref = workspace.study, workspace.student_ref
+    whole, tokenizer = load_model(ref), workspace.tokenizers[1]
+    student = cut(whole, whole.config.num_hidden_layers // 2)
+    store = store_of(ref, study, examples, folder / "own_store")
+    bench = Bench(student, tokenizer, store, study)
+    batches = bench.batches("black_box", examples, options.batches)
+    trainer = teacher_in_the_loop(
+        whole.to(DTYPES[study.teacher.dtype]), student, tokenizer, study.training.precision, folder
+    )
+    whole.set_attn_implementation("sdpa")
+    trainer.current_gradient_accumulation_steps = 1  # as its own loop sets it
+
+    def trl() -> None:
+        student.set_attn_implementation("sdpa")
+        for batch in batches:
+            bench.optimizer.zero_grad(set_to_none=True)
+            inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "labels": labels_of(batch)}
+            trainer.training_step(student, inputs)
+            torch.nn.utils.clip_grad_norm_(bench.student.parameters(), study.training.max_gradient_norm)
+            bench.optimizer.step()
+
+    return in_turn({"trl": trl, "black_box": lambda: bench.ours("black_box", batches)}, options.rounds)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    parser = study_arguments(__doc__, examples=48)
+    parser.add_argument("--batches", type=int, default=4, help="optimizer steps a round")
+    parser.add_argument(
+        "--without-trl", action="store_true", help="leave out the comparison that needs `pip install trl`"
+    )
+    options = parser.parse_args(arguments)
+    begin(options)
+    with tempfile.TemporaryDirectory() as folder:
+        rows, facts = measure(options, Path(folder))
+    finish("training", rows, options, **facts)
+
+
+if __name__ == "__main__":
+    main()
