@@ -87,6 +87,22 @@ def test_plan_of_the_paper_works_without_network_and_says_what_it_assumes():
     assert plan["assumptions"]
 
 
+def test_hours_of_the_paper_follow_from_operations_and_bytes():
+    """By hand, from the assumptions as they are printed: 125 TFLOP/s, 25 ms a decoding step, 1 GB/s of disk."""
+    from stillroom.planning import plan_study
+
+    plan = plan_study(load_study("paper"))
+    hours, corpus, training = plan["hours"], plan["corpus"], plan["training"]
+    teacher = 2 * 7.24e9 * corpus["teacher_tokens"] / 125e12 + plan["store_bytes"]["total"] / 1e9
+    assert hours["teacher"] == pytest.approx(teacher / 3600, rel=0.02)
+    computed = 28 * 6 * 1.1e9 * training["tokens_per_trial"] / 125e12
+    assert hours["training"] == pytest.approx(computed / 3600, rel=0.02)
+    answers = 1319 / 32 * 256 * 0.025  # GSM8K's test split, 32 at once, to the limit of 256 tokens
+    assert hours["official_evaluation"] == pytest.approx(28 * answers / 3600, rel=0.25)  # and reading all three splits
+    assert hours["official_evaluation"] > 28 * answers / 3600
+    assert any("1 GB/s" in line for line in plan["assumptions"])
+
+
 def test_a_gated_model_without_a_login_is_one_line_that_says_what_to_do():
     """Whatever the hub answers, the message names the remedy."""
     from huggingface_hub.errors import GatedRepoError
@@ -120,3 +136,29 @@ def test_the_reference_pages_have_every_command_and_describe_every_field():
     assert "| `max_length` | integer, ≥ 8 | `512` |" in configuration
     for section in ("corpus.tasks.<name>.choice", "teacher.adapt.training", "sweep"):
         assert f"## `{section}`" in configuration
+
+
+@pytest.mark.parametrize(
+    ("proxies", "known", "local"), [({}, True, False), ({}, False, True), ({"https": "p"}, False, False)]
+)
+def test_without_a_network_the_hub_is_not_asked_again_and_again(monkeypatch, proxies, known, local):
+    """Where its name is not known only the cache is looked at; behind a proxy the name need not be known here."""
+    from stillroom import models
+    from stillroom.config import ModelRef
+
+    class Kind:
+        @staticmethod
+        def from_pretrained(name, **options):
+            return options["local_files_only"]
+
+    def resolve(*_):
+        if not known:
+            raise OSError("Name or service not known")
+
+    monkeypatch.setattr(models, "getproxies", lambda: proxies)
+    monkeypatch.setattr(models.socket, "getaddrinfo", resolve)
+    models._without_network.cache_clear()
+    try:
+        assert models._from_hub(Kind, ModelRef(model="someone/model")) is local
+    finally:
+        models._without_network.cache_clear()

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from conftest import STUDENT_SHAPE, write_model
-from processes import stillroom
+from processes import start, stillroom
 from stillroom.config import ModelRef, UserError
 from stillroom.credentials import redact
 from stillroom.models import load_config, load_model, model_identity
@@ -169,3 +169,27 @@ def test_a_manifest_cannot_point_out_of_its_store(tmp_path, store):
     write_manifest(copy, manifest)
     with pytest.raises(UserError, match="names files that no capture writes"):
         SignalStore.open(copy)
+
+
+def ray_and_its_listeners():
+    """In a process of its own: start Ray as a sweep does, and print each address that it and its children listen on."""
+    import psutil
+
+    from stillroom.config import Sweep
+    from stillroom.experiment import describe_cluster
+
+    describe_cluster(Sweep(seeds=(0,)))
+    me = psutil.Process()
+    sockets = [c for p in (me, *me.children(recursive=True)) for c in p.net_connections("inet")]
+    print(json.dumps([c.laddr.ip for c in sockets if c.status == psutil.CONN_LISTEN]))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other processes' sockets as Linux shows them")
+def test_ray_on_one_machine_listens_on_loopback_alone(tmp_path):
+    """Nothing of a sweep can be reached from the network: Ray's servers, its dashboard's agent among them."""
+    running = start(tmp_path / "log", ray_and_its_listeners, environ={"RAY_ADDRESS": ""})
+    assert running.end() == 0, running.output
+    found = json.loads(running.output.splitlines()[-1])
+    assert len(found) >= 4
+    assert {address.removeprefix("::ffff:") for address in found} == {"127.0.0.1"}

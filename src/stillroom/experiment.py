@@ -138,15 +138,18 @@ def _ray(address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # our own progress stands in for Ray's tables
     for name, value in _WORKER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    import ray
-
     address = address or os.environ.get("RAY_ADDRESS") or "local"
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = str(int(address != "local"))  # 0: listen on 127.0.0.1 alone
+    import ray
+    from ray._private import ray_constants
+
     if address == "local" and ray.is_initialized():
         yield
         return
     _require_listener(address)
     ray.shutdown()
-    own: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if address == "local" else {}
+    own: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    ray_constants.ENABLE_RAY_CLUSTER = address != "local"  # where Ray was imported before
     environment = {"env_vars": _WORKER_ENVIRONMENT}
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **own)

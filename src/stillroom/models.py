@@ -5,11 +5,16 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import socket
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
+from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -98,10 +103,23 @@ def _from_hub(kind: Any, ref: ModelRef, **options: Any) -> Any:
             ref.model,
             revision=None if is_local(ref) else ref.revision,
             trust_remote_code=ref.trust_remote_code,
+            local_files_only=not is_local(ref) and _without_network(),
             **options,
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(_explain(ref, error)) from error
+
+
+@cache
+def _without_network() -> bool:
+    """Whether the hub's name is not even known here: its client would go on trying for half a minute, file by file."""
+    if getproxies():
+        return False
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return True
+    return False
 
 
 def _explain(ref: ModelRef, error: Exception) -> str:

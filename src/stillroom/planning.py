@@ -25,8 +25,13 @@ _TOKENS: dict[str, tuple[float, float, float]] = {
 }
 """Mean teacher tokens, student tokens and T(T+1)/2 of an example, under the tokenizers of Mistral and TinyLlama."""
 
-_PEAK_FLOPS, _UTILISATION = 312e12, 0.4
-_DECODE_TOKENS_PER_SECOND = 1500.0
+_FLOPS = 0.4 * 312e12
+"""Floating-point operations a second: 40 % of an A100's bfloat16 peak."""
+_BYTES_FROM_MEMORY = 0.6 * 2.0e12
+"""Bytes a second that a decoding step reads weights at: 60 % of the same card's."""
+_DECODING_STEP = 0.025
+"""Seconds that a decoding step takes to be launched, however small the model."""
+_BYTES_FROM_DISK = 1e9
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ def plan_study(study: Study) -> dict[str, Any]:
             "capture": capture_memory(teacher, study.teacher.dtype, study.signals, study.corpus.max_length),
             "trial": trial_memory(student, teacher.width, study.training, study.corpus.max_length),
         },
-        "hours": _hours(study, teacher, student, sum(tokens.values()), training, lengths, assumptions),
+        "hours": _hours(study, teacher, student, sum(store.values()), training, lengths, assumptions),
         "assumptions": assumptions,
     }
 
@@ -167,28 +172,42 @@ def _hours(
     study: Study,
     teacher: Shape,
     student: Shape,
-    tokens: int,
+    store_bytes: int,
     training: dict[str, int],
     lengths: dict[str, _Lengths],
     assumptions: list[str],
 ) -> dict[str, float]:
-    rate = _PEAK_FLOPS * _UTILISATION
-    assumptions.append(
-        f"hours: one GPU of {_PEAK_FLOPS / 1e12:.0f} TFLOP/s at {_UTILISATION:.0%}, 2 FLOPs a weight and token "
-        f"forward, 6 in training; generation {_DECODE_TOKENS_PER_SECOND:.0f} tokens/s; not measured"
+    """Hours of one GPU for the whole study: operations or bytes, whichever takes longer."""
+    batch, step = (
+        study.evaluation.generation_batch_size,
+        max(2 * student.parameters / _BYTES_FROM_MEMORY, _DECODING_STEP),
     )
-    validation = sum(max(1, round(study.corpus.validation_share * len(own.student))) for own in lengths.values())
-    limit, official = study.evaluation.max_new_tokens, study.official.items()
-    generated = validation * limit / max(len(lengths), 1)
-    read = sum(split.examples * float(lengths[name].student.mean()) for name, split in official)
-    written = limit * sum(s.examples for name, s in official if get_task(name, s).kind == "generation")
-    official_seconds = 2 * student.parameters * read / rate + written / _DECODE_TOKENS_PER_SECOND
-    return {
-        "teacher": 2 * teacher.parameters * tokens / rate / 3600,
-        "training": 6 * student.parameters * training["tokens_per_trial"] * training["trials"] / rate / 3600,
-        "evaluation": generated / _DECODE_TOKENS_PER_SECOND * study.training.epochs * training["trials"] / 3600,
-        "official_evaluation": official_seconds * training["trials"] / 3600,
+    assumptions += [
+        f"hours: of one GPU, all trials together, not measured; 2 FLOPs a weight and token forward, 6 in training, at "
+        f"{_FLOPS / 1e12:.0f} TFLOP/s",
+        f"generation: {batch} answers at once, each to its limit; a step takes {1000 * step:.0f} ms: 16-bit weights "
+        f"read at {_BYTES_FROM_MEMORY / 1e12:.1f} TB/s, {1000 * _DECODING_STEP:.0f} ms at least",
+        f"the store is written once, and read beside the training of each epoch, at {_BYTES_FROM_DISK / 1e9:.0f} GB/s",
+    ]
+
+    kinds = {name: get_task(name, data).kind for name, data in study.corpus.tasks.items()}
+
+    def evaluation(examples: dict[str, float]) -> float:
+        read = sum(count * float(lengths[name].student.mean()) for name, count in examples.items())
+        written = sum(count for name, count in examples.items() if kinds[name] == "generation")
+        return 2 * student.parameters * read / _FLOPS + written / batch * study.evaluation.max_new_tokens * step
+
+    held_out = {name: max(1.0, study.corpus.validation_share * len(own.student)) for name, own in lengths.items()}
+    official = {name: float(split.examples) for name, split in study.official.items()}
+    computed = 6 * student.parameters * training["tokens_per_trial"] / _FLOPS
+    tokens = sum(float(own.teacher.sum()) for own in lengths.values())
+    seconds = {
+        "teacher": 2 * teacher.parameters * tokens / _FLOPS + store_bytes / _BYTES_FROM_DISK,
+        "training": training["trials"] * max(computed, study.training.epochs * store_bytes / _BYTES_FROM_DISK),
+        "evaluation": training["trials"] * study.training.epochs * evaluation(held_out),
+        "official_evaluation": training["trials"] * evaluation(official),
     }
+    return {name: value / 3600 for name, value in seconds.items()}
 
 
 def print_plan(plan: dict[str, Any], as_json: bool = False) -> None:
