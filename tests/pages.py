@@ -50,9 +50,9 @@ def follow(page: Path, folder: Path, environment: dict[str, str]) -> None:
             (folder / block.title).parent.mkdir(parents=True, exist_ok=True)
             (folder / block.title).write_text(block.text, "utf-8")
         elif block.language == "python":
-            _run([sys.executable, "-c", block.text], folder, environment)
+            run([sys.executable, "-c", block.text], folder, environment)
         for command in block.commands if block.language == "console" else ():
-            _run(["bash", "-euc", command], folder, environment)
+            run(["bash", "-euc", command], folder, environment)
 
 
 def _apply(block: Block, folder: Path) -> None:
@@ -66,7 +66,8 @@ def _apply(block: Block, folder: Path) -> None:
     path.write_text(text, "utf-8")
 
 
-def _run(command: list[str], folder: Path, environment: dict[str, str]) -> None:
+def run(command: list[str], folder: Path, environment: dict[str, str]) -> None:
+    """Run a command in a folder; it must succeed."""
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
+import pages
 from stillroom.cli import app
 from stillroom.config import UserError
 from stillroom.studies import load_study
@@ -162,3 +166,46 @@ def test_without_a_network_the_hub_is_not_asked_again_and_again(monkeypatch, pro
         assert models._from_hub(Kind, ModelRef(model="someone/model")) is local
     finally:
         models._without_network.cache_clear()
+
+
+FOLLOWED = {"tutorial.md", "api.md", "store.md"}
+"""Pages that a test does as they say, block by block."""
+
+
+def test_every_shell_block_is_run_or_says_why_not():
+    """`<!-- not run: reason -->` stands before each block that no test runs; nothing is quietly stale."""
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        for block in pages.blocks(page):
+            if block.language in ("console", "bash", "sh") and page.name not in FOLLOWED | {"study.md"}:
+                assert block.reason, f"{page.name}: {block.text.splitlines()[0]}"
+
+
+def test_the_outlines_own_commands_work_as_written(store, tmp_path):
+    """study.md's block: the store is checked by the one-liner, from the folder the study ran in."""
+    (block,) = [b for b in pages.blocks(ROOT / "docs" / "study.md") if b.language == "console"]
+    verify, tests = block.commands
+    shutil.copytree(store.path, tmp_path / "offline_teacher_data")
+    environment = pages.shell(tmp_path, ROOT / "src")
+    pages.run(["bash", "-euc", verify], tmp_path, environment)
+    assert (ROOT / tests.split()[-1]).is_file()
+
+
+def test_messages_on_the_troubleshooting_page_are_the_programs():
+    """Each is a piece of a message in the source."""
+    source = "\n".join(path.read_text("utf-8") for path in (ROOT / "src").rglob("*.py"))
+    joined = re.sub(r'"\s*\n\s*f?"', "", source)
+    page = (ROOT / "docs" / "how-to" / "troubleshooting.md").read_text("utf-8")
+    messages = re.findall(r"^\| `([^`]+)` \|", page, re.M)
+    assert len(messages) > 15
+    assert [message for message in messages if message not in joined] == []
+
+
+def test_files_for_clusters_are_well_formed(tmp_path):
+    """Slurm's script is Bash, and Kubernetes' file mounts one volume in every pod and starts a study that exists."""
+    found = {block.title: block for block in pages.blocks(ROOT / "docs" / "how-to" / "clusters.md") if block.title}
+    subprocess.run(["bash", "-n"], input=found["stillroom.sbatch"].text, text=True, check=True)
+    job = yaml.safe_load(found["stillroom.yaml"].text)["spec"]
+    groups = [job["rayClusterSpec"]["headGroupSpec"], *job["rayClusterSpec"]["workerGroupSpecs"]]
+    mounts = [c["volumeMounts"] for g in groups for c in g["template"]["spec"]["containers"]]
+    assert mounts == [[{"name": "study", "mountPath": "/study"}]] * len(groups)
+    assert "stillroom run paper --set sweep.address=auto" in job["entrypoint"]
