@@ -64,13 +64,22 @@ def _prepare(example: Example, encoding: Encoding, store: SignalStore | None, ob
 
 
 def measure_coverage(prepared: Iterable[Prepared], store: SignalStore) -> dict[str, dict[str, float]]:
-    """Per task: counts from `alignment.coverage`, and the shares of tokens and predictions that are aligned."""
-    totals: dict[str, dict[str, float]] = {}
+    """`coverage_by_task` of prepared examples."""
+    return coverage_by_task(_counted(prepared, store))
+
+
+def _counted(prepared: Iterable[Prepared], store: SignalStore) -> Iterator[tuple[str, dict[str, int]]]:
     for item in prepared:
         assert item.alignment is not None
         teacher = store.read(item.example.example_id, ()).encoding
-        counts = coverage(teacher, item.encoding, item.alignment, len(item.example.prompt))
-        own = totals.setdefault(item.example.task, dict.fromkeys(counts, 0))
+        yield item.example.task, coverage(teacher, item.encoding, item.alignment, len(item.example.prompt))
+
+
+def coverage_by_task(counted: Iterable[tuple[str, dict[str, int]]]) -> dict[str, dict[str, float]]:
+    """Per task: sums of counts from `alignment.coverage`, and the shares of tokens and predictions that are aligned."""
+    totals: dict[str, dict[str, float]] = {}
+    for task, counts in counted:
+        own = totals.setdefault(task, dict.fromkeys(counts, 0))
         for key, value in counts.items():
             own[key] += value
     for own in totals.values():

@@ -20,6 +20,8 @@ from stillroom.provenance import hardware, package_versions
 
 SAMPLE = 50
 """Examples a task on which coverage is measured."""
+_KEPT_ON_CPU = 2.0
+"""What a trial's process holds of what the plan estimates: a CPU's allocator keeps part of what is given back."""
 
 Lines = Iterator["Finding"]
 
@@ -168,21 +170,22 @@ def _vocabularies(teacher: Any, student: Any) -> Finding:
 
 def _coverage(study: Study, teacher: Any, student: Any) -> Finding:
     from stillroom.alignment import align_encodings, coverage
+    from stillroom.batches import coverage_by_task
     from stillroom.corpus import build_corpus
-    from stillroom.encoding import encode
+    from stillroom.encoding import encode_many
 
     sampled = {n: d.model_copy(update={"examples": min(d.examples, SAMPLE)}) for n, d in study.corpus.tasks.items()}
     try:
         examples = build_corpus(study.corpus.model_copy(update={"tasks": sampled}), [teacher, student])
     except UserError as error:
         return Finding("coverage", False, str(error))
-    totals: dict[str, list[int]] = {}
-    for example in examples.all:
-        pair = encode(teacher, example.text), encode(student, example.text, add_eos=True)
-        counts = coverage(*pair, align_encodings(*pair), len(example.prompt))
-        own = totals.setdefault(example.task, [0, 0])
-        own[0], own[1] = own[0] + counts["aligned"], own[1] + counts["tokens"]
-    shares = {task: aligned / tokens for task, (aligned, tokens) in totals.items()}
+    texts = [example.text for example in examples.all]
+    pairs = zip(encode_many(teacher, texts), encode_many(student, texts, add_eos=True), strict=True)
+    counted = (
+        (example.task, coverage(*pair, align_encodings(*pair), len(example.prompt)))
+        for example, pair in zip(examples.all, pairs, strict=True)
+    )
+    shares = {task: own["token_coverage"] for task, own in coverage_by_task(counted).items()}
     low = min(shares.values()) < study.signals.minimum_coverage
     says = ", ".join(f"{task} {share:.0%}" for task, share in shares.items())
     says += f" of the student's tokens have an aligned teacher token ({SAMPLE} examples a task at most)"
@@ -212,6 +215,7 @@ def _memory(study: Study, plan: dict[str, Any]) -> Lines:
     """The accelerator, and whether the teacher and a trial fit it by the plan's estimate."""
     import torch
 
+    needs = dict(plan["memory_bytes"])
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     if gpus:
         names = ", ".join(sorted({gpu.name for gpu in gpus}))
@@ -227,12 +231,13 @@ def _memory(study: Study, plan: dict[str, Any]) -> Lines:
         at_once = study.sweep.max_concurrent or max(1, cores // study.sweep.cpus_per_trial)
         memory = hardware()["memory_bytes"] or 0
         room = {"capture": memory, "trial": memory / at_once}
+        needs["trial"] = int(_KEPT_ON_CPU * needs["trial"])
     where = "of GPU memory" if gpus else "of memory"
     remedies = {
         "capture": "set a smaller signals.batch_tokens or teacher.dtype=float16",
         "trial": "set training.micro_batch_size, or run fewer at once with sweep.max_concurrent",
     }
-    for stage, needed in plan["memory_bytes"].items():
+    for stage, needed in needs.items():
         says = f"about {_size(needed)} needed, {_size(room[stage])} {where}"
         fine = needed < room[stage]
         yield Finding(f"memory for a {stage}", fine, says if fine else f"{says}; {remedies[stage]}")
