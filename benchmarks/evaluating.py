@@ -75,6 +75,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, A
             "generated to the limit": lambda: to_the_limit(model, tokenizer, prompts, settings.max_new_tokens),
         },
         options.generation_rounds,
+        warm_up=False,  # minutes each
     )
     best = [[max(range(len(s)), key=s.__getitem__) for s in texts[name]] for name in ("ours", "alone")]
     same = sum(a == b for a, b in zip(texts["batched"], texts["single"], strict=True)) / len(prompts)
@@ -93,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command."""
     parser = study_arguments(__doc__, examples=48, rounds=3)
     parser.add_argument("--prompts", type=int, default=32, help="prompts whose answers are generated")
-    parser.add_argument("--generation-rounds", type=int, default=3, help="times generation is measured")
+    parser.add_argument("--generation-rounds", type=int, default=2, help="times generation is measured")
     options = parser.parse_args(arguments)
     begin(options)
     with tempfile.TemporaryDirectory() as folder:

@@ -23,9 +23,9 @@ from stillroom.provenance import hardware, package_versions, write_json
 Seconds = dict[str, list[float]]
 
 
-def in_turn(alternatives: dict[str, Callable[[], Any]], rounds: int) -> Seconds:
+def in_turn(alternatives: dict[str, Callable[[], Any]], rounds: int, warm_up: bool = True) -> Seconds:
     """Seconds of each alternative in each round, after one unmeasured; every second round runs them backwards."""
-    for run in alternatives.values():
+    for run in alternatives.values() if warm_up else ():
         run()
     seconds: Seconds = {name: [] for name in alternatives}
     for number in range(rounds):
