@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 import outline_way
 from inputs import mixed, model_of, no_gradients, open_study, study_arguments
-from ratios import PeakMemory, begin, finish, in_turn, ratio, value
+from ratios import PeakMemory, begin, finish, in_turn, memory_ratio, ratio, value
 from stillroom.attention_capture import ATTENTION
 from stillroom.cells import Layout, id_dtype
 from stillroom.config import Signals
@@ -70,6 +70,15 @@ def outline(model: PreTrainedModel, encodings: list[Encoding], signals: Signals,
     outline_way.write(path, outline_way.forward(model, encodings, signals.top_k))
 
 
+def difference(model: PreTrainedModel, encoding: Encoding, signals: Signals) -> float:
+    """Of the last hidden states that either way stores of an example, over their norm."""
+    model.set_attn_implementation("eager")
+    theirs = next(outline_way.forward(model, [encoding], signals.top_k))["hidden"][: len(encoding)].float()
+    model.set_attn_implementation(ATTENTION)
+    own = compute_signals(model, [encoding], signals.top_k, torch.float16)[0].hidden.float()
+    return float((own - theirs).norm() / theirs.norm())
+
+
 def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of the table, and what they were measured on."""
     no_gradients()
@@ -88,21 +97,26 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, A
         "ours": lambda: ours(model, few, signals, folder / "shards"),
         "outline": lambda: outline(model, short, signals, folder / "outline.parquet"),
     }
+    peaks = {}
+    for name, run in {"captured": ways["ours"], "bare": ways["bare"], **against}.items():
+        with PeakMemory() as peaks[name]:
+            run()
     seconds = in_turn(ways, options.rounds)
     slow = in_turn(against, options.outline_rounds)
-    peaks = {}
-    for name, run in {**against, "bare": ways["bare"], "captured": ways["ours"]}.items():
-        with PeakMemory() as peak:
-            run()
-        peaks[name] = peak.bytes
     rows = [
         ratio("speed of capture / bare forward pass", seconds["bare"], seconds["ours"], options.target),
         ratio("speed of capture / outline's way", slow["outline"], slow["ours"], "≥ 1.5"),
-        value("peak memory, outline's way / capture", peaks["outline"] / max(peaks["ours"], 1), "> 1"),
-        value("peak memory, capture / bare forward pass", peaks["captured"] / max(peaks["bare"], 1)),
+        memory_ratio("peak memory, outline's way / capture", peaks["outline"], peaks["ours"], "> 1"),
+        memory_ratio("peak memory, capture / bare forward pass", peaks["captured"], peaks["bare"]),
     ]
+    rows.append(value("relative difference of the two ways' hidden states", difference(model, short[0], signals), "0"))
     tokens = sum(len(encoding) for encoding in encodings)
-    facts = {"tokens": tokens, "seconds": seconds, "outline_seconds": slow, "peak_bytes": peaks}
+    facts = {
+        "tokens": tokens,
+        "seconds": seconds,
+        "outline_seconds": slow,
+        "peak_bytes": {n: p.bytes for n, p in peaks.items()},
+    }
     return rows, facts
 
 

@@ -3,7 +3,7 @@
     python benchmarks/evaluating.py small --set student.model=CHECKPOINT ...
 
 One by one: each choice in a full forward pass of its own, with logits at every position; each prompt continued alone,
-with a cache, either to where its answer ends, or, as a plain `generate` does, to the limit.
+with a cache, to where its answer ends, and, for comparison, to the limit whatever it says.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 
 from inputs import mixed, no_gradients, open_study, study_arguments
 from ratios import begin, finish, in_turn, ratio, value
+from stillroom.config import UserError
 from stillroom.encoding import encode, in_answer
 from stillroom.evaluation import answer_scores
 from stillroom.generation import generate
@@ -59,6 +60,8 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, A
     examples = mixed(workspace.examples.all, len(workspace.examples.all))
     choosing = [e for e in examples if e.choices is not None][: options.examples]
     prompts = [e.prompt for e in examples if e.choices is None][: options.prompts]
+    if not choosing or not prompts:
+        raise UserError("this benchmark needs a task of choices and one of generation")
     alone = settings.model_copy(update={"generation_batch_size": 1})
     texts: dict[str, Any] = {}
     seconds = in_turn(
@@ -84,7 +87,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, A
         ratio("speed of choices / each choice in its own pass", seconds["choices one by one"], seconds["choices"]),
         value("share of choices that are the same", sum(map(int.__eq__, *best)) / len(choosing), "1"),
         ratio("speed of generation / one by one, stopped", seconds["generated one by one"], batched, "≥ 10"),
-        ratio("speed of generation / one by one, to the limit", seconds["generated to the limit"], batched, "≥ 10"),
+        ratio("speed of generation / one by one, forced to the limit", seconds["generated to the limit"], batched),
         value("share of generated texts that are the same", same),
     ]
     return rows, {"seconds": seconds, "prompts": len(prompts), "choice_examples": len(choosing)}

@@ -7,6 +7,7 @@ ratios of one round are reported, with their median, smallest and largest over t
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import os
 import statistics
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 
 from stillroom.provenance import hardware, package_versions, write_json
@@ -54,6 +56,11 @@ def value(what: str, number: float, target: str = "") -> dict[str, Any]:
     return {"what": what, "median": number, "min": number, "max": number, "target": target}
 
 
+def memory_ratio(what: str, over: PeakMemory, under: PeakMemory, target: str = "") -> dict[str, Any]:
+    """A row of a table: one peak over another; not a number where there was nothing to see."""
+    return value(what, over.bytes / under.bytes if under.bytes > 0 else float("nan"), target)
+
+
 class PeakMemory(threading.Thread):
     """The most anonymous memory this process held inside a `with`, in bytes above what it held before.
 
@@ -63,6 +70,8 @@ class PeakMemory(threading.Thread):
 
     def __enter__(self) -> PeakMemory:
         gc.collect()
+        pa.default_memory_pool().release_unused()
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, so that it counts when taken again
         self.before = self.most = anonymous_memory()
         self.ended = threading.Event()
         self.start()

@@ -10,11 +10,13 @@ byte is touched.
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import os
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +56,16 @@ def write_store(folder: Path, options: argparse.Namespace) -> tuple[SignalStore,
     return SignalStore.open(store), examples, workspace
 
 
-def forget(folder: Path) -> None:
-    """Drop the store's pages from the system's cache."""
+def forget(folder: Path) -> bool:
+    """Drop the store's pages from the system's cache; whether they are gone, which a file system may not allow."""
     for path in folder.glob("*.parquet"):
         with path.open("rb") as handle:
             os.fsync(handle.fileno())
             os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            with suppress(BlockingIOError):  # raised where nothing can be had without the disk
+                os.preadv(handle.fileno(), [bytearray(4096)], 0, os.RWF_NOWAIT)
+                return False
+    return True
 
 
 def read_epoch(folder: Path, order: Sequence[str]) -> None:
@@ -123,7 +129,10 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, A
 
     few = list(range(0, len(examples), max(1, len(examples) // options.list_examples)))
     stored = {example.example_id: example for example in map(store.read, (examples[i].example_id for i in few))}
-    few_tokens = sum(len(example.encoding) for example in stored.values())
+    payload, few_payload = (
+        sum(sum(store.layout.payload_bytes(length).values()) for length in some)
+        for some in ((s.encoding.ids.size for s in store), (len(s.encoding) for s in stored.values()))
+    )
     lists = folder / "lists.parquet"
     outline_way.write(lists, (_lists(example) for example in stored.values()))
 
@@ -139,19 +148,24 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, A
         },
         options.rounds,
     )
+    stored.clear()
+    store._files.clear()
+    gc.collect()
+    if _mapped(store.path):  # mapped pages stay in the cache, and would be shared with the readers below
+        raise RuntimeError("the store is still mapped")
     cold: Seconds = {"read": []}
     for _ in range(options.rounds):
-        forget(store.path)
+        gone = forget(store.path)
         started = time.perf_counter()
         read_epoch(store.path, order)
-        cold["read"].append(time.perf_counter() - started)
-    each = [duration * tokens / few_tokens for duration in seconds["lists"]]
+        cold["read"].append(time.perf_counter() - started if gone else float("nan"))
+    each = [duration * payload / few_payload for duration in seconds["lists"]]
     one, four = (shared_pages(store.path, order, readers) for readers in (1, 4))
     every = [float(tokens)] * options.rounds
     rows = [
         ratio("tokens/s read, data in the page cache", every, seconds["read"], "≥ 120,000"),
         ratio("tokens/s read, data beyond the page cache", every, cold["read"], "≥ 120,000"),
-        ratio("tokens/s aligned and collated, all signals", every, seconds["collated"], "≥ 60,000"),
+        ratio("tokens/s read and collated over the alignment, all signals", every, seconds["collated"], "≥ 60,000"),
         ratio("speed of reading / nested lists at true lengths", each, seconds["read"], "≥ 100"),
         value("memory of the store's pages, four readers / one", four / one, "≤ 1.1"),
     ]

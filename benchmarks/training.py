@@ -4,7 +4,8 @@
 
 Plain fine-tuning is Transformers' own loss on full logits. The teacher in the loop is TRL's `GKDTrainer` with forward
 KL on the data's own answers; it needs one vocabulary, so there the student's model teaches a cut of itself of half the
-depth, and ours reads that teacher's store. All take the same batches, autocast, clipping and fused AdamW.
+depth, and ours reads that teacher's store. All take the same examples in the same batches, made within the step,
+autocast, clipping and fused AdamW.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import torch
 from transformers import PreTrainedModel
 
 from inputs import mixed, open_study, study_arguments
-from ratios import begin, finish, in_turn, ratio
+from ratios import begin, finish, in_turn, ratio, value
 from stillroom.attention_capture import ATTENTION
 from stillroom.batches import epoch_order, prepare
 from stillroom.collation import Batch, Collator, teacher_to_student_ids
@@ -43,30 +45,27 @@ class Bench:
         rate = study.training.learning_rate
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=rate, fused=True)
 
-    def batches(self, group: str, examples: Sequence[Example], count: int) -> list[Batch]:
-        """The first batches of an epoch; the same examples for every group."""
+    def batches(self, group: str, examples: Sequence[Example], count: int) -> list[Callable[[], Batch]]:
+        """How to make the first batches of an epoch; the same examples for every group. `task_only` reads no store."""
         objective = GROUPS[group].objective(Objective())
-        items = prepare(examples, self.tokenizer, self.store, objective)
+        store = None if group == "task_only" else self.store
+        items = prepare(examples, self.tokenizer, store, objective)
         teacher = load_tokenizer(ModelRef(model=str(self.store.path / "tokenizer")))
         sizes = self.store.manifest["vocabulary"], vocabulary_size(self.student.model)
-        collate = Collator(
-            self.store,
-            objective,
-            teacher_to_student_ids(teacher, self.tokenizer, *sizes),
-            heads(self.student.model.config),
-        )
+        mapped = teacher_to_student_ids(teacher, self.tokenizer, *sizes)
+        collate = Collator(store, objective, mapped, heads(self.student.model.config))
         training = self.study.training
         order = epoch_order([len(i.encoding) for i in items], training.batch_size, training.bucket_batches, 0, 0)
-        return [collate([items[i] for i in chosen]) for chosen in order[:count]]
+        return [lambda own=[items[i] for i in chosen]: collate(own) for chosen in order[:count]]  # type: ignore[misc]
 
-    def ours(self, group: str, batches: Sequence[Batch]) -> None:
-        """One optimizer step a batch, as a trial makes it."""
+    def ours(self, group: str, batches: Sequence[Callable[[], Batch]]) -> None:
+        """One optimizer step a batch, read and collated first, as a trial makes it."""
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         objective = GROUPS[group].objective(Objective())
         runner = StepRunner(self.student, objective, self.study.training, torch.device("cpu"), scaler, 1.0)
         self.student.model.set_attn_implementation(ATTENTION)
-        for batch in batches:
-            runner.update([batch], self.optimizer)
+        for make in batches:
+            runner.update([make()], self.optimizer)
 
     def step(self, losses: Sequence[Callable[[], torch.Tensor]]) -> None:
         """The same step with another loss."""
@@ -76,17 +75,27 @@ class Bench:
             torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.study.training.max_gradient_norm)
             self.optimizer.step()
 
-    def plain(self, batches: Sequence[Batch]) -> None:
+    def plain(self, batches: Sequence[Callable[[], Batch]]) -> None:
         """Fine-tuning with the model's own loss."""
+        self.student.model.set_attn_implementation("sdpa")
+        self.step([lambda make=make: self.own_loss(make()) for make in batches])  # type: ignore[misc]
+
+    def own_loss(self, batch: Batch) -> torch.Tensor:
+        """Transformers' loss, from full logits."""
         model, precision = self.student.model, self.study.training.precision
-        model.set_attn_implementation("sdpa")
+        with torch.autocast("cpu", DTYPES[precision], enabled=precision != "float32"):
+            output = model(batch.ids, attention_mask=batch.mask, labels=labels_of(batch), use_cache=False)
+        found: torch.Tensor = output.loss
+        return found
 
-        def loss(batch: Batch) -> torch.Tensor:
-            with torch.autocast("cpu", DTYPES[precision], enabled=precision != "float32"):
-                found: torch.Tensor = model(batch.ids, attention_mask=batch.mask, labels=labels_of(batch)).loss
-            return found
-
-        self.step([lambda batch=batch: loss(batch) for batch in batches])  # type: ignore[misc]
+    @torch.no_grad()
+    def difference(self, batch: Batch) -> float:
+        """Relative difference of Transformers' loss and our task loss on a batch."""
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        objective = GROUPS["task_only"].objective(Objective())
+        runner = StepRunner(self.student, objective, self.study.training, torch.device("cpu"), scaler, 1.0)
+        own = float(runner.losses(batch, objective.weights, batch.counts)[0])
+        return abs(own - float(self.own_loss(batch))) / own
 
 
 def labels_of(batch: Batch) -> torch.Tensor:
@@ -150,10 +159,10 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, A
     store = store_of(workspace.teacher_ref, study, examples, folder / "store")
     model, tokenizer = load_model(workspace.student_ref), workspace.tokenizers[1]
     bench = Bench(model, tokenizer, store, study)
-    batches = {g: bench.batches(g, examples, options.batches) for g in ("black_box", "combined")}
+    batches = {g: bench.batches(g, examples, options.batches) for g in ("task_only", "black_box", "combined")}
     seconds = in_turn(
         {
-            "plain": lambda: bench.plain(batches["black_box"]),
+            "plain": lambda: bench.plain(batches["task_only"]),
             "black_box": lambda: bench.ours("black_box", batches["black_box"]),
             "combined": lambda: bench.ours("combined", batches["combined"]),
         },
@@ -163,10 +172,14 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, A
         ratio("time of a black_box step / plain fine-tuning", seconds["black_box"], seconds["plain"], "≤ 1.0"),
         ratio("time of a combined step / black_box", seconds["combined"], seconds["black_box"], "≤ 1.25"),
     ]
-    tokens = sum(batch.tokens for batch in batches["black_box"])
+    rows.append(
+        value("relative difference of Transformers' loss and ours", bench.difference(batches["task_only"][0]()), "0")
+    )
+    tokens = sum(make().tokens for make in batches["black_box"])
     facts: dict[str, Any] = {"tokens": tokens, "seconds": seconds}
     if not options.without_trl:
         own = loop_against_store(options, workspace, examples, folder)
+        facts["own_capture_seconds"] = own.pop("capture")[0]
         rows.append(ratio("speed of black_box / teacher in the loop (TRL)", own["trl"], own["black_box"], "≥ 1.5"))
         facts["trl_seconds"] = own
     return rows, facts
@@ -179,25 +192,30 @@ def loop_against_store(
     study, ref = workspace.study, workspace.student_ref
     whole, tokenizer = load_model(ref), workspace.tokenizers[1]
     student = cut(whole, whole.config.num_hidden_layers // 2)
+    started = time.perf_counter()
     store = store_of(ref, study, examples, folder / "own_store")
+    captured = time.perf_counter() - started
     bench = Bench(student, tokenizer, store, study)
-    batches = bench.batches("black_box", examples, options.batches)
+    batches = {group: bench.batches(group, examples, options.batches) for group in ("task_only", "black_box")}
     trainer = teacher_in_the_loop(
         whole.to(DTYPES[study.teacher.dtype]), student, tokenizer, study.training.precision, folder
     )
     whole.set_attn_implementation("sdpa")
+    prepared = trainer.accelerator.prepare_model(student)  # as its own loop does: autocast is in it
     trainer.current_gradient_accumulation_steps = 1  # as its own loop sets it
 
     def trl() -> None:
         student.set_attn_implementation("sdpa")
-        for batch in batches:
+        for make in batches["task_only"]:
+            batch = make()
             bench.optimizer.zero_grad(set_to_none=True)
             inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "labels": labels_of(batch)}
-            trainer.training_step(student, inputs)
+            trainer.training_step(prepared, inputs)
             torch.nn.utils.clip_grad_norm_(bench.student.parameters(), study.training.max_gradient_norm)
             bench.optimizer.step()
 
-    return in_turn({"trl": trl, "black_box": lambda: bench.ours("black_box", batches)}, options.rounds)
+    seconds = in_turn({"trl": trl, "black_box": lambda: bench.ours("black_box", batches["black_box"])}, options.rounds)
+    return {**seconds, "capture": [captured]}
 
 
 def main(arguments: list[str] | None = None) -> None:

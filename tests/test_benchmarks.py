@@ -1,4 +1,7 @@
-"""The benchmark programs run, at a size that says nothing about speed; what they compare must agree there too."""
+"""The benchmark programs run, at a size that says nothing about speed; what they compare must agree there too.
+
+Not here: `sweeping`, which trains for minutes, and the part of `training` that needs TRL.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,12 @@ PROGRAMS = {
 }
 SAME = {
     "evaluating": {"share of choices that are the same": 1.0, "share of generated texts that are the same": 1.0},
-    "sparse_kl": {"relative difference of the hidden states' gradient": 0.0},
+    "sparse_kl": {
+        "relative difference of the loss": 0.0,
+        "relative difference of the hidden states' gradient": 0.0,
+        "relative difference of the output head's gradient": 0.0,
+    },
+    "training": {"relative difference of Transformers' loss and ours": 0.0},
 }
 
 
@@ -42,7 +50,9 @@ def test_a_benchmark_runs_and_writes_its_figures(name, tmp_path):
     assert running.end() == 0, running.output
     found = read_json(output, "rows", "hardware", "versions")
     figures = {row["what"]: row["median"] for row in found["rows"]}
-    assert all(row["min"] <= row["median"] <= row["max"] for row in found["rows"])
+    assert not any(row["min"] > row["median"] or row["median"] > row["max"] for row in found["rows"])
+    measured = [row["min"] for row in found["rows"] if "difference" not in row["what"] and "memory" not in row["what"]]
+    assert min(figure for figure in measured if figure == figure) > 0  # nan: cache that a file system keeps
     assert all(what in running.output for what in figures)
     for what, expected in SAME.get(name, {}).items():
         assert figures[what] == pytest.approx(expected, abs=1e-5)

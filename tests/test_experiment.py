@@ -39,3 +39,10 @@ def test_a_machine_without_memory_is_a_message_not_a_traceback():
         raise RuntimeError("Caught unexpected exception: 1 worker(s) were killed due to the node running low on memory")
     with pytest.raises(RuntimeError, match="something else"), told_of_memory(2):
         raise RuntimeError("something else")
+
+
+def test_a_head_that_gives_no_core_takes_none_from_the_others():
+    """Kubernetes' head has a GPU for the teacher and no core: no trial fits it, and each worker's has its cores."""
+    nodes = [{"GPU": 1}, *[{"CPU": 8, "GPU": 1}] * 3]
+    assert trial_resources(Sweep(**SEEDS), [{"CPU": 0, "GPU": 1}, *nodes[1:]]) == ({"CPU": 4, "GPU": 1}, 3)
+    assert trial_resources(Sweep(**SEEDS), nodes) == ({"CPU": 4, "GPU": 1}, 3)

@@ -8,6 +8,7 @@ import re
 import shutil
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -174,14 +175,19 @@ def test_a_manifest_cannot_point_out_of_its_store(tmp_path, store):
 def ray_and_its_listeners():
     """In a process of its own: start Ray as a sweep does, and print each address that it and its children listen on."""
     import psutil
+    import ray  # before a sweep does, whose setting must reach it all the same
 
     from stillroom.config import Sweep
     from stillroom.experiment import describe_cluster
 
     describe_cluster(Sweep(seeds=(0,)))
-    me = psutil.Process()
-    sockets = [c for p in (me, *me.children(recursive=True)) for c in p.net_connections("inet")]
-    print(json.dumps([c.laddr.ip for c in sockets if c.status == psutil.CONN_LISTEN]))
+    ray.get(ray.remote(lambda: 1).remote())  # with a worker, all of Ray is there
+    me, found = psutil.Process(), []
+    assert any("agent" in p.name().lower() for p in me.children(recursive=True))
+    for process in (me, *me.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            found += [c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    print(json.dumps(found))
 
 
 @pytest.mark.slow

@@ -164,7 +164,7 @@ def _fitting(
     gpus: float, cpus: float, nodes: Sequence[dict[str, float]], asked_by: str
 ) -> tuple[dict[str, float], int]:
     """What a job gets where there are GPUs, or else cores, and how many such jobs fit; fewer cores stop none."""
-    with_gpus = [node for node in nodes if node.get("GPU", 0) > 0] if gpus else []
+    with_gpus = [node for node in nodes if node.get("GPU", 0) > 0 and node.get("CPU", 0) >= 1] if gpus else []
     usable = [node for node in with_gpus or nodes if node.get("GPU", 0) >= gpus or not with_gpus]
     if not usable:
         found = max(node["GPU"] for node in with_gpus)

@@ -113,7 +113,7 @@ def _from_hub(kind: Any, ref: ModelRef, **options: Any) -> Any:
 @cache
 def _without_network() -> bool:
     """Whether the hub's name is not even known here: its client would go on trying for half a minute, file by file."""
-    if getproxies():
+    if constants.HF_HUB_OFFLINE or getproxies().keys() & {"http", "https", "all"}:
         return False
     try:
         socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)

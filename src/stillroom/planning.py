@@ -15,6 +15,7 @@ import numpy as np
 from stillroom.cells import Layout, id_dtype
 from stillroom.config import Study, UserError
 from stillroom.encoding import encode_many
+from stillroom.models import DTYPES
 from stillroom.shapes import Shape, capture_memory, shape_of, trial_memory
 from stillroom.tasks import get_task
 
@@ -180,13 +181,14 @@ def _hours(
     """Hours of one GPU for the whole study: operations or bytes, whichever takes longer."""
     batch, step = (
         study.evaluation.generation_batch_size,
-        max(2 * student.parameters / _BYTES_FROM_MEMORY, _DECODING_STEP),
+        max(DTYPES[study.training.precision].itemsize * student.parameters / _BYTES_FROM_MEMORY, _DECODING_STEP),
     )
     assumptions += [
         f"hours: of one GPU, all trials together, not measured; 2 FLOPs a weight and token forward, 6 in training, at "
         f"{_FLOPS / 1e12:.0f} TFLOP/s",
-        f"generation: {batch} answers at once, each to its limit; a step takes {1000 * step:.0f} ms: 16-bit weights "
+        f"generation: {batch} answers at once, each to its limit; a step takes {1000 * step:.0f} ms: weights "
         f"read at {_BYTES_FROM_MEMORY / 1e12:.1f} TB/s, {1000 * _DECODING_STEP:.0f} ms at least",
+        "left out: adapting the teacher, evaluating both models untrained, the validation loss, gradient measurements",
         f"the store is written once, and read beside the training of each epoch, at {_BYTES_FROM_DISK / 1e9:.0f} GB/s",
     ]
 

@@ -175,7 +175,7 @@ class Workspace(Sources):
 
     def _baseline(self, name: str, identity: str, ref: Callable[[], ModelRef], dtype: Precision) -> dict[str, Any]:
         what = f"evaluating the {'teacher' if name == 'teacher' else 'untouched student'}, examples"
-        load = cache(lambda: load_model(ref(), dtype, default_device()))
+        load = cache(lambda: load_model(ref(), dtype, "auto" if name == "teacher" else default_device()))
         parts = (("", "validation_", self.examples.validation), ("_official", "official_", self.examples.official))
         measured = [
             measure_baseline(

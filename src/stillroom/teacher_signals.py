@@ -62,7 +62,7 @@ def compute_signals(
         hidden = last_hidden_state(model, ids, mask)
         attention = capture.map
     assert attention is not None
-    rows = hidden[mask.bool()]
+    rows = hidden[mask.bool().to(hidden.device)]
     topk = [_top_k(model, part, top_k) for part in rows.split(_HEAD_ROWS)]
     logprobs = torch.cat([values for values, _ in topk]).to(dtype).cpu()
     topk_ids = torch.cat([indices for _, indices in topk]).to(torch.int32).cpu()
