@@ -47,7 +47,7 @@ wheel: install
 cover: install
 	$(BIN)/python -m pytest --cov --cov-report=term
 
-check: lint docs wheel test
+check: test lint docs wheel
 
 clean:
 	rm -rf results offline_teacher_data* build dist site
