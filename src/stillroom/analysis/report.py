@@ -192,8 +192,8 @@ def _environment() -> Environment:
     )
     environment.filters["percent"] = lambda value: "–" if pd.isna(value) else f"{100 * value:.1f} %"
     environment.filters["points"] = lambda value: "" if pd.isna(value) else f"± {100 * value:.1f}"
-    environment.filters["signed"] = lambda value: "–" if pd.isna(value) else f"{100 * value:+.1f}"
-    environment.filters["number"] = lambda value: "–" if pd.isna(value) else f"{value:.3g}"
+    environment.filters["signed"] = lambda value: "–" if pd.isna(value) else f"{100 * value:+z.1f}"
+    environment.filters["number"] = lambda value: "–" if pd.isna(value) else f"{round(value, 12):z.3g}"
     environment.filters["duration"] = lambda seconds: (
         f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
     )

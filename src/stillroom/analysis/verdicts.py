@@ -162,7 +162,7 @@ def _sentence(
 ) -> str:
     name = f"{row.first} against {row.second} on {row.measure}"
     level = f"{100 * (1 - analysis.alpha):g} %"
-    points = f"{100 * row.difference:+.1f} points, {level} interval {100 * row.low:+.1f} to {100 * row.high:+.1f}"
+    points = f"{100 * row.difference:+z.1f} points, {level} interval {100 * row.low:+z.1f} to {100 * row.high:+z.1f}"
     if verdict == "undecided":
         sentence = f"{name}: undecided{_why(row, analysis, missing)}"
     elif verdict == "equivalent":
@@ -195,7 +195,7 @@ def _why(row: Comparison, analysis: Analysis, missing: list[tuple[str, int]]) ->
             f": trials are missing ({listed}{', …' if len(missing) > 5 else ''}) and the study declares no verdict then"
         )
     least = math.ceil(math.log2(2 / analysis.alpha))
-    seen = f"{100 * row.difference:+.1f} points seen; " if row.seeds else ""
+    seen = f"{100 * row.difference:+z.1f} points seen; " if row.seeds else ""
     return (
         f" with {row.seeds} seed{'s' if row.seeds != 1 else ''}: {seen}the exact test cannot reach "
         f"{analysis.alpha:g} with fewer than {least}"
