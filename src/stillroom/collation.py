@@ -165,22 +165,20 @@ class Collator:
         self, items: Sequence[Prepared], stored: Sequence[StoredExample], longest: int, counts: dict[str, int]
     ) -> dict[str, Any]:
         alignments = [item.alignment for item in items if item.alignment is not None]
-        maps = [
-            segment_map(s.attention, a.teacher, self.pair_heads)
-            for s, a in zip(stored, alignments, strict=True)
-            if s.attention is not None
-        ]
-        size = max(m.shape[-1] for m in maps)
-        teacher = np.zeros((len(items), maps[0].shape[0], size, size), dtype=np.float32)
+        assert self.store is not None
+        sizes = np.array([len(a.student.rows) for a in alignments])
+        size = int(sizes.max())
+        heads = self.store.layout.heads if self.pair_heads else 1
+        teacher = np.zeros((len(items), heads, size, size), dtype=np.float32)
         rows = np.zeros((len(items), size), dtype=np.int64)
         segment_of = np.full((len(items), longest), -1, dtype=np.int64)
-        for n, (own, alignment) in enumerate(zip(maps, alignments, strict=True)):
-            segments = own.shape[-1]
-            teacher[n, :, :segments, :segments] = own
+        for n, (example, alignment) in enumerate(zip(stored, alignments, strict=True)):
+            segments = sizes[n]
+            if example.attention is not None:
+                segment_map(example.attention, alignment.teacher, self.pair_heads, teacher[n, :, :segments, :segments])
             rows[n, :segments] = alignment.student.rows
             lengths = alignment.student.rows - alignment.student.starts + 1
             segment_of[n, : lengths.sum()] = np.repeat(np.arange(segments), lengths)
-        sizes = np.array([m.shape[-1] for m in maps])
         cells = sizes if self.objective.attention_scale == "row_sum" else sizes * (sizes + 1) // 2
         counts["attention"] = int(cells.sum()) * teacher.shape[1]
         return {
@@ -238,23 +236,34 @@ def _merge_repeated(ids: ndarray, valid: ndarray, probs: ndarray) -> tuple[ndarr
     return ids, valid, probs
 
 
-def segment_map(triangle: ndarray, segments: Segments, pair_heads: bool) -> ndarray:
+def segment_map(triangle: ndarray, segments: Segments, pair_heads: bool, out: ndarray | None = None) -> ndarray:
     """A packed map (H, T(T+1)/2) over segments: (H or 1, G, G) float32, zero above the diagonal.
 
     Row g is the query at rows[g]; column s the sum over tokens starts[s] … rows[s]. One head, their mean, unless
-    heads pair.
+    heads pair. `out`: zeros of that shape, to be written into.
     """
     rows, starts = segments.rows.astype(np.int64), segments.starts.astype(np.int64)
-    count = len(rows)
-    offsets = rows * (rows + 1) // 2
-    lower, column = np.tril_indices(count)
-    # every sum's start, and after each row one more that swallows what lies before the next wanted row
-    cuts = np.concatenate([np.append(offsets[g] + starts[: g + 1], offsets[g] + rows[g] + 1) for g in range(count)])
-    keep = np.ones(len(cuts), dtype=bool)
-    keep[np.cumsum(np.arange(count) + 2) - 1] = False
-    values = triangle.astype(np.float32) if pair_heads else triangle.mean(0, keepdims=True, dtype=np.float32)
-    padded = np.concatenate([values, np.zeros((len(values), 1), np.float32)], 1)
-    sums = np.add.reduceat(padded, cuts, axis=1)[:, keep]
-    square = np.zeros((len(values), count, count), np.float32)
-    square[:, lower, column] = sums
+    count, offsets = len(rows), rows * (rows + 1) // 2
+    values = _float32(triangle)
+    values = values if pair_heads else values.mean(0, keepdims=True)
+    row, column = np.tril_indices(count)
+    first, end = offsets[row] + starts[column], offsets[row] + rows[column] + 1
+    sums = values.take(first, axis=1)
+    if (several := end - first > 1).any():  # most segments are one token
+        bounds = np.stack([first[several], end[several]], 1).ravel()  # of each second sum, the rest lies between
+        bounds = bounds[:-1] if bounds[-1] == values.shape[1] else bounds
+        sums[:, several] = np.add.reduceat(values, bounds, axis=1)[:, ::2]
+    square = np.zeros((len(values), count, count), np.float32) if out is None else out
+    for g in range(count):
+        square[:, g, : g + 1] = sums[:, g * (g + 1) // 2 : (g + 1) * (g + 2) // 2]
     return square
+
+
+def _float32(values: ndarray) -> ndarray:
+    """The same values; torch casts float16 ten times faster than NumPy."""
+    if values.dtype != np.float16:
+        return values.astype(np.float32, copy=False)
+    half = torch.empty(values.shape, dtype=torch.float16)
+    half.numpy()[...] = values  # a cell is read-only, which torch does not know
+    cast: ndarray = half.float().numpy()
+    return cast
