@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-HEAD_CHUNK = 256
+HEAD_CHUNK = 512
 """Rows whose logits exist at a time."""
 
 _TINY = torch.finfo(torch.float32).tiny
