@@ -26,6 +26,7 @@ from ratios import Seconds, begin, finish, in_turn, ratio, value
 from stillroom.batches import epoch_order, prepare
 from stillroom.collation import Collator, teacher_to_student_ids
 from stillroom.config import GROUPS, Objective, fingerprint
+from stillroom.encoding import encode_many
 from stillroom.models import heads, load_config, tokenizer_hash
 from stillroom.signal_store import SCHEMA_VERSION, SignalStore, shard_entry, shard_name, write_manifest, write_shard
 from stillroom.tasks import Example
@@ -108,6 +109,15 @@ def _mapped(folder: Path) -> int:
     return total
 
 
+def useful_tokens(workspace: Any) -> float:
+    """Share of an epoch's tokens that are no padding, as the student reads the study's whole training part."""
+    texts = [example.text for example in workspace.examples.train]
+    lengths = [len(encoding) for encoding in encode_many(workspace.tokenizers[1], texts, add_eos=True)]
+    training = workspace.study.training
+    batches = epoch_order(lengths, training.batch_size, training.bucket_batches, 0, 0)
+    return sum(lengths) / sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+
+
 def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of the table, and what they were measured on."""
     store, examples, workspace = write_store(folder, options)
@@ -168,6 +178,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, A
         ratio("tokens/s read and collated over the alignment, all signals", every, seconds["collated"], "≥ 60,000"),
         ratio("speed of reading / nested lists at true lengths", each, seconds["read"], "≥ 100"),
         value("memory of the store's pages, four readers / one", four / one, "≤ 1.1"),
+        value("useful tokens among those computed, a whole epoch of the study", useful_tokens(workspace), "≥ 0.95"),
     ]
     return rows, {"tokens": tokens, "seconds": seconds, "cold_seconds": cold, "pages_bytes": [one, four]}
 
