@@ -174,8 +174,8 @@ class Collator:
         segment_of = np.full((len(items), longest), -1, dtype=np.int64)
         for n, (example, alignment) in enumerate(zip(stored, alignments, strict=True)):
             segments = sizes[n]
-            if example.attention is not None:
-                segment_map(example.attention, alignment.teacher, self.pair_heads, teacher[n, :, :segments, :segments])
+            assert example.attention is not None
+            segment_map(example.attention, alignment.teacher, self.pair_heads, teacher[n, :, :segments, :segments])
             rows[n, :segments] = alignment.student.rows
             lengths = alignment.student.rows - alignment.student.starts + 1
             segment_of[n, : lengths.sum()] = np.repeat(np.arange(segments), lengths)
