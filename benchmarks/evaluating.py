@@ -56,7 +56,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, A
     no_gradients()
     workspace = open_study(options, folder)
     settings, tokenizer = workspace.study.evaluation, workspace.tokenizers[1]
-    model = load_model(workspace.student_ref, workspace.study.training.precision)
+    model = load_model(workspace.student_ref, settings.dtype)
     examples = mixed(workspace.examples.all, len(workspace.examples.all))
     choosing = [e for e in examples if e.choices is not None][: options.examples]
     prompts = [e.prompt for e in examples if e.choices is None][: options.prompts]

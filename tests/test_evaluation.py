@@ -135,15 +135,16 @@ def test_a_teacher_with_nothing_to_give_is_called_out():
     assert worse_or_equal(teacher, student) == ["a"]
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_what_is_scored_is_what_is_saved(student_ref, examples, tokenizer, tmp_path, precision):
-    """A trained student scores as its checkpoint does once loaded: its rotary frequencies are not rounded."""
+@pytest.mark.parametrize("saved", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_scored_is_what_is_saved(student_ref, examples, tokenizer, tmp_path, saved, dtype):
+    """A trained student scores as its checkpoint does once loaded: weights rounded alike, rotary frequencies not."""
     trained = load_model(student_ref, "float32")
-    scored = scoring_copy(trained, precision)
-    trained.to(DTYPES[precision]).save_pretrained(tmp_path)
+    scored = scoring_copy(trained, saved, dtype)
+    trained.to(DTYPES[saved]).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    loaded = load_model(ModelRef(model=str(tmp_path)), precision)
+    loaded = load_model(ModelRef(model=str(tmp_path)), dtype)
     ids = torch.tensor([tokenizer(example.text).input_ids[:20] for example in examples.validation[:2]])
     with torch.no_grad():
         assert torch.equal(scored(ids).logits, loaded(ids).logits)
-    assert all(p.dtype == DTYPES[precision] for p in scored.parameters())
+    assert all(p.dtype == DTYPES[dtype] for p in scored.parameters())

@@ -247,13 +247,15 @@ def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
     return merged
 
 
-def scoring_copy(model: PreTrainedModel, precision: Precision) -> PreTrainedModel:
-    """The model as its checkpoint is loaded in the training precision; under autocast each pass would cast anew.
+def scoring_copy(model: PreTrainedModel, saved: Precision, dtype: Precision) -> PreTrainedModel:
+    """The model as its checkpoint, `saved` in one dtype, is loaded in another; without rounding, the model itself.
 
     Parameters alone are cast, on the way: buffers such as rotary frequencies lose their meaning in 16 bits.
     """
     model = without_adapters(model)
-    if precision == "float32":
+    if saved == dtype == "float32":
         return model.eval()
-    cast = {id(p): torch.nn.Parameter(p.detach().to(DTYPES[precision]), False) for p in model.parameters()}
+    cast = {
+        id(p): torch.nn.Parameter(p.detach().to(DTYPES[saved]).to(DTYPES[dtype]), False) for p in model.parameters()
+    }
     return copy.deepcopy(model, cast).eval()  # deepcopy takes what is copied already from the dictionary

@@ -28,6 +28,8 @@ _TOKENS: dict[str, tuple[float, float, float]] = {
 
 _FLOPS = 0.4 * 312e12
 """Floating-point operations a second: 40 % of an A100's bfloat16 peak."""
+_FLOPS_FLOAT32 = 0.4 * 19.5e12
+"""The same in float32, which that card multiplies without its matrix units."""
 _BYTES_FROM_MEMORY = 0.6 * 2.0e12
 """Bytes a second that a decoding step reads weights at: 60 % of the same card's."""
 _DECODING_STEP = 0.025
@@ -87,7 +89,9 @@ def plan_study(study: Study) -> dict[str, Any]:
         "disk_bytes": disk,
         "memory_bytes": {
             "capture": capture_memory(teacher, study.teacher.dtype, study.signals, study.corpus.max_length),
-            "trial": trial_memory(student, teacher.width, study.training, study.corpus.max_length),
+            "trial": trial_memory(
+                student, teacher.width, study.training, study.evaluation.dtype, study.corpus.max_length
+            ),
         },
         "hours": _hours(study, teacher, student, sum(store.values()), training, lengths, assumptions),
         "assumptions": assumptions,
@@ -179,13 +183,15 @@ def _hours(
     assumptions: list[str],
 ) -> dict[str, float]:
     """Hours of one GPU for the whole study: operations or bytes, whichever takes longer."""
+    scoring = _FLOPS_FLOAT32 if study.evaluation.dtype == "float32" else _FLOPS
     batch, step = (
         study.evaluation.generation_batch_size,
-        max(DTYPES[study.training.precision].itemsize * student.parameters / _BYTES_FROM_MEMORY, _DECODING_STEP),
+        max(DTYPES[study.evaluation.dtype].itemsize * student.parameters / _BYTES_FROM_MEMORY, _DECODING_STEP),
     )
     assumptions += [
         f"hours: of one GPU, all trials together, not measured; 2 FLOPs a weight and token forward, 6 in training, at "
         f"{_FLOPS / 1e12:.0f} TFLOP/s",
+        f"evaluation: in {study.evaluation.dtype}, at {scoring / 1e12:.0f} TFLOP/s",
         f"generation: {batch} answers at once, each to its limit; a step takes {1000 * step:.0f} ms: weights "
         f"read at {_BYTES_FROM_MEMORY / 1e12:.1f} TB/s, {1000 * _DECODING_STEP:.0f} ms at least",
         "left out: adapting the teacher, evaluating both models untrained, the validation loss, gradient measurements",
@@ -197,7 +203,7 @@ def _hours(
     def evaluation(examples: dict[str, float]) -> float:
         read = sum(count * float(lengths[name].student.mean()) for name, count in examples.items())
         written = sum(count for name, count in examples.items() if kinds[name] == "generation")
-        return 2 * student.parameters * read / _FLOPS + written / batch * study.evaluation.max_new_tokens * step
+        return 2 * student.parameters * read / scoring + written / batch * study.evaluation.max_new_tokens * step
 
     held_out = {name: max(1.0, study.corpus.validation_share * len(own.student)) for name, own in lengths.items()}
     official = {name: float(split.examples) for name, split in study.official.items()}

@@ -97,15 +97,16 @@ def capture_memory(teacher: Shape, dtype: Precision, signals: Signals, longest: 
     return weights + 3 * 4 * signals.batch_tokens * longest * teacher.heads
 
 
-def trial_memory(student: Shape, teacher_width: int, training: Training, longest: int) -> int:
+def trial_memory(student: Shape, teacher_width: int, training: Training, scored: Precision, longest: int) -> int:
     """Bytes that training a student takes at its peak, by estimate.
 
-    Weights, gradients and AdamW's two moments in float32, the copy that is scored, and the activations of one forward
-    pass: 34 bytes a token, layer and dimension in 16 bits (Korthikanti et al., MLSys 2023, without the attention maps
-    that sdpa does not keep), and three float32 maps of the last layer.
+    Weights, gradients and AdamW's two moments in float32, the copy that is `scored` in its dtype, and the activations
+    of one forward pass: 34 bytes a token, layer and dimension in 16 bits (Korthikanti et al., MLSys 2023, without the
+    attention maps that sdpa does not keep), and three float32 maps of the last layer.
     """
     trained = student.parameters + student.width * teacher_width
     size = DTYPES[training.precision].itemsize
     examples = training.micro_batch_size or training.batch_size
     activations = examples * longest * (17 * size * student.layers * student.width + 3 * 4 * longest * student.heads)
-    return 16 * trained + (0 if size == 4 else size * student.parameters) + activations
+    copied = 0 if training.precision == scored == "float32" else DTYPES[scored].itemsize * student.parameters
+    return 16 * trained + copied + activations

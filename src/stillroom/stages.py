@@ -168,8 +168,8 @@ class Workspace(Sources):
     def baselines(self) -> dict[str, dict[str, Any]]:
         """Teacher and untouched student on validation part and official splits; where the teacher is no better."""
         teacher = self._baseline("teacher", self.teacher_identity, self.adapt, self.study.teacher.dtype)
-        precision = self.study.training.precision
-        student = self._baseline("student", self.student_identity, lambda: self.student_ref, precision)
+        dtype = self.study.evaluation.dtype
+        student = self._baseline("student", self.student_identity, lambda: self.student_ref, dtype)
         no_better = worse_or_equal(teacher["metrics"], student["metrics"])
         return {"teacher": teacher, "student": student, "teacher_no_better": {"tasks": no_better}}
 

@@ -245,7 +245,7 @@ def _validate(
         _, sums = step_of.losses(batch.to(step_of.device), step_of.objective.weights, batch.counts)
         accumulate(totals, sums, batch.counts)
     metrics = {f"validation_{name}": value for name, value in losses_of(totals, step_of.objective).items()}
-    scored = scoring_copy(student.model, training.precision)
+    scored = scoring_copy(student.model, training.precision, evaluation.dtype)
     predictions = evaluate(scored, tokenizer, examples.validation, evaluation)
     return metrics | accuracy_metrics(predictions), predictions
 
@@ -262,7 +262,9 @@ def _evaluate_official(
         return {}
     started = time.perf_counter()
     student.eval()
-    predictions = evaluate(scoring_copy(student.model, training.precision), tokenizer, official, evaluation)
+    predictions = evaluate(
+        scoring_copy(student.model, training.precision, evaluation.dtype), tokenizer, official, evaluation
+    )
     save_predictions(predictions, folder / "predictions_official.parquet")
     return {**accuracy_metrics(predictions, "official_"), "official_evaluation_seconds": time.perf_counter() - started}
 

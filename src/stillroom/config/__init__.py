@@ -158,6 +158,10 @@ class OfficialSplit(Section):
 class Evaluation(Section):
     """How accuracy is measured."""
 
+    dtype: Precision = Field(
+        "float32",
+        description="dtype that students are scored in (the teacher: its own); in 16 bits batch size changes answers",
+    )
     batch_tokens: int = Field(8192, ge=1, description="tokens a scoring batch, padding included")
     generation_batch_size: int = Field(32, ge=1, description="prompts that are continued at once")
     max_new_tokens: int = Field(256, ge=1, description="tokens a generated answer may have")
