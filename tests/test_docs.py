@@ -60,6 +60,27 @@ def test_help_of_every_command_has_an_example(command):
     assert f"Example: stillroom {command}" in result.output
 
 
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("stillroom sw", ["sweep"]),
+        ("stillroom run --j", ["--json"]),
+        ("stillroom run s", ["small", "study.yaml", "sub/"]),
+        ("stillroom plan sub/", ["sub/other.yaml"]),
+        ("stillroom report q", ["quickstart"]),
+    ],
+)
+def test_a_shell_completes_commands_options_and_studies(tmp_path, monkeypatch, words, offered):
+    """Asked as bash asks: shipped studies, and YAML files, but no other files."""
+    (tmp_path / "sub").mkdir()
+    for name in ("study.yaml", "sub/other.yaml", "sub/rows.jsonl"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    asked = {"_STILLROOM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    answer = CliRunner().invoke(app, [], prog_name="stillroom", env=asked)
+    assert answer.output.split() == offered
+
+
 def test_a_users_mistake_is_one_message_and_exit_code_two(capsys, monkeypatch):
     """No traceback for a misspelt field."""
     from stillroom.cli import main

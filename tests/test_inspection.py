@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from conftest import STUDENT_SHAPE, make_store, real_tokenizer, write_model
 from stillroom.cli import app
 from stillroom.config import UserError
 from stillroom.corpus import Examples, save_corpus
+from stillroom.fonts import escaped, fonts_for
 from stillroom.inspection import attention_figure, describe_example, describe_store, find_example, text_of
 from stillroom.tasks import Example
 
@@ -93,6 +95,26 @@ def test_the_picture_is_the_models_own_attention(tmp_path, teacher_ref, student_
         assert right == pytest.approx(np.array(expected), abs=1e-5)
         shorter += len(right) < len(left)
     assert shorter
+
+
+def test_no_letter_of_a_picture_is_a_box(monkeypatch):
+    """A letter comes from a font that has it, or is escaped; the font that draws boxes for all is not taken."""
+    from matplotlib import font_manager
+    from matplotlib.figure import Figure
+
+    kept = ("DejaVu Sans", "STIXGeneral", "Last Resort High-Efficiency")
+    own = [font for font in font_manager.fontManager.ttflist if font.name in kept]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
+    other = next(c for c in map(chr, range(0x21, 0x2FFF)) if fonts_for(c) == (["STIXGeneral"], set()))
+    families, missing = fonts_for(f"a{other}漢")
+    assert (families, missing) == (["DejaVu Sans", "STIXGeneral"], {"漢"})
+    shown = escaped(f"a{other}漢", missing)
+    assert shown == f"a{other}\\u6f22"
+    figure = Figure()
+    figure.text(0, 0, shown, fontfamily=families, parse_math=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure.canvas.draw()
 
 
 @pytest.mark.parametrize("name", ["mistral-7b-v0.1", "tinyllama-1.1b", "qwen2.5-coder-0.5b", "smollm2-135m"])

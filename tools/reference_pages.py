@@ -38,7 +38,7 @@ def cli_page() -> str:
     """Every command: what it does, its arguments and options, an example."""
     group: Any = typer.main.get_command(app)
     parts = ["# Commands", group.help, group.epilog]
-    parts.append("`stillroom --install-completion` completes commands and options in your shell.")
+    parts.append("`stillroom --install-completion` completes commands, options and studies in your shell.")
     for name, command in group.commands.items():
         says, _, example = command.help.partition("Example: ")
         parts += [f"## {name}", says.strip(), f"```text\n{example.strip()}\n```"]

@@ -15,6 +15,7 @@ from stillroom.collation import map_outcomes, segment_map, teacher_to_student_id
 from stillroom.config import ModelRef, UserError
 from stillroom.corpus import load_corpus
 from stillroom.encoding import Encoding, encode
+from stillroom.fonts import escaped, fonts_for
 from stillroom.models import load_tokenizer
 from stillroom.signal_store import SignalStore, StoredExample
 from stillroom.store_checks import VERIFIED
@@ -173,6 +174,7 @@ def attention_figure(store: SignalStore, example_id: str, text: str, student: Mo
     if student is not None:
         alignment = align_encodings(stored.encoding, encode(load_tokenizer(student), text, add_eos=True))
         maps.append(("over the segments that both models share", *_segment_map(stored, alignment, tokens)))
+    fonts, missing = fonts_for("".join(label for _, _, labels in maps for label in labels))
     side = max(4.0, 0.16 * len(tokens) + 1.5)
     figure = Figure(figsize=(side * len(maps), side), dpi=110)
     for axis, (title, values, labels) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True):
@@ -181,8 +183,10 @@ def attention_figure(store: SignalStore, example_id: str, text: str, student: Mo
         axis.set_xlabel("attends to")
         axis.set_ylabel("query")
         if len(labels) <= 160:
-            axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=6, parse_math=False)
-            axis.set_yticks(range(len(labels)), labels, fontsize=6, parse_math=False)
+            style: dict[str, Any] = {"fontsize": 6, "parse_math": False, "fontfamily": fonts}
+            shown = [escaped(label, missing) for label in labels]
+            axis.set_xticks(range(len(labels)), shown, rotation=90, **style)
+            axis.set_yticks(range(len(labels)), shown, **style)
     figure.tight_layout()
     return figure
 

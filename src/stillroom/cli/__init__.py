@@ -24,7 +24,6 @@ def main() -> None:
     from stillroom.config import UserError
 
     warnings.simplefilter("ignore", FutureWarning)  # other packages' notices to their own developers
-    warnings.filterwarnings("ignore", message="Glyph")  # a letter of a text that the picture's font has not
     try:
         app()
     except UserError as error:

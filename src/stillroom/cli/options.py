@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -25,7 +26,23 @@ app = typer.Typer(
 BEFORE, STAGES, AFTER = "Before", "Stages, in order", "After"
 """Headings under which `--help` lists the commands."""
 
-StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="quickstart, small, paper, or a YAML file")]
+
+def complete_study(incomplete: str) -> list[str]:
+    """What a shell offers where a study is to stand: shipped names, and the YAML files and folders that begin so."""
+    from glob import escape, glob
+
+    from stillroom.studies import shipped_studies
+
+    shipped = [name for name in shipped_studies() if name.startswith(incomplete)]
+    begun = sorted(glob(f"{escape(incomplete)}*"))  # noqa: PTH207 - as typed, with its last slash or without
+    files = [path for path in begun if path.endswith((".yaml", ".yml"))]
+    return shipped + files + [f"{path}/" for path in begun if Path(path).is_dir()]
+
+
+StudyArgument = Annotated[
+    str,
+    typer.Argument(metavar="STUDY", help="quickstart, small, paper, or a YAML file", autocompletion=complete_study),
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="override any field; repeat as needed")
 ]

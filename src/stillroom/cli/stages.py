@@ -7,7 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from stillroom.cli.options import STAGES, JsonOption, SetOption, StudyArgument, app, finish, open_workspace, say, warn
+from stillroom.cli.options import (
+    STAGES,
+    JsonOption,
+    SetOption,
+    StudyArgument,
+    app,
+    complete_study,
+    finish,
+    open_workspace,
+    say,
+    warn,
+)
 
 
 @app.command(rich_help_panel=STAGES)
@@ -142,7 +153,12 @@ def train(
 
 @app.command(rich_help_panel=STAGES)
 def report(
-    study: Annotated[str, typer.Argument(metavar="STUDY|FOLDER", help="a study, or a results folder alone")],
+    study: Annotated[
+        str,
+        typer.Argument(
+            metavar="STUDY|FOLDER", help="a study, or a results folder alone", autocompletion=complete_study
+        ),
+    ],
     set_: SetOption = None,
     json: JsonOption = False,
 ) -> None:
