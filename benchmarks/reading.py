@@ -159,7 +159,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, A
         options.rounds,
     )
     stored.clear()
-    store._files.clear()
+    store._handles.__dict__.clear()
     gc.collect()
     if _mapped(store.path):  # mapped pages stay in the cache, and would be shared with the readers below
         raise RuntimeError("the store is still mapped")

@@ -1,13 +1,16 @@
-"""A batch on its way to a device."""
+"""A batch on its way: made ahead by threads, then moved to a device."""
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import fields
 
+import pytest
 import torch
 from torch import Tensor
 
-from stillroom.batches import prepare
+from stillroom.batches import Prefetched, prepare
 from stillroom.collation import Collator, teacher_to_student_ids
 from stillroom.config import ModelRef, Objective
 from stillroom.losses import Outcomes
@@ -34,3 +37,47 @@ def test_every_tensor_of_a_batch_moves_but_the_rows_that_the_host_cuts(student_r
             assert value == getattr(batch, field.name), field.name
     assert isinstance(moved.outcomes, Outcomes)
     assert batch.to(torch.device("cpu")) is batch
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_batches_made_ahead_keep_their_order_and_are_few(workers):
+    """However long each takes, they come as asked; memory holds `depth` and the one in use."""
+    made = []
+
+    def make(n):
+        time.sleep(0.002 * (n % 3))
+        made.append(n)
+        return n
+
+    ahead = Prefetched(range(40), make, workers, depth=4)
+    for n, result in enumerate(ahead):
+        assert result == n
+        assert len(made) <= n + 1 + 4
+    assert n == 39
+    assert ahead.waited > 0
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_batch_that_fails_is_raised_where_it_is_due_and_nothing_goes_on_behind(workers):
+    """Those before it are trained on; threads end with the epoch, also one left half-way."""
+    threads = threading.active_count()
+    seen = []
+    with pytest.raises(ZeroDivisionError):
+        seen.extend(Prefetched([4, 2, 1, 0, 3], lambda n: 4 // n, workers))
+    assert threading.active_count() == threads
+    left = iter(Prefetched(range(1000), str, workers))
+    assert next(left) == "0"
+    left.close()
+    assert threading.active_count() == threads
+
+
+def test_threads_read_one_store_at_once(store):
+    """Each reads through handles of its own: the same bytes as one after the other, in any order."""
+    ids = list(store.index) * 3
+    alone = [store.read(example_id) for example_id in ids]
+    together = list(Prefetched(ids, store.read, workers=4, depth=8))
+    for one, other in zip(alone, together, strict=True):
+        assert one.example_id == other.example_id
+        assert (one.hidden == other.hidden).all()
+        assert (one.attention == other.attention).all()
+        assert (one.topk_ids == other.topk_ids).all()

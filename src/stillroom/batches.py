@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -119,44 +120,23 @@ def epoch_order(lengths: Sequence[int], batch_size: int, bucket_batches: int, se
 
 
 class Prefetched(Generic[T]):
-    """Iterates over `make(item)` for each item, made ahead by a thread; `waited` is the time spent waiting, seconds."""
+    """Iterates over `make(item)` for each item, in order, made ahead by threads; `waited` is seconds spent waiting."""
 
-    def __init__(self, items: Iterable[Any], make: Callable[[Any], T], depth: int = 4) -> None:
-        """`depth` results at most are held."""
+    def __init__(self, items: Iterable[Any], make: Callable[[Any], T], workers: int = 1, depth: int = 4) -> None:
+        """`depth` results at most are held or being made; what `make` raises is raised where its result is due."""
         self.waited = 0.0
-        self._queue: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(items, make), daemon=True)
-        self._thread.start()
-
-    def _run(self, items: Iterable[Any], make: Callable[[Any], T]) -> None:
-        try:
-            for item in items:
-                self._put((make(item), None))
-                if self._stop.is_set():
-                    return
-            self._put((None, None))
-        except BaseException as error:  # handed over: raised where the results are read
-            self._put((None, error))
-
-    def _put(self, entry: tuple[T | None, BaseException | None]) -> None:
-        while not self._stop.is_set():
-            try:
-                self._queue.put(entry, timeout=0.1)
-                break
-            except queue.Full:
-                continue
+        self._items, self._make, self._workers, self._depth = items, make, workers, depth
 
     def __iter__(self) -> Iterator[T]:
+        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="batches")
+        upcoming = (pool.submit(self._make, item) for item in self._items)
+        ahead = deque(islice(upcoming, self._depth))
         try:
-            while True:
+            while ahead:
                 started = time.perf_counter()
-                result, error = self._queue.get()
+                result = ahead.popleft().result()
                 self.waited += time.perf_counter() - started
-                if error is not None:
-                    raise error
-                if result is None:
-                    return
+                ahead.extend(islice(upcoming, 1))
                 yield result
         finally:
-            self._stop.set()
+            pool.shutdown(cancel_futures=True)

@@ -6,6 +6,7 @@ so that a memory-mapped read is a copy-free view; their shapes follow from the r
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -159,11 +160,14 @@ def write_manifest(store: Path, manifest: dict[str, Any]) -> None:
 
 @dataclass
 class SignalStore:
-    """A finished store, opened for reading. Open one in each process: it maps the shards, it does not load them."""
+    """A finished store, opened for reading. Open one in each process: it maps the shards, it does not load them.
+
+    Threads may read at once: each has its own handles, since PyArrow's are for one.
+    """
 
     path: Path
     manifest: dict[str, Any]
-    _files: dict[str, pq.ParquetFile] = field(default_factory=dict, repr=False)
+    _handles: threading.local = field(default_factory=threading.local, repr=False)
 
     @classmethod
     def open(cls, path: Path | str) -> SignalStore:
@@ -238,8 +242,9 @@ class SignalStore:
         return StoredExample(cells["example_id"].as_py(), cells["task"].as_py(), encoding, **arrays)
 
     def _file(self, name: str) -> pq.ParquetFile:
-        if name not in self._files:
+        files: dict[str, pq.ParquetFile] = self._handles.__dict__
+        if name not in files:
             if not (self.path / name).is_file():
                 raise UserError(f"{self.path / name} is missing")
-            self._files[name] = pq.ParquetFile(self.path / name, memory_map=True, page_checksum_verification=True)
-        return self._files[name]
+            files[name] = pq.ParquetFile(self.path / name, memory_map=True, page_checksum_verification=True)
+        return files[name]

@@ -114,12 +114,13 @@ def train(
     steps = math.ceil(len(lengths) / training.batch_size)
     hidden_scale = store.hidden_mean_square if store and own.hidden_scale == "teacher_rms" else 1.0
     step_of = StepRunner(student, own, training, device, scaler, hidden_scale)
+    workers = 1 if device.type == "cpu" else max(1, torch.get_num_threads() - 1)  # a CPU's step takes every core
 
     for epoch in range(state.epoch, training.epochs):
         started, tokens = time.perf_counter(), 0
         totals: dict[str, Any] = defaultdict(float)
         order = epoch_order(lengths, training.batch_size, training.bucket_batches, trial.seed, epoch)
-        batches = Prefetched(order, lambda chosen: _micro_batches(parts["train"], chosen, training, collate))
+        batches = Prefetched(order, lambda chosen: _micro_batches(parts["train"], chosen, training, collate), workers)
         student.train()
         for number, micro in enumerate(batches):
             step = epoch * steps + number
