@@ -53,6 +53,8 @@ def test_official_splits_are_those_of_the_published_figures():
     assert all(data.revision == study.corpus.tasks[name].revision for name, data in study.official.items())
     other = load_study("paper", ["evaluation.official.sst2.dataset=other/data"]).official["sst2"]
     assert (other.dataset, other.subset, other.revision, other.split) == ("other/data", None, None, "validation")
+    subset = load_study("paper", ["evaluation.official.sst2.subset=cola"]).official["sst2"]
+    assert (subset.dataset, subset.subset) == (study.corpus.tasks["sst2"].dataset, "cola")
     with pytest.raises(UserError, match=r"evaluation.official names the task 'quiz', which corpus.tasks has not"):
         load_study("paper", ["evaluation.official.quiz={split: test, examples: 9}"])
 
@@ -103,6 +105,12 @@ MISTAKES = [
     ("sweep.seeds=[]", "sweep.seeds"),
     ("sweep.seeds=[1, 1]", "seeds are repeated"),
     ("sweep.seeds=[-1]", "sweep.seeds"),
+    (f"sweep.seeds={list(range(21))}", "sweep.seeds"),
+    ("sweep.seeds=[4294967296]", "sweep.seeds"),
+    ("analysis.primary=[[hiden, black_box]]", "analysis.primary names the group 'hiden'"),
+    ("groups=[{name: teacher, terms: [task]}]", "cannot be named 'teacher'"),
+    ("corpus.tasks.all={dataset: builtin, examples: 9}", "cannot be named 'all'"),
+    ("corpus.tasks.quiz_flexible={dataset: builtin, examples: 9}", "cannot be named 'quiz_flexible'"),
     ("sweep.cpus_per_trial=0", "sweep.cpus_per_trial"),
     ("sweep.gpus_per_trial=-1", "sweep.gpus_per_trial"),
     ("groups=[grey_box]", "unknown group 'grey_box'"),
@@ -143,7 +151,12 @@ def test_a_mistake_is_one_message_that_names_the_field(override, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("- a list", "a mapping of sections"), ("a: [", "not valid YAML"), ("name: x", "teacher: Field required")],
+    [
+        ("- a list", "a mapping of sections"),
+        ("prompt: {{question}}", "not valid YAML"),
+        ("a: [", "not valid YAML"),
+        ("name: x", "teacher: Field required"),
+    ],
 )
 def test_a_broken_file_is_named(tmp_path, text, message):
     """A study file that is no study."""

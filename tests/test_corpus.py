@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pyarrow as pa
@@ -9,7 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from stillroom.config import Corpus, OfficialSplit, TaskData, UserError
-from stillroom.corpus import build_corpus, check_leaks, folded, load_corpus, save_corpus, split, with_official
+from stillroom.corpus import (
+    _read_lines,
+    build_corpus,
+    check_leaks,
+    folded,
+    load_corpus,
+    save_corpus,
+    split,
+    with_official,
+)
 from stillroom.models import load_tokenizer
 from stillroom.tasks import TASKS, Example, get_task
 from stillroom.tasks.gsm8k import extract_flexible, extract_strict
@@ -209,3 +219,21 @@ def test_a_saved_corpus_is_the_same_corpus(tmp_path, examples):
     save_corpus(examples, tmp_path, "f")
     loaded, fingerprint = load_corpus(tmp_path)
     assert (loaded, fingerprint) == (examples, "f")
+
+
+def test_a_line_ends_at_a_newline_and_nowhere_else(tmp_path):
+    """U+2028 and U+0085 may stand within a JSON string; some languages' line ends are not JSON Lines'."""
+    rows = [{"question": "one\u2028two\u0085three", "answer": "x"}, {"question": "plain", "answer": "y"}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows), newline="")
+    assert _read_lines(file) == rows
+
+
+def test_a_limit_beyond_what_a_model_reads_is_refused(tmp_path):
+    """A longer text would run past a model's positions, in silence or with a device's assertion."""
+    from stillroom.stages import Workspace
+    from stillroom.studies import load_study
+
+    study = load_study("quickstart", ["corpus.max_length=100000", f"paths.results={tmp_path}"])
+    with pytest.raises(UserError, match=r"corpus.max_length=100000: a model reads \d+ tokens at most"):
+        _ = Workspace(study).examples

@@ -56,7 +56,7 @@ class Setup:
         )
         self.collate = Collator(store, objective, self.map, heads(self.student.model.config))
         self.training = Training(precision=precision, micro_batch_size=micro)
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        scaler = torch.amp.GradScaler("cpu", enabled=precision == "float16")
         scale = store.hidden_mean_square if objective.hidden_scale == "teacher_rms" else 1.0
         self.runner = StepRunner(self.student, objective, self.training, torch.device("cpu"), scaler, scale)
 
@@ -417,3 +417,33 @@ def test_the_step_in_bfloat16_is_the_float32_step_up_to_rounding(student_ref, st
     for name, value in full.items():
         assert half[name] == pytest.approx(value, rel=0.03), name
     assert all(g.dtype == torch.float32 for g in gradient.values())
+
+
+def test_float16_keeps_the_tail_of_the_heads_gradient():
+    """Divided by a step's count, small probabilities are under float16's range; a loss scale comes after the cast."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 16, requires_grad=True), torch.randn(2000, 16, requires_grad=True)
+    targets = HeadTargets(torch.randint(0, 8, (64,)), None, 1 / 4000, 0.0)
+    full = torch.autograd.grad(head_losses(hidden, weight, None, targets)[0] * 2**16, (hidden, weight))
+    with torch.autocast("cpu", torch.float16):
+        total = head_losses(hidden, weight, None, targets)[0]
+    half = torch.autograd.grad(total * 2**16, (hidden, weight))
+    for found, expected in zip(half, full, strict=True):
+        assert float((found - expected).norm() / expected.norm()) < 0.01
+    tail = full[1].norm(dim=1) < full[1].norm(dim=1).median()  # entries of the vocabulary that are seldom likely
+    assert float((half[1][tail] - full[1][tail]).norm() / full[1][tail].norm()) < 0.02
+
+
+def test_shares_in_float16_are_those_in_float32(student_ref, store, some):
+    """A small gradient is measured under the loss scale, not lost to float16's range; too large a scale gives way."""
+    tiny = ALL.model_copy(update={"weights": {"task": 1.0, "kd": 0.5, "hidden": 1e-6, "attention": 1e-4}})
+    norms = {}
+    for precision in ("float32", "float16"):
+        setup = Setup(student_ref, store, tiny, precision=precision)
+        batch = setup.collate(prepare(some, setup.tokenizer, store, tiny))
+        norms[precision] = setup.runner.measure([batch])["norms"]
+        setup.runner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, enabled=precision == "float16")
+        norms[f"{precision}, overflowing"] = setup.runner.measure([batch])["norms"]
+    for name, own in norms.items():
+        for term, norm in own.items():
+            assert norm == pytest.approx(norms["float32"][term], rel=0.1), (name, term)

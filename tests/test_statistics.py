@@ -62,6 +62,7 @@ def test_detectable_effect_is_that_of_the_published_tables():
     assert detectable_effect(34) == pytest.approx(0.494, abs=0.01)
     assert seeds_needed(0.5) == 34
     assert seeds_needed(50.0) == 6  # with five seeds no sign-flip test reaches 0.05
+    assert seeds_needed(50.0, contrasts=3) == 7  # nor six, Holm-adjusted over three
     assert seeds_needed(math.nan) is None
 
 

@@ -12,16 +12,19 @@ from transformers import (
     BloomConfig,
     Gemma2Config,
     GPT2Config,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
 )
 
 from stillroom.attention_capture import ATTENTION, check_capture
-from stillroom.config import UserError
+from stillroom.config import GROUPS, Evaluation, ModelRef, Objective, Training, UserError
 from stillroom.encoding import Encoding
-from stillroom.models import output_logits
+from stillroom.evaluation import measure_baseline
+from stillroom.models import load_model, load_tokenizer, output_logits
 from stillroom.teacher_signals import compute_signals
+from stillroom.train_student import Trial, train
 
 COMMON = {
     "vocab_size": 96,
@@ -133,6 +136,25 @@ def test_a_head_that_misses_the_models_logits_is_refused_by_name():
     ours, _ = build(CONFIGS["gemma2"])
     with pytest.raises(UserError, match=r"Gemma2ForCausalLM.*logits"):
         check_capture(ours, torch.randint(3, 90, (1, 20)), ours.get_output_embeddings())
+
+
+def test_a_model_that_scales_its_logits_is_refused_before_it_is_scored_or_trained(tmp_path, student_ref, examples):
+    """Granite divides them: without the check its losses and its choices would be wrong in silence."""
+    tokenizer = load_tokenizer(student_ref)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = GraniteConfig(vocab_size=len(tokenizer), num_key_value_heads=2, logits_scaling=4.0, **shape)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "granite")
+    tokenizer.save_pretrained(tmp_path / "granite")
+    ref = ModelRef(model=str(tmp_path / "granite"))
+    trial = Trial("x", GROUPS["task_only"], 0)
+    with pytest.raises(UserError, match=r"GraniteForCausalLM.*logits"):
+        train(trial, ref, Training(), Objective(), Evaluation(), examples, None, tmp_path / "trial")
+    path = tmp_path / "baseline.json"
+    with pytest.raises(UserError, match=r"GraniteForCausalLM.*logits"):
+        measure_baseline(
+            path, "x", lambda: load_model(ref), tokenizer, examples.validation, Evaluation(), "float32", "", print
+        )
+    assert not path.exists()
 
 
 def test_non_finite_teacher_output_is_refused_with_its_signal_named():

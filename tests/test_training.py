@@ -296,6 +296,19 @@ def test_lora_trains_the_adapters_and_saves_them_merged(tmp_path, student_ref, e
     assert torch.equal(moved["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
 
 
+def test_the_seed_decides_an_adapters_first_weights(tmp_path, student_ref, examples):
+    """An adapted teacher's fingerprint says what it was made from: chance from elsewhere must not be part of it."""
+    from stillroom.adaptation import _lora
+    from stillroom.config import Adaptation
+
+    adapter, loss = _lora(Adaptation(lora_rank=4)), []
+    for number, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(number)
+        result = run(tmp_path / str(number), student_ref, None, examples, "task_only", seed, adapter=adapter, epochs=1)
+        loss.append(result["train_loss"])
+    assert loss[0] == loss[1] != loss[2]
+
+
 def test_merged_adapters_compute_what_the_adapters_did(student_ref):
     """Merging changes the form, not the function."""
     from stillroom.adaptation import _lora

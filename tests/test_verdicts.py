@@ -74,15 +74,17 @@ def test_no_difference_is_not_called_equality_without_a_test():
     assert set(verdicts(noisy, 0).values()) == {"no evidence of a difference"}
 
 
-@pytest.mark.parametrize("seeds", [(0,), (0, 1), (0, 1, 2, 3, 4)])
+@pytest.mark.parametrize("seeds", [(0,), (0, 1), (0, 1, 2, 3, 4), (0, 1, 2, 3, 4, 5)])
 def test_too_few_seeds_give_no_verdict_and_say_how_many_it_takes(seeds):
-    """Fewer than six seeds cannot reach 0.05, however large the effect."""
+    """Adjusted over three contrasts fewer than seven seeds cannot reach 0.05, however large the effect; seven can."""
     effects = {**NOTHING, "hidden": (0.3, 0.3)}
     answer = answer_questions(frame(effects, seeds), ANALYSIS, seeds)[0]
     hidden = answer.findings[0]
     assert hidden.verdict == "undecided"
     assert f"with {len(seeds)} seed" in hidden.sentence
-    assert "fewer than 6" in hidden.sentence
+    assert "adjusted over 3 contrasts, cannot reach 0.05 with fewer than 7" in hidden.sentence
+    enough = answer_questions(frame(effects, range(7)), ANALYSIS, range(7))[0].findings[0]
+    assert enough.verdict == "improves"
 
 
 def test_a_missing_trial_stops_verdicts_unless_the_study_declares_otherwise():

@@ -127,6 +127,17 @@ def last_hidden_state(model: PreTrainedModel, ids: Tensor, mask: Tensor, **optio
 
 
 @torch.no_grad()
+def check_head(model: PreTrainedModel, ids: Tensor, head: Any) -> None:
+    """Compare `head` on the last hidden state of a text `ids` (1, T) with the model's own logits.
+
+    Some architectures scale their logits. Raises `UserError` naming the architecture.
+    """
+    mask = torch.ones_like(ids)
+    own = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    _require_close(model, _HEAD, head(last_hidden_state(model, ids, mask)), own)
+
+
+@torch.no_grad()
 def check_capture(model: PreTrainedModel, ids: Tensor, head: Any) -> None:
     """Compare the captured attention, and `head` on the hidden state, with the model's own eager path.
 
@@ -136,7 +147,6 @@ def check_capture(model: PreTrainedModel, ids: Tensor, head: Any) -> None:
     if getattr(model.config, "is_encoder_decoder", False):
         raise UserError(f"{name} is an encoder-decoder; stillroom distils causal language models")
     mask = torch.ones_like(ids)
-    tolerance = _TOLERANCE[model.dtype]
     with capture_attention(model) as capture:
         hidden = last_hidden_state(model, ids, mask)
         found = capture.map
@@ -156,12 +166,18 @@ def check_capture(model: PreTrainedModel, ids: Tensor, head: Any) -> None:
     if attention is None or attention.shape != found.shape:
         shape = None if attention is None else tuple(attention.shape)
         raise UserError(f"{name}: captured attention has shape {tuple(found.shape)}, its own {shape}; not supported")
-    for what, difference in (
-        ("captured attention differs from its eager attention", _relative_error(found, attention)),
-        ("last hidden state × output head misses its logits", _relative_error(head(hidden), own.logits)),
-    ):
-        if not difference <= tolerance:
-            raise UserError(f"{name}: {what} by {difference:.2g} of their norm; this architecture is not supported")
+    _require_close(model, "captured attention differs from its eager attention", found, attention)
+    _require_close(model, _HEAD, head(hidden), own.logits)
+
+
+_HEAD = "last hidden state × output head misses its logits"
+
+
+def _require_close(model: PreTrainedModel, what: str, found: Tensor, expected: Tensor) -> None:
+    if not (difference := _relative_error(found, expected)) <= _TOLERANCE[model.dtype]:
+        raise UserError(
+            f"{type(model).__name__}: {what} by {difference:.2g} of their norm; this architecture is not supported"
+        )
 
 
 def _relative_error(found: Tensor, expected: Tensor) -> float:

@@ -147,7 +147,7 @@ def _require_columns(task: Task, data: TaskData, present: Sequence[str], place: 
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(read_text(file).splitlines(), 1):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -180,7 +180,7 @@ def _usable(
     for number, row in enumerate(rows):
         try:
             yield task.build(row)
-        except (ValueError, TypeError, IndexError) as error:
+        except (ValueError, TypeError, IndexError, AttributeError) as error:
             dropped["unusable"] += 1
             fault = f"row {number} of {data.dataset}/{data.split}: {error}"
     if fault and dropped["unusable"] == dropped["source_rows"]:

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
-from stillroom.attention_capture import last_hidden_state
+from stillroom.attention_capture import check_head, last_hidden_state
 from stillroom.config import Evaluation, fingerprint
 from stillroom.encoding import Encoding, encode_many, in_answer
 from stillroom.generation import generate
@@ -112,7 +112,10 @@ def measure_baseline(
     if path.is_file() and (known := read_json(path, "fingerprint", "metrics"))["fingerprint"] == own:
         found: dict[str, Any] = known
         return found
-    predictions = evaluate(load(), tokenizer, examples, settings, progress)
+    model = load()
+    ids, _ = padded(encode_many(tokenizer, [examples[0].text]), device=model.device)
+    check_head(model, ids, lambda hidden: output_logits(model, hidden))
+    predictions = evaluate(model, tokenizer, examples, settings, progress)
     save_predictions(predictions, path.with_suffix(".parquet"))
     metrics, nll = accuracy_metrics(predictions, prefix), nll_metrics(predictions)
     result = {"fingerprint": own, "identity": identity, "metrics": metrics, "answer_nll": nll}

@@ -242,12 +242,10 @@ def _tune(missing: dict[str, TrialPlan], settings: Sweep, storage: str, watch: W
     student = [Path(plan.student.model)] if Path(plan.student.model).is_dir() else []
     folders = [plan.experiment, *([] if "://" in storage else [Path(storage)])]
     _require_sight(cluster, resources, [plan.corpus, plan.store / MANIFEST, *student], folders)
-    trainable = tune.with_resources(
-        tune.with_parameters(_trainable, plans=missing, threads=resources["CPU"]), resources
-    )
+    with_plans = tune.with_parameters(_trainable, plans=missing, threads=resources["CPU"])
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's error is in its folder, and told at the end
     tuner = tune.Tuner(
-        trainable,
+        tune.with_resources(with_plans, resources),
         param_space={"trial": tune.grid_search(list(missing))},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=concurrent,
@@ -269,8 +267,9 @@ def _tune(missing: dict[str, TrialPlan], settings: Sweep, storage: str, watch: W
 
 def _trainable(config: dict[str, Any], plans: dict[str, TrialPlan], threads: float) -> None:
     """What Ray calls in a worker: one trial, each epoch's metrics reported."""
-    from ray import tune
+    from ray import get_gpu_ids, tune
 
+    os.environ.update({} if get_gpu_ids() else {"CUDA_VISIBLE_DEVICES": ""})  # with none assigned Ray hides none
     torch.set_num_threads(max(1, int(threads)))
     run_trial(plans[config["trial"]], lambda metrics: tune.report(_numbers(metrics)), wait=_ORPHAN_SECONDS)
 

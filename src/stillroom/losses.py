@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +82,8 @@ class _HeadLosses(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             cast = weight.to(dtype)
             task_sum, kd_sum = hidden.new_zeros(2, dtype=torch.float32)
-            hidden_grad = torch.zeros_like(hidden) if needs_grad else None
+            hidden_grad = torch.zeros_like(hidden, dtype=torch.float32) if needs_grad else None
+            scale = _narrowing_scale(targets, dtype)
             weight_grad: Tensor | None = None
             bias_grad = torch.zeros_like(bias) if needs_grad and bias is not None else None
             for first in range(0, len(hidden), chunk):
@@ -92,14 +94,14 @@ class _HeadLosses(torch.autograd.Function):
                 task_sum, kd_sum = task_sum + task, kd_sum + kd
                 if hidden_grad is None or grad is None:
                     continue
-                narrow = grad.to(dtype)
-                hidden_grad[rows] = (narrow @ cast).to(hidden.dtype)
+                narrow = (grad * scale if scale > 1 else grad).to(dtype)
+                hidden_grad[rows] = narrow @ cast
                 if ctx.needs_input_grad[1]:
                     own = narrow.T @ part
                     weight_grad = own.float() if weight_grad is None else weight_grad.add_(own)
                 if bias_grad is not None:
                     bias_grad += grad.sum(0)
-        ctx.grads = (hidden_grad, weight_grad, bias_grad)
+        ctx.grads, ctx.scale = (hidden_grad, weight_grad, bias_grad), scale
         total = targets.task_weight * task_sum + targets.kd_weight * kd_sum
         ctx.mark_non_differentiable(task_sum, kd_sum)
         return total, task_sum, kd_sum
@@ -107,8 +109,21 @@ class _HeadLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grads, ctx.grads = ctx.grads, None  # scaled in place, so they can be handed over once
-        hidden_grad, weight_grad, bias_grad = (None if g is None else g.mul_(upstream) for g in grads)
+        hidden_grad, weight_grad = (None if g is None else g.mul_(upstream / ctx.scale) for g in grads[:2])
+        bias_grad = None if grads[2] is None else grads[2].mul_(upstream)
         return hidden_grad, weight_grad, bias_grad, None, None, None, None
+
+
+def _narrowing_scale(targets: HeadTargets, dtype: torch.dtype) -> float:
+    """Power of two by which a row's gradient is multiplied before it is cast: float16 alone would lose its tail.
+
+    Entries are at most the row's weights; so they become 1/16 at most, and a probability of 1e-6 is still a number.
+    A loss scale would come too late: it reaches the gradient after the cast. Sums over a chunk stay far from overflow.
+    """
+    if dtype != torch.float16:
+        return 1.0
+    largest = targets.task_weight + targets.kd_weight * max(1.0, targets.temperature)
+    return 2.0 ** math.floor(math.log2(1 / (16 * largest))) if largest > 0 else 1.0
 
 
 def _rows_of(targets: HeadTargets, rows: slice) -> HeadTargets:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import json
 import socket
@@ -14,7 +15,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -106,7 +107,7 @@ def _from_hub(kind: Any, ref: ModelRef, **options: Any) -> Any:
             local_files_only=not is_local(ref) and _without_network(),
             **options,
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(_explain(ref, error)) from error
 
 
@@ -128,7 +129,10 @@ def _explain(ref: ModelRef, error: Exception) -> str:
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and len(chain) < 8:
         chain.append(cause)
     text = " ".join(str(e) for e in chain)
-    if any(isinstance(e, hub_errors.GatedRepoError) for e in chain) or "gated" in text or "401" in text:
+    gated = any(isinstance(e, hub_errors.GatedRepoError) for e in chain)
+    if not gated and any(isinstance(e, hub_errors.RepositoryNotFoundError) for e in chain):
+        return f"{ref.model}: the hub has no such model, or it is private: check the name, or log in (`hf auth login`)"
+    if gated or "gated" in text or "401" in text:
         return (
             f"{ref.model} is gated or needs a login: accept its licence on the hub, then set HF_TOKEN "
             "or run `hf auth login`"
@@ -176,8 +180,17 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def load_output_head(ref: ModelRef) -> torch.Tensor | None:
-    """The output head (V, D) of a local checkpoint, read alone; None where it cannot be found by its usual names."""
-    folder = Path(ref.model)
+    """The output head (V, D) of a checkpoint on this disk, read alone; None where it is not found by its usual names.
+
+    A hub model is looked for in the hub's cache.
+    """
+    try:
+        found = (
+            ref.model if is_local(ref) else snapshot_download(ref.model, revision=ref.revision, local_files_only=True)
+        )
+    except (OSError, ValueError):
+        return None
+    folder = Path(found)
     index = folder / "model.safetensors.index.json"
     files = read_json(index, "weight_map")["weight_map"] if index.is_file() else {}
     for name in ("lm_head.weight", "model.embed_tokens.weight", "transformer.wte.weight"):
@@ -212,6 +225,13 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return int(model.get_output_embeddings().weight.shape[0])
 
 
+def release_memory() -> None:
+    """Give a GPU's memory back that nothing uses any more: other processes may need it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def width(config: Any) -> int:
     """Dimensions of the hidden state."""
     return int(config.get_text_config().hidden_size)
@@ -225,11 +245,6 @@ def heads(config: Any) -> int:
 def context_length(config: Any) -> int:
     """Tokens the model was made to read at once; where its configuration does not say, no bound is known."""
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)
-
-
-def layers(config: Any) -> int:
-    """Transformer layers."""
-    return int(config.get_text_config().num_hidden_layers)
 
 
 def without_adapters(model: PreTrainedModel) -> PreTrainedModel:

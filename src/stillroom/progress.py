@@ -52,6 +52,11 @@ class ProgressBars:
             self._tasks[what] = self._bars.add_task(what, total=total, note=note)
         self._bars.update(self._tasks[what], completed=done, total=total, note=note)
         if all(task.finished for task in self._bars.tasks):
+            self.close()
+
+    def close(self) -> None:
+        """Take the bars off the terminal, whatever has become of the work."""
+        if self._bars is not None:
             self._bars.stop()
             self._bars, self._tasks = None, {}
 

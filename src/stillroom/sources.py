@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from stillroom.builtin_pair import materialise
-from stillroom.config import ModelRef, Study, fingerprint
+from stillroom.config import ModelRef, Study, UserError, fingerprint
 from stillroom.corpus import (
     Examples,
     build_corpus,
@@ -75,7 +75,11 @@ class Sources:
     def examples(self) -> Examples:
         """The corpus, built on first use and then read."""
         folder = self.results / "corpus"
-        official, longest = self.study.official, self._longest_official()
+        official, longest = self.study.official, self._context - self.study.evaluation.max_new_tokens
+        if self.study.corpus.max_length > self._context:
+            raise UserError(
+                f"corpus.max_length={self.study.corpus.max_length}: a model reads {self._context} tokens at most"
+            )
         own = fingerprint(
             self.study.corpus,
             {name: data.model_dump() for name, data in official.items()},
@@ -92,10 +96,10 @@ class Sources:
         save_corpus(examples, folder, own)
         return examples
 
-    def _longest_official(self) -> int:
-        """Tokens of an official example that both models can read and still answer."""
-        contexts = [context_length(load_config(ref)) for ref in (self.teacher_ref, self.student_ref)]
-        return min(contexts) - self.study.evaluation.max_new_tokens
+    @cached_property
+    def _context(self) -> int:
+        """Tokens that both models can read."""
+        return min(context_length(load_config(ref)) for ref in (self.teacher_ref, self.student_ref))
 
     @cached_property
     def teacher_identity(self) -> str:

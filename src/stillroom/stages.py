@@ -28,6 +28,7 @@ from stillroom.models import (
     load_model,
     load_output_head,
     model_identity,
+    release_memory,
     softcap_of,
 )
 from stillroom.provenance import exclusive, read_json, record_run, remove_tree, utc_now, write_json
@@ -249,6 +250,7 @@ class Workspace(Sources):
     def sweep(self) -> dict[str, str]:
         """Run the trials that are missing, then write the summary; returns the errors of failed trials by name."""
         plans = self.plans()
+        release_memory()  # the teacher's, where it ran in this process
         shown = SweepWatch(plans, self.progress)
 
         def watch(event: str, facts: dict[str, Any]) -> None:

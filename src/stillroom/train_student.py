@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from stillroom.attention_capture import check_capture
+from stillroom.attention_capture import check_capture, check_head
 from stillroom.batches import Prefetched, Prepared, epoch_order, measure_coverage, prepare, require_coverage
 from stillroom.checkpoints import TrainingState, drop_superseded, last_checkpoint, restore_checkpoint, save_checkpoint
 from stillroom.collation import Batch, Collator, teacher_to_student_ids
@@ -101,7 +101,7 @@ def train(
     collate = Collator(store, own, _vocabulary_map(store, tokenizer, student), heads(student.model.config))
     coverage = measure_coverage([*parts["train"], *parts["validation"]], store) if store else {}
     require_coverage(coverage, minimum_coverage)
-    _check_attention(student, parts["train"], own)
+    _check_architecture(student, parts["train"], own)
     optimizer = torch.optim.AdamW(
         [p for p in student.parameters() if p.requires_grad],
         lr=training.learning_rate,
@@ -191,6 +191,7 @@ def _build(
     model = load_model(ref, "float32", device)
     teacher_width = store.layout.width if store else width(model.config)
     if adapter is not None:
+        torch.manual_seed(seed)  # of the adapter's first weights
         model = adapter(model)
     return DistillationStudent(model, teacher_width, seed)
 
@@ -205,11 +206,11 @@ def _vocabulary_map(store: SignalStore | None, tokenizer: Any, student: Distilla
     return teacher_to_student_ids(teacher_tokenizer, tokenizer, teacher_size, vocabulary_size(student.model))
 
 
-def _check_attention(student: DistillationStudent, items: Sequence[Prepared], objective: Objective) -> None:
-    if objective.weights["attention"] > 0:
-        ids = torch.from_numpy(items[0].encoding.ids.astype("int64"))[None].to(student.model.device)
-        student.eval()
-        check_capture(student.model, ids, lambda hidden: output_logits(student.model, hidden))
+def _check_architecture(student: DistillationStudent, items: Sequence[Prepared], objective: Objective) -> None:
+    check = check_capture if objective.weights["attention"] > 0 else check_head
+    ids = torch.from_numpy(items[0].encoding.ids.astype("int64"))[None].to(student.model.device)
+    student.eval()
+    check(student.model, ids, lambda hidden: output_logits(student.model, hidden))
 
 
 def _micro_batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -103,16 +104,24 @@ class StepRunner:
         norms = {}
         for term, weight in self.objective.weights.items():
             if weight > 0:
-                self.student.zero_grad(set_to_none=True)
-                self._backward(micro, {**dict.fromkeys(self.objective.weights, 0.0), term: weight}, lambda loss: loss)
-                gradients = [p.grad for p in self.student.model.parameters() if p.grad is not None]
-                norms[term] = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+                alone = {**dict.fromkeys(self.objective.weights, 0.0), term: weight}
+                scale = self.scaler.get_scale()  # 1 unless in float16, where unscaled gradients vanish
+                while not math.isfinite(norm := self._norm(micro, alone, scale)) and scale > 1:
+                    scale /= 16
+                norms[term] = norm
         self.student.zero_grad(set_to_none=True)
         whole = sum(norms.values())
         return {
             "norms": norms,
             "shares": {term: norm / whole if whole else 0.0 for term, norm in norms.items()},
         }
+
+    def _norm(self, micro: Sequence[Batch], weights: Mapping[Term, float], scale: float) -> float:
+        """Norm of the gradient, taken of `scale` times the loss."""
+        self.student.zero_grad(set_to_none=True)
+        self._backward(micro, weights, lambda loss: scale * loss)
+        gradients = [p.grad for p in self.student.model.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients)) / scale if gradients else 0.0
 
     def _backward(
         self, micro: Sequence[Batch], weights: Mapping[Term, float], scale: Callable[[Tensor], Tensor]

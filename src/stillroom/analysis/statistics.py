@@ -85,12 +85,17 @@ def detectable_effect(seeds: int, alpha: float = 0.05, power: float = 0.8) -> fl
     return float(TTestPower().solve_power(nobs=seeds, alpha=alpha, power=power)) if seeds > 1 else math.nan
 
 
-def seeds_needed(effect: float, alpha: float = 0.05, power: float = 0.8) -> int | None:
-    """Seeds a paired t-test needs to detect this d_z, and an exact sign-flip test to reach α; 10,000 at
+def fewest_seeds(alpha: float, contrasts: int) -> int:
+    """Seeds with which exact sign-flip tests, Holm-adjusted over so many contrasts, can reach α: contrasts·2/2ⁿ ≤ α."""
+    return math.ceil(math.log2(2 * contrasts / alpha))
+
+
+def seeds_needed(effect: float, alpha: float = 0.05, power: float = 0.8, contrasts: int = 1) -> int | None:
+    """Seeds a paired t-test needs to detect this d_z, and a family's exact sign-flip tests to reach α; 10,000 at
     most, None if undefined."""
     if not math.isfinite(effect) or effect == 0:
         return None
-    fewest = math.ceil(math.log2(2 / alpha))
+    fewest = fewest_seeds(alpha, contrasts)
     power_of = TTestPower().power
     enough = (n for n in itertools.count(fewest) if n >= 10_000 or power_of(abs(effect), n, alpha) >= power)
     return next(enough)

@@ -16,6 +16,7 @@ from stillroom.analysis.statistics import (
     bootstrap_interval,
     compare,
     equivalence_p,
+    fewest_seeds,
     interaction_p,
     seeds_needed,
 )
@@ -93,15 +94,16 @@ class Evidence:
             return ()
         scores, missing = self.scores({group for pair in pairs for group in pair}, measure)
         arrays = {group: np.array(list(own.values())) for group, own in scores.items()}
-        return tuple(
-            self._finding(row, scores, missing) for row in compare(pairs, arrays, measure, self.analysis.alpha)
-        )
+        rows = compare(pairs, arrays, measure, self.analysis.alpha)
+        return tuple(self._finding(row, len(rows), scores, missing) for row in rows)
 
-    def _finding(self, row: Comparison, scores: dict[str, dict[int, float]], missing: list[tuple[str, int]]) -> Finding:
+    def _finding(
+        self, row: Comparison, family: int, scores: dict[str, dict[int, float]], missing: list[tuple[str, int]]
+    ) -> Finding:
         by_seed = {seed: scores[row.first][seed] - scores[row.second][seed] for seed in scores[row.first]}
         equivalence = equivalence_p(np.array(list(by_seed.values())), self.analysis.equivalence_margin)
-        verdict = _verdict(row, equivalence, self.analysis)
-        sentence = _sentence(row, verdict, equivalence, self.analysis, missing)
+        verdict = _verdict(row, family, equivalence, self.analysis)
+        sentence = _sentence(row, family, verdict, equivalence, self.analysis, missing)
         bootstrap = self._bootstrap(row, list(by_seed))
         return Finding(row, equivalence, verdict, sentence, by_seed, bootstrap)
 
@@ -158,19 +160,24 @@ def _groups(finding: Finding) -> Pair:
 
 
 def _sentence(
-    row: Comparison, verdict: str, equivalence: float, analysis: Analysis, missing: list[tuple[str, int]]
+    row: Comparison,
+    family: int,
+    verdict: str,
+    equivalence: float,
+    analysis: Analysis,
+    missing: list[tuple[str, int]],
 ) -> str:
     name = f"{row.first} against {row.second} on {row.measure}"
     level = f"{100 * (1 - analysis.alpha):g} %"
     points = f"{100 * row.difference:+z.1f} points, {level} interval {100 * row.low:+z.1f} to {100 * row.high:+z.1f}"
     if verdict == "undecided":
-        sentence = f"{name}: undecided{_why(row, analysis, missing)}"
+        sentence = f"{name}: undecided{_why(row, family, analysis, missing)}"
     elif verdict == "equivalent":
         margin = f"±{100 * analysis.equivalence_margin:g} points"
         sentence = f"{name}: equivalent within {margin} ({points}; TOST p = {equivalence:.3g})"
     else:
         sentence = f"{name}: {verdict} ({points}; adjusted p = {row.adjusted_p:.3g})"
-        needed = seeds_needed(row.effect_size, analysis.alpha)
+        needed = seeds_needed(row.effect_size, analysis.alpha, contrasts=family)
         if verdict.startswith("no evidence") and needed:
             sentence += f"; an effect of this size (d_z = {row.effect_size:.2f}) would take {needed} seeds"
     if missing and row.seeds:
@@ -178,26 +185,28 @@ def _sentence(
     return sentence
 
 
-def _verdict(row: Comparison, equivalence: float, analysis: Analysis) -> str:
+def _verdict(row: Comparison, family: int, equivalence: float, analysis: Analysis) -> str:
+    """In a word; undecided too where the adjusted p of a `family` of so many contrasts cannot reach α at all."""
     if row.seeds < 2 or not math.isfinite(row.adjusted_p):
         return "undecided"
     if row.adjusted_p <= analysis.alpha:
         return "improves" if row.difference > 0 else "worse"
     if math.isfinite(equivalence) and equivalence <= analysis.alpha:
         return "equivalent"
-    return "undecided" if row.smallest_p > analysis.alpha else "no evidence of a difference"
+    return "undecided" if family * row.smallest_p > analysis.alpha else "no evidence of a difference"
 
 
-def _why(row: Comparison, analysis: Analysis, missing: list[tuple[str, int]]) -> str:
+def _why(row: Comparison, family: int, analysis: Analysis, missing: list[tuple[str, int]]) -> str:
     if missing and analysis.incomplete == "refuse":
         listed = ", ".join(f"{group} seed {seed}" for group, seed in missing[:5])
         return (
             f": trials are missing ({listed}{', …' if len(missing) > 5 else ''}) and the study declares no verdict then"
         )
-    least = math.ceil(math.log2(2 / analysis.alpha))
+    least = fewest_seeds(analysis.alpha, family)
+    adjusted = f", adjusted over {family} contrasts," if family > 1 else ""
     seen = f"{100 * row.difference:+z.1f} points seen; " if row.seeds else ""
     return (
-        f" with {row.seeds} seed{'s' if row.seeds != 1 else ''}: {seen}the exact test cannot reach "
+        f" with {row.seeds} seed{'s' if row.seeds != 1 else ''}: {seen}the exact test{adjusted} cannot reach "
         f"{analysis.alpha:g} with fewer than {least}"
     )
 

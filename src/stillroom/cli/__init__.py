@@ -6,13 +6,14 @@ import shlex
 import sys
 import traceback
 import warnings
+from contextlib import closing
 
 import typer
 
 from stillroom.cli import before  # isort: skip - each registers its commands, in the order that --help lists them
 from stillroom.cli import stages  # isort: skip
 from stillroom.cli import after  # isort: skip
-from stillroom.cli.options import app
+from stillroom.cli.options import BARS, app
 from stillroom.credentials import redact
 
 
@@ -25,7 +26,8 @@ def main() -> None:
 
     warnings.simplefilter("ignore", FutureWarning)  # other packages' notices to their own developers
     try:
-        app()
+        with closing(BARS):  # taken off the terminal before anything is said of an error
+            app()
     except UserError as error:
         typer.secho(redact(f"error: {error}"), err=True, fg="red")
         sys.exit(2)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stillroom import __version__
+from stillroom.progress import ProgressBars
 
 if TYPE_CHECKING:
     from stillroom.stages import Workspace
@@ -22,6 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+BARS = ProgressBars()
+"""Progress of the one command that this process runs."""
 
 BEFORE, STAGES, AFTER = "Before", "Stages, in order", "After"
 """Headings under which `--help` lists the commands."""
@@ -66,11 +70,10 @@ def options(
 
 def open_workspace(study: str, overrides: list[str] | None) -> Workspace:
     """The study's stages, with progress shown."""
-    from stillroom.progress import ProgressBars
     from stillroom.stages import Workspace
     from stillroom.studies import load_study
 
-    return Workspace(load_study(study, overrides or []), ProgressBars())
+    return Workspace(load_study(study, overrides or []), BARS)
 
 
 def say(text: str) -> None:

@@ -151,8 +151,10 @@ class OfficialSplit(Section):
 
     def data(self, task: TaskData) -> TaskData:
         """Where its rows come from; `task` is the corpus's own entry."""
-        elsewhere = {"dataset", "subset", "revision"}
-        return task.model_copy(update=self.model_dump(exclude=elsewhere if self.dataset is None else set()))
+        given = self.model_dump()
+        if self.dataset is None:  # elsewhere, the task's own subset and revision mean nothing
+            given = {name: value for name, value in given.items() if value is not None}
+        return task.model_copy(update=given)
 
 
 class Evaluation(Section):
@@ -171,8 +173,12 @@ class Evaluation(Section):
 class Sweep(Section):
     """Groups × seeds, and what a trial may use."""
 
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1, description="one trial a group and seed")
-    gpus_per_trial: float = Field(1.0, ge=0, description="GPUs, where there are any; 0.5 lets two trials share one")
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field(
+        min_length=1, max_length=20, description="one trial a group and seed; the exact test counts 2ⁿ signs of n seeds"
+    )
+    gpus_per_trial: float = Field(
+        1.0, ge=0, description="GPUs, where there are any; 0.5 lets two trials share one; 0: CPU"
+    )
     cpus_per_trial: int = Field(4, ge=1, description="cores, at most those there are")
     max_concurrent: int | None = Field(None, ge=1, description="default: as many as the GPUs (else cores) allow")
     retries: int = Field(1, ge=0, description="times a failed trial is tried again")
@@ -245,6 +251,16 @@ class Study(Section):
         names = [g.name for g in self.groups]
         if len(set(names)) < len(names):
             raise ValueError(f"groups are repeated: {names}")
+        for reserved, given, what in (
+            (("teacher", "student"), names, "group"),
+            (("all", "macro"), self.corpus.tasks, "task"),
+        ):
+            if taken := [name for name in given if name in reserved or name.endswith(("_macro", "_flexible"))]:
+                raise ValueError(f"a {what} cannot be named {taken[0]!r}: tables have a row or column of that name")
+        for family in {"primary", "secondary"} & self.analysis.model_fields_set:  # by default some may be absent
+            for name in (name for pair in getattr(self.analysis, family) for name in pair):
+                if name not in names:
+                    raise ValueError(f"analysis.{family} names the group {name!r}, which groups has not")
         for task in (*self.analysis.simple_tasks, *self.analysis.hard_tasks):
             if task not in self.corpus.tasks:
                 raise ValueError(f"analysis names the task {task!r}, which corpus.tasks has not")

@@ -41,7 +41,7 @@ class _UniqueKeys(yaml.SafeLoader):
         """A mapping of different keys."""
         seen: set[Any] = set()
         for key, _ in node.value:
-            if key.value in seen and isinstance(key, yaml.ScalarNode) and key.value != "<<":
+            if isinstance(key, yaml.ScalarNode) and key.value in seen and key.value != "<<":
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value} twice", key.start_mark)
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
