@@ -419,11 +419,12 @@ def test_the_step_in_bfloat16_is_the_float32_step_up_to_rounding(student_ref, st
     assert all(g.dtype == torch.float32 for g in gradient.values())
 
 
-def test_float16_keeps_the_tail_of_the_heads_gradient():
+@pytest.mark.parametrize("positions", [4, 4000])
+def test_float16_keeps_the_tail_of_the_heads_gradient(positions):
     """Divided by a step's count, small probabilities are under float16's range; a loss scale comes after the cast."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(64, 16, requires_grad=True), torch.randn(2000, 16, requires_grad=True)
-    targets = HeadTargets(torch.randint(0, 8, (64,)), None, 1 / 4000, 0.0)
+    targets = HeadTargets(torch.randint(0, 8, (64,)), None, 1 / positions, 0.0)
     full = torch.autograd.grad(head_losses(hidden, weight, None, targets)[0] * 2**16, (hidden, weight))
     with torch.autocast("cpu", torch.float16):
         total = head_losses(hidden, weight, None, targets)[0]

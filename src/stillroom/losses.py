@@ -94,7 +94,7 @@ class _HeadLosses(torch.autograd.Function):
                 task_sum, kd_sum = task_sum + task, kd_sum + kd
                 if hidden_grad is None or grad is None:
                     continue
-                narrow = (grad * scale if scale > 1 else grad).to(dtype)
+                narrow = (grad if scale == 1 else grad * scale).to(dtype)
                 hidden_grad[rows] = narrow @ cast
                 if ctx.needs_input_grad[1]:
                     own = narrow.T @ part
