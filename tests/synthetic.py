@@ -63,7 +63,7 @@ def write_results(folder, seeds=(0, 1, 2), drop=(), overrides=(), rename=lambda 
         for suffix, prefix in (("", "validation_"), ("_official", "official_")):
             own = predictions_of(held_out, chance, rng)
             save_predictions(own, folder / "baselines" / f"{name}{suffix}.parquet")
-            metrics = {"fingerprint": "f", "identity": name, "metrics": accuracy_metrics(own, prefix)}
+            metrics = {"fingerprint": f"{name}{suffix}", "identity": name, "metrics": accuracy_metrics(own, prefix)}
             write_json(folder / "baselines" / f"{name}{suffix}.json", metrics)
     trials = []
     for group in study.groups:
@@ -80,10 +80,12 @@ def write_results(folder, seeds=(0, 1, 2), drop=(), overrides=(), rename=lambda 
             result = result_of(name, group, number, study, own, rng)
             write_json(trial / "result.json", {**result, **accuracy_metrics(official, "official_")})
     planned = {"study": study.model_dump(mode="json"), "snapshot": "offline_teacher_data_20260101T000000Z"}
+    names = [f"{name}{suffix}" for name in ("teacher", "student") for suffix in ("", "_official")]
+    planned |= {"fingerprint": "0123456789abcdef", "baselines": {name: name for name in names}}
     write_json(folder / PLANNED, {**planned, "trials": trials})
     write_summary(folder)
     for stage in ("capture", "verify", "archive", "sweep"):
-        record_run(folder / "run.json", stage, {"fingerprint": "0123456789abcdef"} if stage == "archive" else {})
+        record_run(folder / "run.json", stage, {"fingerprint": "0123456789abcdef"} if stage != "sweep" else {})
     return study
 
 

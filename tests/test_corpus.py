@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pyarrow as pa
@@ -21,6 +23,8 @@ from stillroom.corpus import (
     with_official,
 )
 from stillroom.models import load_tokenizer
+from stillroom.sources import Sources
+from stillroom.studies import load_study
 from stillroom.tasks import TASKS, Example, get_task
 from stillroom.tasks.gsm8k import extract_flexible, extract_strict
 
@@ -144,6 +148,29 @@ def test_unusable_data_are_named(tmp_path, tokenizers, rows, message):
 
 
 @pytest.mark.parametrize(
+    ("task", "row", "column"),
+    [
+        ("sst2", {"sentence": "a gem .", "label": 1}, "sentence"),
+        ("mmlu", {"question": "1+1?", "subject": "", "choices": ["1", "2", "3", "4"], "answer": 1}, "question"),
+        ("gsm8k", {"question": "How many?", "answer": "#### 4"}, "question"),
+        ("gsm8k", {"question": "How many?", "answer": "#### 4"}, "answer"),
+    ],
+)
+def test_no_row_is_read_as_the_word_none(task, row, column):
+    """A null is no text to train on."""
+    assert get_task(task).build(row)
+    for nothing in (None, " "):
+        with pytest.raises(ValueError, match=f"column '{column}' is empty"):
+            get_task(task).build({**row, column: nothing})
+
+
+def test_no_choice_is_read_as_the_word_none():
+    """Nor is a null an option to choose."""
+    with pytest.raises(ValueError, match="every choice must be a text"):
+        get_task("mmlu").build({"question": "1+1?", "subject": "", "choices": ["1", None, "3", "4"], "answer": 0})
+
+
+@pytest.mark.parametrize(
     ("tasks", "message"),
     [
         ({"sst3": TaskData(dataset="builtin", examples=5)}, r"corpus.tasks.sst3: unknown task"),
@@ -227,6 +254,23 @@ def test_a_line_ends_at_a_newline_and_nowhere_else(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows), newline="")
     assert _read_lines(file) == rows
+
+
+def test_processes_that_start_together_build_one_corpus(tmp_path, monkeypatch):
+    """As the parts of a divided capture do: the models and the corpus are written by one, read by the other."""
+    built = []
+
+    def slowly(*arguments):
+        built.append(1)
+        time.sleep(0.5)
+        return build_corpus(*arguments)
+
+    monkeypatch.setattr("stillroom.sources.build_corpus", slowly)
+    study = load_study("quickstart", [f"paths.results={tmp_path}"])
+    with ThreadPoolExecutor() as pool:
+        first, second = pool.map(lambda sources: sources.examples.all, [Sources(study), Sources(study)])
+    assert first == second
+    assert len(built) == 1
 
 
 def test_a_limit_beyond_what_a_model_reads_is_refused(tmp_path):

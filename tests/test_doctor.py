@@ -38,7 +38,7 @@ def study(teacher_ref, student_ref):
 @pytest.fixture
 def no_services(monkeypatch):
     """Neither Ray nor the tracker is started."""
-    monkeypatch.setattr("stillroom.experiment.describe_cluster", lambda settings: {"CPU": 2.0, "trials": 2})
+    monkeypatch.setattr("stillroom.experiment.describe_cluster", lambda settings: {"CPU": 2.0, "trials at once": 2})
     monkeypatch.setattr("stillroom.tracker.Tracker.check", lambda self: None)
 
 
@@ -136,6 +136,19 @@ def test_low_coverage_is_measured_and_refused(study, no_services):
     assert not found.fine
     assert "sentiment" in found.says
     assert "arithmetic" in found.says
+
+
+def test_room_is_asked_for_both_folders_where_they_share_a_disk(study, monkeypatch, tmp_path):
+    """Each alone would fit; together, with what running trials hold for a while, they do not."""
+    paths = study.paths.model_copy(update={"results": tmp_path / "results", "store": tmp_path / "store"})
+    study = study.model_copy(update={"paths": paths, "sweep": study.sweep.model_copy(update={"max_concurrent": 3})})
+    plan = plan_study(study)
+    disk, store = plan["disk_bytes"], plan["store_bytes"]["total"]
+    students = disk["checkpoints"] + 3 * disk["more_while_a_trial_runs"]
+    assert disk["more_while_a_trial_runs"] > 0
+    for free, fine in ((store + students - 1, False), (store + students + 1, True)):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        assert [finding.fine for finding in doctor._disk(study, plan)] == [fine, fine]
 
 
 def test_memory_is_held_against_the_plan(study, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -237,6 +238,33 @@ def test_a_changed_study_is_not_mixed_with_the_old_one(tmp_path, teacher_ref, st
     assert SignalStore.open(other.store_path).layout.top_k == 7
     assert len(list(tmp_path.glob("offline_teacher_data_20*"))) == 2
     assert workspace.snapshot() != other.snapshot()
+
+
+def test_a_snapshot_alone_is_enough(tmp_path, teacher_ref, student_ref, monkeypatch):
+    """Where the working store is gone, or has become another study's, the teacher does not run again."""
+    path = study_file(tmp_path, teacher_ref.model, student_ref.model, groups=["task_only"])
+    workspace = Workspace(load_study(path))
+    workspace.capture()
+    workspace.verify()
+    snapshot = workspace.archive()
+    other = Workspace(load_study(path, ["signals.top_k=7"]))
+    other.capture()
+    monkeypatch.setattr("stillroom.jobs.load_model", lambda *a: pytest.fail("the teacher was loaded again"))
+    for gone in (False, True):
+        if gone:
+            shutil.rmtree(workspace.store_path)
+        assert workspace.capture().path == snapshot
+        assert workspace.verify()["examples"] == 60
+        assert workspace.archive() == snapshot == workspace.snapshot()
+
+
+def test_each_stage_leaves_its_own_time(finished_study):
+    """The teacher's evaluation is no part of its capture, and a trial trained alone is on record."""
+    stages = read_json(finished_study.results / "run.json")["stages"]
+    assert list(stages) == ["evaluate", "capture", "verify", "archive", "train"]
+    assert stages["evaluate"]["measured"] == ["teacher", "student"]
+    assert stages["train"]["trial"].endswith("combined_seed_0")
+    assert all(stage["seconds"] > 0 for stage in stages.values())
 
 
 def test_an_adapted_teacher_is_another_teacher(tmp_path, teacher_ref, student_ref):

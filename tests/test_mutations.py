@@ -21,6 +21,7 @@ from stillroom.analysis.frame import SUMMARY, write_summary
 from stillroom.analysis.results import StudyResults
 from stillroom.analysis.statistics import Comparison, bootstrap_interval, sign_flip_p
 from stillroom.analysis.verdicts import _verdict
+from stillroom.baselines import Baseline
 from stillroom.batches import epoch_order, prepare
 from stillroom.builtin_pair import sentencepiece_tokenizer
 from stillroom.checkpoints import TrainingState, best_epoch
@@ -29,7 +30,7 @@ from stillroom.config import EXPERIMENT, GROUPS, ModelRef, Training, UserError
 from stillroom.corpus import build_corpus, load_corpus, save_corpus
 from stillroom.credentials import redact
 from stillroom.encoding import encode
-from stillroom.evaluation import _prediction, evaluate, measure_baseline
+from stillroom.evaluation import _prediction, evaluate
 from stillroom.generation import generate
 from stillroom.models import load_model, load_tokenizer
 from stillroom.planning import plan_study
@@ -342,29 +343,16 @@ def tokenizer(student_ref):
 
 
 def test_a_baseline_is_kept_only_for_the_very_same_measurement(tmp_path, model, tokenizer, examples):
-    """Model, dtype, settings, examples: one of them changed, and it is measured anew."""
-    loads = []
-
-    def measured(identity="m", settings=EVALUATION, precision="float32", count=2, prefix="validation_"):
-        def load():
-            loads.append(identity)
-            return model
-
-        own = [e for e in examples.validation if e.choices][:count]
-        path = tmp_path / "student.json"
-        return measure_baseline(
-            path, identity, load, tokenizer, own, settings, precision, prefix, lambda done, total: None
-        )
-
-    first = measured()
-    assert measured() == first
-    assert len(loads) == 1
+    """Model, dtype, settings, examples: with one of them changed, it is not known."""
+    own = [e for e in examples.validation if e.choices]
+    first = Baseline(tmp_path, "student", "validation", "m", "float32", own[:2], EVALUATION)
+    assert first.known() is None
+    assert first.measure(model, tokenizer) == first.known()
     other = EVALUATION.model_copy(update={"max_new_tokens": 13})
-    for changed in ({"identity": "n"}, {"settings": other}, {"precision": "bfloat16"}, {"count": 3}, {"prefix": "x_"}):
-        measured()
-        before = len(loads)
-        measured(**changed)
-        assert len(loads) == before + 1, changed
+    for changed in ({"identity": "n"}, {"settings": other}, {"precision": "bfloat16"}, {"examples": own[:3]}):
+        assert replace(first, **changed).known() is None, changed
+    shutil.copy(first.path, tmp_path / "student_official.json")
+    assert replace(first, part="official").known() is None
 
 
 def test_a_trials_cost_has_its_official_evaluation_in_it(results, tmp_path):

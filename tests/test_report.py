@@ -16,7 +16,7 @@ from stillroom.analysis.report import print_table, write_report
 from stillroom.analysis.results import StudyResults
 from stillroom.config import UserError
 from stillroom.corpus import folded
-from stillroom.provenance import Meter
+from stillroom.provenance import Meter, read_json, write_json
 from synthetic import write_results
 
 HOSTILE = '<script>document.title="owned"</script><img src=x onerror="document.title=1"></pre>{{ 7*7 }}'
@@ -116,6 +116,25 @@ def test_a_leak_is_counted_from_the_examples_themselves(results, tmp_path):
     rows.loc[fresh, "prompt"] = known.upper()
     rows.to_parquet(leaking / "corpus" / "corpus.parquet")
     assert StudyResults.read(leaking).shared_prompts == before + 1
+
+
+def test_what_was_measured_for_another_study_is_left_out(results, tmp_path, capsys):
+    """A teacher of an earlier run is not this one's: its row goes, and the page says which and what to run."""
+    copy = tmp_path / "copy"
+    shutil.copytree(results, copy)
+    assert "belongs to another study" not in (results / "report.html").read_text()
+    path = copy / "baselines" / "teacher.json"
+    write_json(path, {**read_json(path), "fingerprint": "another"})
+    log = read_json(copy / "run.json")
+    log["stages"]["verify"]["fingerprint"] = "another"
+    write_json(copy / "run.json", log)
+    page = write_report(copy).read_text()
+    assert "What was measured of the teacher belongs to another study and is left out: run `stillroom evaluate`" in page
+    read = StudyResults.read(copy)
+    assert list(read.untrained) == list(read.untrained_predictions) == ["untouched student"]
+    assert [name for name in read.measures if name.startswith("agreement_")] == []
+    assert "teacher data verified" in (results / "report.html").read_text()
+    assert "teacher data verified" not in page
 
 
 def test_tables_for_a_paper_are_tidy_and_escaped(results):

@@ -8,7 +8,8 @@ import pytest
 
 from stillroom.config import Corpus, Evaluation, TaskData, UserError
 from stillroom.corpus import build_corpus, load_corpus, save_corpus
-from stillroom.evaluation import accuracy_metrics, evaluate
+from stillroom.evaluation import evaluate
+from stillroom.metrics import accuracy_metrics
 from stillroom.models import load_model, load_tokenizer
 from stillroom.sources import Sources
 from stillroom.studies import load_study

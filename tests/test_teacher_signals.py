@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from stillroom.attention_capture import ATTENTION, check_capture
+from stillroom.baselines import Baseline
 from stillroom.config import GROUPS, Evaluation, ModelRef, Objective, Training, UserError
 from stillroom.encoding import Encoding
-from stillroom.evaluation import measure_baseline
 from stillroom.models import load_model, load_tokenizer, output_logits
 from stillroom.teacher_signals import compute_signals
 from stillroom.train_student import Trial, train
@@ -149,12 +149,10 @@ def test_a_model_that_scales_its_logits_is_refused_before_it_is_scored_or_traine
     trial = Trial("x", GROUPS["task_only"], 0)
     with pytest.raises(UserError, match=r"GraniteForCausalLM.*logits"):
         train(trial, ref, Training(), Objective(), Evaluation(), examples, None, tmp_path / "trial")
-    path = tmp_path / "baseline.json"
+    baseline = Baseline(tmp_path, "student", "validation", "x", "float32", examples.validation, Evaluation())
     with pytest.raises(UserError, match=r"GraniteForCausalLM.*logits"):
-        measure_baseline(
-            path, "x", lambda: load_model(ref), tokenizer, examples.validation, Evaluation(), "float32", "", print
-        )
-    assert not path.exists()
+        baseline.measure(load_model(ref), tokenizer)
+    assert not baseline.path.exists()
 
 
 def test_non_finite_teacher_output_is_refused_with_its_signal_named():

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+from jaxtyping import Int32
 from numpy import ndarray
 
 from stillroom.alignment import (
@@ -32,10 +33,12 @@ class Prepared:
 
     example: Example
     encoding: Encoding
-    positions: ndarray
-    targets: ndarray
+    positions: Int32[ndarray, "N"]
+    """Those whose next token is supervised."""
+    targets: Int32[ndarray, "N"]
+    """Ids of those next tokens."""
     alignment: Alignment | None = None
-    kd_pairs: ndarray | None = None
+    kd_pairs: Int32[ndarray, "M 2"] | None = None
     """(teacher, student) positions whose next-token distributions are compared."""
 
 

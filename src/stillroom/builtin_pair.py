@@ -23,7 +23,7 @@ from tokenizers import (
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stillroom.config import ModelRef, UserError
-from stillroom.provenance import atomic_path
+from stillroom.provenance import atomic_path, exclusive
 from stillroom.tasks import TASKS
 
 PREFIX = "builtin:"
@@ -47,7 +47,8 @@ _VOCABULARIES = {"teacher": 640, "student": 560}
 
 
 def materialise(ref: ModelRef, folder: Path) -> ModelRef:
-    """A built-in reference as a local directory under `folder`, written once; any other as it is."""
+    """The reference alone; a built-in one as a local directory under `folder`, written once."""
+    ref = ModelRef(**ref.model_dump(include={*ModelRef.model_fields}))
     if not ref.model.startswith(PREFIX):
         return ref
     name = ref.model.removeprefix(PREFIX)
@@ -55,8 +56,10 @@ def materialise(ref: ModelRef, folder: Path) -> ModelRef:
         raise UserError(f"model {ref.model!r}: built in are {', '.join(PREFIX + n for n in _SHAPES)}")
     target = folder / name
     if not target.is_dir():
-        with atomic_path(target) as building:
-            write_builtin(name, building)
+        with exclusive(folder, "process", f".{name}.lock", wait=-1):
+            if not target.is_dir():
+                with atomic_path(target) as building:
+                    write_builtin(name, building)
     return ref.model_copy(update={"model": str(target)})
 
 

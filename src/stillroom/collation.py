@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 
@@ -22,19 +23,30 @@ _SIGNAL_OF: dict[Term, Signal] = {"kd": "topk", "hidden": "hidden", "attention":
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass; every index and mask explicit. Rows count positions of (B, T) flattened."""
+    """One forward pass; every index and mask explicit. Rows count positions of (B, T) flattened.
 
-    ids: Tensor
-    mask: Tensor
-    head_rows: Tensor
-    targets: Tensor
+    What no term of the objective asks for is None.
+    """
+
+    ids: Int[Tensor, "B T"]
+    mask: Int[Tensor, "B T"]
+    """1 for a token, 0 for padding, which stands on the right."""
+    head_rows: Int[Tensor, "N"]
+    """Where the output head runs: supervised rows, and others that are distilled; increasing."""
+    targets: Int[Tensor, "N"]
+    """Next student token at each of them; −1 where it is not supervised."""
     outcomes: Outcomes | None
-    hidden_rows: Tensor | None
-    teacher_hidden: Tensor | None
-    segment_rows: Tensor | None
-    segment_of: Tensor | None
-    segments: Tensor | None
-    teacher_attention: Tensor | None
+    hidden_rows: Int[Tensor, "P"] | None
+    """Rows with an aligned teacher token."""
+    teacher_hidden: Float[Tensor, "P D"] | None
+    segment_rows: Int[Tensor, "B G"] | None
+    """Position of the token that ends each segment; 0 beyond an example's own."""
+    segment_of: Int[Tensor, "B T"] | None
+    """Segment of each token; −1 for one in none, and for padding."""
+    segments: Int[Tensor, "B"] | None
+    """How many segments each example has."""
+    teacher_attention: Float[Tensor, "B H G G"] | None
+    """Over segments, lower triangle; one head, their mean, unless heads pair."""
     counts: dict[str, int]
     """Denominators: task and kd positions, hidden values, attention cells or rows (over heads)."""
     examples: tuple[str, ...]

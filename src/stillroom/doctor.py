@@ -90,8 +90,7 @@ def _weights(role: str, ref: ModelRef) -> Finding:
         auth_check(ref.model)
         return Finding(subject, True, "on the hub, and this login may read them; downloaded on first use")
     except GatedRepoError:
-        says = "gated: accept the licence on the hub, then set HF_TOKEN or run `hf auth login`"
-        return Finding(subject, False, says)
+        return Finding(subject, False, "gated: accept the licence on the hub, then set HF_TOKEN or run `hf auth login`")
     except Exception as error:  # no network, offline mode, no such model: the hub's library has a class for each
         says = f"neither in the cache nor to be had from the hub here ({_first_line(error)}); use a local directory"
         return Finding(subject, False, says)
@@ -146,10 +145,8 @@ def miniature(config: Any) -> Any:
 def _tokenizers(study: Study) -> Lines:
     with tempfile.TemporaryDirectory() as folder:
         try:
-            refs = [
-                ModelRef(**ref.model_dump(include={*ModelRef.model_fields})) for ref in (study.teacher, study.student)
-            ]
-            teacher, student = (load_tokenizer(materialise(ref, Path(folder))) for ref in refs)
+            refs = (materialise(ref, Path(folder)) for ref in (study.teacher, study.student))
+            teacher, student = (load_tokenizer(ref) for ref in refs)
         except UserError:
             return  # the models' own lines say why
         yield _vocabularies(teacher, student)
@@ -199,16 +196,29 @@ def _data(plan: dict[str, Any]) -> Lines:
 
 
 def _disk(study: Study, plan: dict[str, Any]) -> Lines:
-    students = plan["disk_bytes"]["checkpoints"]
-    for subject, path, needed in (
-        ("disk for teacher data", study.paths.store_path, plan["store_bytes"]["total"]),
-        ("disk for students", study.paths.results, students),
-    ):
-        existing = next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
-        free = shutil.disk_usage(existing).free
-        says = f"{_size(needed)} needed, {_size(free)} free at {existing}"
-        fine = free > needed and os.access(existing, os.W_OK)
-        yield Finding(subject, fine, says if fine else f"{says}; free some, or name another folder under paths")
+    """What each folder is to hold, against the room on its device, which they may share."""
+    disk, found = plan["disk_bytes"], []
+    students = disk["checkpoints"] + _at_once(study) * disk["more_while_a_trial_runs"]
+    for path, needed in ((study.paths.store_path, plan["store_bytes"]["total"]), (study.paths.results, students)):
+        place = next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
+        found.append((place, place.stat().st_dev, needed))
+    for subject, (place, device, needed) in zip(("teacher data", "students"), found, strict=True):
+        free = shutil.disk_usage(place).free
+        both = sum(other for _, its_device, other in found if its_device == device)
+        says = f"{_size(needed)} needed, {_size(both)} on that disk in all, {_size(free)} free at {place}"
+        fine = free > both and os.access(place, os.W_OK)
+        yield Finding(
+            f"disk for {subject}", fine, says if fine else f"{says}; free some, or set other folders in paths"
+        )
+
+
+def _at_once(study: Study) -> int:
+    """Trials that run at once on this machine."""
+    import torch
+
+    per_trial = study.sweep.gpus_per_trial if (gpus := torch.cuda.device_count()) else 0
+    fit = int(gpus / per_trial) if per_trial else (os.cpu_count() or 1) // study.sweep.cpus_per_trial
+    return study.sweep.max_concurrent or max(1, fit)
 
 
 def _memory(study: Study, plan: dict[str, Any]) -> Lines:
@@ -227,10 +237,8 @@ def _memory(study: Study, plan: dict[str, Any]) -> Lines:
         says = "no GPU: everything runs on the CPU"
         says += f"; this study is about {hours:.1f} hours of a GPU, too much for it" if hours > 1 else ""
         yield Finding("accelerator", hours <= 1, says)
-        cores = os.cpu_count() or 1
-        at_once = study.sweep.max_concurrent or max(1, cores // study.sweep.cpus_per_trial)
         memory = hardware()["memory_bytes"] or 0
-        room = {"capture": memory, "trial": memory / at_once}
+        room = {"capture": memory, "trial": memory / _at_once(study)}
         needs["trial"] = int(_KEPT_ON_CPU * needs["trial"])
     where = "of GPU memory" if gpus else "of memory"
     remedies = {
@@ -261,10 +269,8 @@ def _ray(study: Study) -> Finding:
 
     found: dict[str, float] = {}
     fine, says = _tried(lambda: found.update(describe_cluster(study.sweep)))
-    if not fine:
-        return Finding("ray", False, f"{says}; without Ray, `stillroom train` runs one trial at a time")
-    listed = ", ".join(f"{name} {value:g}" for name, value in found.items() if name != "trials")
-    return Finding("ray", True, f"{listed}; trials at once: {found['trials']:g}")
+    listed = ", ".join(f"{name} {value:g}" for name, value in found.items())
+    return Finding("ray", fine, listed if fine else f"{says}; `stillroom train` runs one trial at a time without Ray")
 
 
 def _tried(action: Callable[[], Any]) -> tuple[bool, str]:
@@ -290,5 +296,5 @@ def print_findings(findings: list[Finding]) -> None:
 
     console = Console()
     for finding in findings:
-        mark = "ok  " if finding.fine else "todo"
-        console.print(f"{mark} {finding.subject}: {finding.says}", markup=False, highlight=False, soft_wrap=True)
+        line = f"{'ok  ' if finding.fine else 'todo'} {finding.subject}: {finding.says}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

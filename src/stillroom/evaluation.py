@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
-from stillroom.attention_capture import check_head, last_hidden_state
-from stillroom.config import Evaluation, fingerprint
+from stillroom.attention_capture import last_hidden_state
+from stillroom.config import Evaluation
 from stillroom.encoding import Encoding, encode_many, in_answer
 from stillroom.generation import generate
-from stillroom.metrics import accuracy_metrics, nll_metrics, save_predictions
 from stillroom.models import output_logits
-from stillroom.provenance import read_json, write_json
 from stillroom.tasks import Example, task_of
 from stillroom.teacher_signals import padded
 
@@ -89,38 +86,6 @@ def _prediction(example: Example, scores: list[float], tokens: int, text: str | 
         "generated": text,
         "answer_nll": -scores[0],
     }
-
-
-def measure_baseline(
-    path: Path,
-    identity: str,
-    load: Callable[[], PreTrainedModel],
-    tokenizer: Any,
-    examples: Sequence[Example],
-    settings: Evaluation,
-    precision: str,
-    prefix: str,
-    progress: Callable[[int, int], None],
-) -> dict[str, Any]:
-    """Accuracy and answer likelihood of a model no trial has touched; kept in `path`, predictions beside it.
-
-    `identity` pins the model; it is loaded only if `path` does not hold this very measurement. `prefix` begins the
-    metrics' names.
-    """
-    how = settings.model_dump(exclude={"official"})
-    own = fingerprint(identity, precision, how, prefix, [example.example_id for example in examples])
-    if path.is_file() and (known := read_json(path, "fingerprint", "metrics"))["fingerprint"] == own:
-        found: dict[str, Any] = known
-        return found
-    model = load()
-    ids, _ = padded(encode_many(tokenizer, [examples[0].text]), device=model.device)
-    check_head(model, ids, lambda hidden: output_logits(model, hidden))
-    predictions = evaluate(model, tokenizer, examples, settings, progress)
-    save_predictions(predictions, path.with_suffix(".parquet"))
-    metrics, nll = accuracy_metrics(predictions, prefix), nll_metrics(predictions)
-    result = {"fingerprint": own, "identity": identity, "metrics": metrics, "answer_nll": nll}
-    write_json(path, result)
-    return result
 
 
 @torch.no_grad()

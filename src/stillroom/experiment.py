@@ -74,11 +74,11 @@ def sweep(plans: Sequence[TrialPlan], settings: Sweep, storage: str, watch: Watc
 
 
 def describe_cluster(settings: Sweep) -> dict[str, float]:
-    """Start or join Ray as a sweep does: `nodes`, `CPU`, `GPU`, and `trials` at once. `UserError` if it cannot."""
+    """Start or join Ray as a sweep does: `nodes`, `CPU`, `GPU`, and `trials at once`. `UserError` if it cannot."""
     with _ray(settings.address):
         nodes = [node["Resources"] for node in _nodes()]
         totals = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
-        return {"nodes": len(nodes), **totals, "trials": trial_resources(settings, nodes)[1]}
+        return {"nodes": len(nodes), **totals, "trials at once": trial_resources(settings, nodes)[1]}
 
 
 def capture_on_workers(plan: CapturePlan, workers: int, address: str | None, examples: int, progress: Progress) -> None:

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from transformers import GenerationConfig
 
 from stillroom import __version__
-from stillroom.analysis.frame import PLANNED
+from stillroom.analysis.frame import PLANNED, read_baselines
 from stillroom.checkpoints import STATE, checkpoints
 from stillroom.config import ModelRef, UserError
 from stillroom.corpus import load_corpus
@@ -130,10 +130,8 @@ def _term_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _metric_rows(trial: Path, own: dict[str, Any], counts: dict[str, dict[str, int]]) -> list[dict[str, Any]]:
-    columns: dict[str, dict[str, Any]] = {"own": own}
-    for name in ("student", "teacher"):
-        path = _results(trial) / "baselines" / f"{name}.json"
-        columns[name] = read_json(path)["metrics"] if path.is_file() else {}
+    known = read_baselines(_results(trial))
+    columns = {"own": own, **{role: known[role]["metrics"] if role in known else {} for role in ("student", "teacher")}}
     validated = {task: count["validation"] for task, count in counts.items()}
     rows = {"all": ("validation_accuracy", sum(validated.values()))}
     rows |= {task: (f"validation_accuracy_{task}", count) for task, count in validated.items()}

@@ -35,6 +35,11 @@ transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
 
+def absolute(ref: ModelRef) -> ModelRef:
+    """A local directory by its whole path, for processes that start elsewhere."""
+    return ref.model_copy(update={"model": str(Path(ref.model).resolve())}) if is_local(ref) else ref
+
+
 def is_local(ref: ModelRef) -> bool:
     """Whether the reference is a directory on this machine."""
     return Path(ref.model).is_dir()

@@ -6,7 +6,6 @@ capture → store/part-*.parquet, manifest.json → verify_saved_data → verifi
 from __future__ import annotations
 
 import os
-import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -23,6 +22,7 @@ from stillroom.corpus import examples_digest
 from stillroom.encoding import Encoding, encode_many
 from stillroom.models import heads, output_logits, tokenizer_hash, vocabulary_size, width
 from stillroom.provenance import atomic_path, exclusive, file_sha256, package_versions, read_json, utc_now, write_json
+from stillroom.recomputation import sample_ids
 from stillroom.shares import Share, hold, plan_shards, token_batches
 from stillroom.signal_store import (
     MANIFEST,
@@ -239,13 +239,13 @@ def verify_saved_data(path: Path | str, num_samples: int = 20, seed: int = 0) ->
         (path / VERIFIED).unlink(missing_ok=True)
     for shard in store.manifest["shards"]:
         check_shard(path / shard["name"], shard, store.manifest["fingerprint"])
-    ids = sorted(store.index)
-    for example_id in random.Random(seed).sample(ids, min(num_samples, len(ids))):
+    sampled = sample_ids(store, num_samples, seed)
+    for example_id in sampled:
         check_example(store, store.read(example_id))
     record = {
         "manifest_sha256": file_sha256(path / MANIFEST),
-        "sampled": min(num_samples, len(ids)),
-        "examples": len(ids),
+        "sampled": len(sampled),
+        "examples": len(store),
         "verified": utc_now(),
     }
     if writable:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from jaxtyping import Float, Integer
 from numpy import ndarray
 
 from stillroom.cells import Layout, _to_numpy_array, parquet_cell
@@ -58,10 +59,11 @@ class StoredExample:
     example_id: str
     task: str
     encoding: Encoding
-    topk_ids: ndarray | None = None
-    topk_logprobs: ndarray | None = None
-    hidden: ndarray | None = None
-    attention: ndarray | None = None
+    topk_ids: Integer[ndarray, "T K"] | None = None
+    topk_logprobs: Float[ndarray, "T K"] | None = None
+    hidden: Float[ndarray, "T D"] | None = None
+    attention: Float[ndarray, "H N"] | None = None
+    """Row after row of the causal triangle, N = T(T+1)/2."""
 
 
 def shard_name(number: int) -> str:

@@ -19,7 +19,7 @@ from stillroom.corpus import (
     with_official,
 )
 from stillroom.models import context_length, load_config, load_tokenizer, model_identity, tokenizer_hash
-from stillroom.provenance import Meter
+from stillroom.provenance import Meter, exclusive
 
 
 class Progress(Protocol):
@@ -54,12 +54,12 @@ class Sources:
     @cached_property
     def teacher_ref(self) -> ModelRef:
         """The teacher before adaptation, built-in ones written to disk."""
-        return materialise(ModelRef(**_ref(self.study.teacher)), self.results / "models")
+        return materialise(self.study.teacher, self.results / "models")
 
     @cached_property
     def student_ref(self) -> ModelRef:
         """The untouched student."""
-        return materialise(ModelRef(**_ref(self.study.student)), self.results / "models")
+        return materialise(self.study.student, self.results / "models")
 
     @cached_property
     def student_identity(self) -> str:
@@ -87,13 +87,14 @@ class Sources:
             [tokenizer_hash(t) for t in self.tokenizers],
             [source_digest(data) for data in (*self.study.corpus.tasks.values(), *official.values())],
         )
-        if (folder / "corpus.json").is_file():
-            examples, found = load_corpus(folder)
-            if found == own:
-                return examples
-        examples = build_corpus(self.study.corpus, self.tokenizers)
-        examples = with_official(examples, official, self.study.corpus, self.tokenizers, longest)
-        save_corpus(examples, folder, own)
+        if (known := _known_corpus(folder, own)) is not None:
+            return known
+        with exclusive(folder, "process", wait=-1):  # the processes of a divided capture start together
+            if (known := _known_corpus(folder, own)) is not None:
+                return known
+            examples = build_corpus(self.study.corpus, self.tokenizers)
+            examples = with_official(examples, official, self.study.corpus, self.tokenizers, longest)
+            save_corpus(examples, folder, own)
         return examples
 
     @cached_property
@@ -114,5 +115,8 @@ class Sources:
         return fingerprint(base, self.study.teacher.adapt, examples_digest(self.examples.train))
 
 
-def _ref(model: Any) -> dict[str, Any]:
-    return {"model": model.model, "revision": model.revision, "trust_remote_code": model.trust_remote_code}
+def _known_corpus(folder: Path, own: str) -> Examples | None:
+    if not (folder / "corpus.json").is_file():
+        return None
+    examples, found = load_corpus(folder)
+    return examples if found == own else None

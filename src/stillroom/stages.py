@@ -6,9 +6,8 @@ run again. Stages meet in files, so each can be run alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
-from functools import cache, cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,14 @@ from stillroom import offline_teacher_data as otd
 from stillroom.adaptation import ADAPTED, adapt_teacher
 from stillroom.analysis.frame import PLANNED, worse_or_equal, write_summary
 from stillroom.analysis.report import write_report
-from stillroom.config import EXPERIMENT, Group, ModelRef, Precision, UserError, fingerprint
+from stillroom.baselines import Baseline
+from stillroom.config import BASELINES, EXPERIMENT, UNTOUCHED, Group, ModelRef, UserError, fingerprint
 from stillroom.corpus import examples_digest
-from stillroom.evaluation import measure_baseline
 from stillroom.experiment import capture_on_workers, sweep
 from stillroom.jobs import CapturePlan, TrialPlan, finished, run_capture, run_trial
 from stillroom.models import (
     DTYPES,
+    absolute,
     default_device,
     load_config,
     load_model,
@@ -62,7 +62,7 @@ class Workspace(Sources):
                 self.examples,
                 folder,
                 own,
-                lambda done, total: self.progress("adapting the teacher, steps", done, total),
+                partial(self.progress, "adapting the teacher, steps"),
             )
         self._record("adapt", {"teacher": self.teacher_identity})
         return ref
@@ -79,15 +79,15 @@ class Workspace(Sources):
         archived is refused.
         """
         origin = self.origin()
-        if self._archived(origin) is None or (self.store_path / MANIFEST).is_file():
+        if (captured := self._captured()) == self.store_path:
             self._make_room(origin)
-        if (self.store_path / MANIFEST).is_file():
-            store = SignalStore.open(self.store_path)
+        if (captured / MANIFEST).is_file():
+            store = SignalStore.open(captured)
             otd.require_matching(store, origin)
             return store
         plan = CapturePlan(
-            teacher=_absolute(self.adapt()),
-            tokenizer=_absolute(self.teacher_ref),
+            teacher=absolute(self.adapt()),
+            tokenizer=absolute(self.teacher_ref),
             precision=self.study.teacher.dtype,
             signals=self.study.signals,
             corpus=(self.results / "corpus").resolve(),
@@ -95,16 +95,20 @@ class Workspace(Sources):
             origin=origin,
         )
         of_share = f", share {share.number} of {share.of}" if share else ""
-
-        def progress(done: int, total: int) -> None:
-            self.progress(f"capturing the teacher's signals{of_share}, examples", done, total)
-
+        progress = partial(self.progress, f"capturing the teacher's signals{of_share}, examples")
         if workers:
             capture_on_workers(plan, workers, self.study.sweep.address, len(self.examples.all), progress)
         elif not run_capture(plan, share or Share(), progress):
             return None
         self._record("capture", {"made_from": origin, "store": str(self.store_path)})
         return SignalStore.open(self.store_path)
+
+    def _captured(self) -> Path:
+        """The store to go on with: the working one or, where that is gone or another study's, this one's snapshot."""
+        origin, there = self.origin(), (self.store_path / MANIFEST).is_file()
+        if there and SignalStore.open(self.store_path).manifest["made_from"] == origin:
+            return self.store_path
+        return self._archived(origin) or self.store_path
 
     def _make_room(self, origin: dict[str, Any]) -> None:
         def in_the_way() -> bool:
@@ -125,9 +129,9 @@ class Workspace(Sources):
         `recomputed` examples are run through the teacher again; with none, stored hidden states times the output
         head must give the stored top-k back, where the teacher's files are at hand.
         """
-        store = SignalStore.open(self.store_path)
+        store = SignalStore.open(self._captured())
         otd.require_matching(store, self.origin())
-        record = otd.verify_saved_data(self.store_path, samples)
+        record = otd.verify_saved_data(store.path, samples)
         teacher = self.adapt()
         if recomputed:
             model = load_model(teacher, self.study.teacher.dtype, "auto")
@@ -135,16 +139,16 @@ class Workspace(Sources):
         elif (head := load_output_head(teacher)) is not None:
             softcap, dtype = softcap_of(load_config(teacher)), DTYPES[self.study.teacher.dtype]
             record["with_output_head"] = check_with_head(store, head, softcap, sample_ids(store, 2), dtype)
-        self._record("verify", record)
+        self._record("verify", {**record, "fingerprint": store.manifest["fingerprint"]})
         return record
 
     def archive(self) -> Path:
         """The dated snapshot of the verified store; the one there is, if it is archived."""
-        otd.require_matching(SignalStore.open(self.store_path), self.origin())
-        path = otd.archive(self.store_path)
-        manifest = SignalStore.open(path).manifest
-        self._record("archive", {"snapshot": str(path), "fingerprint": manifest["fingerprint"]})
-        self.tracker.log_snapshot(path, manifest["fingerprint"])
+        store = SignalStore.open(self._captured())
+        otd.require_matching(store, self.origin())
+        path = otd.archive(store.path) if store.path == self.store_path else store.path
+        self._record("archive", {"snapshot": str(path), "fingerprint": store.manifest["fingerprint"]})
+        self.tracker.log_snapshot(path, store.manifest["fingerprint"])
         return path
 
     def _archived(self, origin: dict[str, Any]) -> Path | None:
@@ -166,34 +170,34 @@ class Workspace(Sources):
             )
         return found
 
-    def baselines(self) -> dict[str, dict[str, Any]]:
-        """Teacher and untouched student on validation part and official splits; where the teacher is no better."""
-        teacher = self._baseline("teacher", self.teacher_identity, self.adapt, self.study.teacher.dtype)
-        dtype = self.study.evaluation.dtype
-        student = self._baseline("student", self.student_identity, lambda: self.student_ref, dtype)
-        no_better = worse_or_equal(teacher["metrics"], student["metrics"])
-        return {"teacher": teacher, "student": student, "teacher_no_better": {"tasks": no_better}}
-
-    def _baseline(self, name: str, identity: str, ref: Callable[[], ModelRef], dtype: Precision) -> dict[str, Any]:
-        what = f"evaluating the {'teacher' if name == 'teacher' else 'untouched student'}, examples"
-        load = cache(lambda: load_model(ref(), dtype, "auto" if name == "teacher" else default_device()))
-        parts = (("", "validation_", self.examples.validation), ("_official", "official_", self.examples.official))
-        measured = [
-            measure_baseline(
-                self.results / "baselines" / f"{name}{suffix}.json",
-                identity,
-                load,
-                self.tokenizers[0 if name == "teacher" else 1],
-                examples,
-                self.study.evaluation,
-                dtype,
-                prefix,
-                lambda done, total: self.progress(what, done, total),
-            )
-            for suffix, prefix, examples in parts
+    @cached_property
+    def untouched(self) -> list[Baseline]:
+        """What is measured of the models that no trial touches: each on the validation part and on official splits."""
+        settings, folder = self.study.evaluation, self.results / BASELINES
+        teacher, student = (self.teacher_identity, self.study.teacher.dtype), (self.student_identity, settings.dtype)
+        parts = {"validation": self.examples.validation, "official": self.examples.official}
+        return [
+            Baseline(folder, role, part, *model, examples, settings)
+            for role, model in zip(UNTOUCHED, (teacher, student), strict=True)
+            for part, examples in parts.items()
             if examples
         ]
-        return measured[0]
+
+    def baselines(self) -> dict[str, dict[str, Any]]:
+        """Teacher and untouched student on validation part and official splits; where the teacher is no better."""
+        measured = [baseline for baseline in self.untouched if baseline.known() is None]
+        for role, tokenizer in zip(UNTOUCHED, self.tokenizers, strict=True):
+            if own := [baseline for baseline in measured if baseline.role == role]:
+                ref, device = (self.adapt(), "auto") if role == "teacher" else (self.student_ref, default_device())
+                model = load_model(ref, own[0].precision, device)
+                what = f"evaluating the {UNTOUCHED[role]}, examples"
+                for baseline in own:
+                    baseline.measure(model, tokenizer, partial(self.progress, what))
+        if measured:
+            self._record("evaluate", {"measured": [baseline.name for baseline in measured]})
+        found = {baseline.name: baseline.known() or {} for baseline in self.untouched}
+        no_better = worse_or_equal(found["teacher"]["metrics"], found["student"]["metrics"])
+        return {**{role: found[role] for role in UNTOUCHED}, "teacher_no_better": {"tasks": no_better}}
 
     def plans(self) -> list[TrialPlan]:
         """Every trial of the study, group by group, seed by seed; needs the archived snapshot."""
@@ -201,7 +205,7 @@ class Workspace(Sources):
         plans = [
             TrialPlan(
                 trial=Trial(self.trial_id(group, seed, store), group, seed),
-                student=_absolute(self.student_ref),
+                student=absolute(self.student_ref),
                 training=self.study.training,
                 objective=self.study.objective,
                 evaluation=self.study.evaluation,
@@ -215,7 +219,13 @@ class Workspace(Sources):
             for seed in self.study.sweep.seeds
         ]
         trials = [{"name": p.trial.name, "group": p.trial.group.name, "seed": p.trial.seed} for p in plans]
-        planned = {"study": self.study.model_dump(mode="json"), "snapshot": store.name, "trials": trials}
+        planned = {
+            "study": self.study.model_dump(mode="json"),
+            "snapshot": store.name,
+            "fingerprint": read_json(store / MANIFEST)["fingerprint"],
+            "baselines": {baseline.name: baseline.fingerprint for baseline in self.untouched},
+            "trials": trials,
+        }
         write_json(self.results / PLANNED, planned)
         return plans
 
@@ -240,10 +250,9 @@ class Workspace(Sources):
         chosen = [p for p in self.plans() if p.trial.group.name == group and p.trial.seed == seed]
         if not chosen:
             raise UserError(f"seed {seed} is not in the study; it has {list(self.study.sweep.seeds)}")
-        result = run_trial(
-            chosen[0], progress=lambda d, t: self.progress(f"training {group}, seed {seed}, steps", d, t)
-        )
+        result = run_trial(chosen[0], progress=partial(self.progress, f"training {group}, seed {seed}, steps"))
         write_summary(self.results)
+        self._record("train", {"trial": chosen[0].trial.name})
         self.tracker.log_trial(chosen[0].folder)
         return result
 
@@ -288,8 +297,3 @@ class Workspace(Sources):
         record_run(path, stage, {**self.meter.read(), **facts})
         log = read_json(path)
         write_json(path, {**log, "study": self.study.model_dump(mode="json"), "updated": utc_now()})
-
-
-def _absolute(ref: ModelRef) -> ModelRef:
-    """A local directory by its whole path, for processes that start elsewhere."""
-    return ref.model_copy(update={"model": str(Path(ref.model).resolve())}) if Path(ref.model).is_dir() else ref

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from stillroom.config import EXPERIMENT
+from stillroom.config import BASELINES, EXPERIMENT, UNTOUCHED
 from stillroom.provenance import atomic_path, read_json
 
 SUMMARY = "results_summary.csv"
@@ -33,6 +33,17 @@ def summary_row(result: dict[str, Any]) -> dict[str, Any]:
 def read_results(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """`result.json` of every folder that has one."""
     return [read_json(folder / "result.json") for folder in folders if (folder / "result.json").is_file()]
+
+
+def read_baselines(results: Path, suffix: str = "") -> dict[str, dict[str, Any]]:
+    """`fingerprint`, `identity`, `metrics`, `answer_nll` by role, of this study alone: an earlier one's are left out.
+
+    `suffix`: "" for the validation part, `_official` for the official splits.
+    """
+    wanted = read_json(results / PLANNED, "baselines")["baselines"]
+    paths = {role: results / BASELINES / f"{role}{suffix}.json" for role in UNTOUCHED}
+    found = {role: read_json(path, "fingerprint", "metrics") for role, path in paths.items() if path.is_file()}
+    return {role: own for role, own in found.items() if own["fingerprint"] == wanted.get(f"{role}{suffix}")}
 
 
 def summary_frame(results: Sequence[dict[str, Any]]) -> pd.DataFrame:

@@ -161,7 +161,7 @@ def comparison_latex(results: StudyResults, answers: Sequence[Answer]) -> str:
 def checklist(results: StudyResults) -> str:
     """The facts that the NeurIPS paper checklist asks for, as Markdown; what only authors know is left to them."""
     study, stages = results.study, results.run["stages"]
-    latest = list(stages.values())[-1]
+    latest = max(stages.values(), key=lambda stage: str(stage["finished"]))
     models = [f"- {role}: `{_pinned(study[role])}`" for role in ("teacher", "student")]
     data = [f"- {name}: `{own['dataset']}`, split `{own['split']}`, revision `{own['revision'] or 'none given'}`, "
             f"{results.corpus[name]['train']} training and {results.corpus[name]['validation']} validation examples"

@@ -13,9 +13,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from stillroom.analysis.figures import save_figure, study_figures
 from stillroom.analysis.frame import group_table, worse_or_equal
 from stillroom.analysis.paper import study_tables, write_paper
-from stillroom.analysis.results import UNTRAINED, StudyResults
+from stillroom.analysis.results import StudyResults
 from stillroom.analysis.verdicts import Answer, Evidence, answer_questions
-from stillroom.config import TERMS
+from stillroom.config import TERMS, UNTOUCHED
 from stillroom.provenance import write_text
 
 WEAK_SIGNAL = 0.01
@@ -54,8 +54,13 @@ def warnings_of(results: StudyResults) -> list[str]:
             f"Incomplete: {len(results.missing)} of {len(results.trials)} trials are missing ({names}). "
             "No mean here is final."
         )
+    if results.stale:
+        found.append(
+            f"What was measured of the {' and the '.join(results.stale)} belongs to another study and is left out: run "
+            "`stillroom evaluate`."
+        )
     if len(results.untrained_metrics) == 2:
-        teacher, student = (results.untrained_metrics[label] for label in UNTRAINED.values())
+        teacher, student = (results.untrained_metrics[label] for label in UNTOUCHED.values())
         for task in worse_or_equal(teacher, student):
             found.append(
                 f"On {task} the teacher is no better than the untouched student: it has nothing to give there."
@@ -72,7 +77,7 @@ def warnings_of(results: StudyResults) -> list[str]:
 def integrity_rows(results: StudyResults) -> list[tuple[str, str]]:
     """What was checked, and what came of it."""
     stages = results.run["stages"]
-    verified, archived = stages.get("verify"), stages.get("archive")
+    verified = stages.get("verify", {})
     skipped = int(results.frame.get("skipped_steps", pd.Series(dtype=float)).sum())
     weak = [f"{row['group']} ({', '.join(row['weak'])})" for row in gradient_rows(results) if row["weak"]]
     rows = [
@@ -80,12 +85,9 @@ def integrity_rows(results: StudyResults) -> list[tuple[str, str]]:
         ("prompts that stand in training and in a held-out part", str(results.shared_prompts)),
         ("optimizer steps skipped for gradients that were not finite", str(skipped)),
         ("terms under 1 % of the gradient", "; ".join(weak) or "none"),
-        (
-            "teacher data",
-            f"{results.snapshot}, fingerprint {archived['fingerprint']}" if archived else results.snapshot,
-        ),
+        ("teacher data", f"{results.snapshot}, fingerprint {results.fingerprint}"),
     ]
-    if verified:
+    if verified.get("fingerprint") == results.fingerprint:
         rows.append(("teacher data verified", f"{verified.get('finished', '')}, {_checked(verified)}"))
     for task, own in results.coverage.items():
         floor = results.study["signals"]["minimum_coverage"]

@@ -9,14 +9,11 @@ from typing import Any
 
 import pandas as pd
 
-from stillroom.analysis.frame import PLANNED, accuracy_columns, read_results, summary_frame
-from stillroom.config import EXPERIMENT, Analysis, UserError
+from stillroom.analysis.frame import PLANNED, accuracy_columns, read_baselines, read_results, summary_frame
+from stillroom.config import BASELINES, EXPERIMENT, UNTOUCHED, Analysis, UserError
 from stillroom.corpus import folded
 from stillroom.metrics import agreement
 from stillroom.provenance import read_json
-
-UNTRAINED = {"teacher": "teacher", "student": "untouched student"}
-"""Baselines by file name, and what tables call them."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +25,8 @@ class StudyResults:
     trials: list[dict[str, Any]]
     """Every planned trial: name, group, seed."""
     snapshot: str
+    fingerprint: str
+    """The teacher data's."""
     finished: list[dict[str, Any]]
     """`result.json` of the finished trials, in the plan's order."""
 
@@ -36,11 +35,12 @@ class StudyResults:
         """Read what is in a results folder. `UserError` if there is nothing to report yet."""
         if not (folder / PLANNED).is_file():
             raise UserError(f"{folder} holds no {PLANNED}: it is no results folder, or `stillroom sweep` has not begun")
-        planned = read_json(folder / PLANNED)
+        described = ("study", "trials", "snapshot", "fingerprint")
+        planned = read_json(folder / PLANNED, *described)
         finished = read_results([folder / EXPERIMENT / trial["name"] for trial in planned["trials"]])
         if not finished:
             raise UserError(f"{folder}: no trial is finished yet; run `stillroom sweep`")
-        return cls(folder, planned["study"], planned["trials"], planned["snapshot"], finished)
+        return cls(folder, **{key: planned[key] for key in described}, finished=finished)
 
     def trial_folder(self, name: str) -> Path:
         """Where a trial's files are."""
@@ -78,9 +78,14 @@ class StudyResults:
 
     @cached_property
     def untrained(self) -> dict[str, dict[str, Any]]:
-        """Baselines by what tables call them: fingerprint, identity, metrics, answer_nll."""
-        paths = {label: self.folder / "baselines" / f"{name}.json" for name, label in UNTRAINED.items()}
-        return {label: read_json(path) for label, path in paths.items() if path.is_file()}
+        """Baselines by what tables call them; see `read_baselines`."""
+        return {UNTOUCHED[role]: own for role, own in read_baselines(self.folder).items()}
+
+    @cached_property
+    def stale(self) -> list[str]:
+        """Baselines that are there but were measured for another study, by what tables call them."""
+        there = {label for role, label in UNTOUCHED.items() if (self.folder / BASELINES / f"{role}.json").is_file()}
+        return sorted(there - set(self.untrained))
 
     @cached_property
     def untrained_metrics(self) -> dict[str, dict[str, float]]:
@@ -90,8 +95,7 @@ class StudyResults:
     @cached_property
     def official_metrics(self) -> dict[str, dict[str, float]]:
         """Metrics of the baselines on the official evaluation splits, if the study evaluates any."""
-        paths = {label: self.folder / "baselines" / f"{name}_official.json" for name, label in UNTRAINED.items()}
-        return {label: read_json(path)["metrics"] for label, path in paths.items() if path.is_file()}
+        return {UNTOUCHED[role]: own["metrics"] for role, own in read_baselines(self.folder, "_official").items()}
 
     @cached_property
     def official_columns(self) -> dict[str, str]:
@@ -114,7 +118,7 @@ class StudyResults:
     @cached_property
     def untrained_predictions(self) -> dict[str, pd.DataFrame]:
         """The baselines' predictions on the same examples, by what tables call them, where they were kept."""
-        paths = {label: self.folder / "baselines" / f"{name}.parquet" for name, label in UNTRAINED.items()}
+        paths = {UNTOUCHED[role]: self.folder / BASELINES / f"{role}.parquet" for role in read_baselines(self.folder)}
         return {label: _read_predictions(path) for label, path in paths.items() if path.is_file()}
 
     @cached_property

@@ -190,8 +190,9 @@ def _finish_report(folder: Path, as_json: bool, errors: dict[str, str]) -> None:
 
 
 def _tell_baselines(baselines: dict[str, Any], as_json: bool) -> None:
-    for name in ("teacher", "student"):
-        label = "teacher" if name == "teacher" else "untouched student"
+    from stillroom.config import UNTOUCHED
+
+    for name, label in UNTOUCHED.items():
         if not as_json:
             say(f"{label}: accuracy {baselines[name]['metrics']['validation_accuracy']:.3f}")
     for task in baselines["teacher_no_better"]["tasks"]:

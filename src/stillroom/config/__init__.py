@@ -49,6 +49,10 @@ OFFLINE_DATA_PATH = default_store_path()
 
 EXPERIMENT = "knowledge_distillation_experiment"
 """Folder of the trials, in the results folder."""
+BASELINES = "baselines"
+"""Folder of what was measured of the models that no trial touches, in the results folder."""
+UNTOUCHED = {"teacher": "teacher", "student": "untouched student"}
+"""Those models, and what a reader is told they are."""
 
 
 class ModelRef(Section):

@@ -44,6 +44,14 @@ class Example:
 Row = Mapping[str, Any]
 
 
+def text_of(row: Row, column: str) -> str:
+    """The column's text; ValueError if it is empty or none, as a null is."""
+    value = row[column]
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"column {column!r} is empty or no text: {value!r}")
+    return value
+
+
 @dataclass(frozen=True)
 class Task:
     """A task: how a row becomes an example, and how an answer is scored."""

@@ -6,7 +6,7 @@ flexible the last number anywhere; commas, dollar signs and a final full stop do
 
 import re
 
-from stillroom.tasks.example import Example, Row, Task
+from stillroom.tasks.example import Example, Row, Task, text_of
 
 _STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 _NUMBER = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
@@ -31,9 +31,10 @@ def extract_flexible(text: str) -> str | None:
 
 def build(row: Row) -> Example:
     """`question`, `answer` (worked, ending in `#### n`)."""
-    if extract_strict(row["answer"]) is None:
+    question, answer = text_of(row, "question"), text_of(row, "answer")
+    if extract_strict(answer) is None:
         raise ValueError("answer has no `#### number`")
-    return Example("gsm8k", f"Question: {row['question']}\nAnswer:", " " + row["answer"])
+    return Example("gsm8k", f"Question: {question}\nAnswer:", f" {answer}")
 
 
 TASK = Task("gsm8k", "generation", ("question", "answer"), build, extract_strict, extract_flexible)
