@@ -164,12 +164,14 @@ def write_manifest(store: Path, manifest: dict[str, Any]) -> None:
 class SignalStore:
     """A finished store, opened for reading. Open one in each process: it maps the shards, it does not load them.
 
-    Threads may read at once: each has its own handles, since PyArrow's are for one.
+    Threads may read at once: each has its own handles, since PyArrow's are for one; what the files say of themselves,
+    9 kB an example in memory, they share.
     """
 
     path: Path
     manifest: dict[str, Any]
     _handles: threading.local = field(default_factory=threading.local, repr=False)
+    _footers: dict[str, pq.FileMetaData] = field(default_factory=dict, repr=False)
 
     @classmethod
     def open(cls, path: Path | str) -> SignalStore:
@@ -248,5 +250,8 @@ class SignalStore:
         if name not in files:
             if not (self.path / name).is_file():
                 raise UserError(f"{self.path / name} is missing")
-            files[name] = pq.ParquetFile(self.path / name, memory_map=True, page_checksum_verification=True)
+            files[name] = pq.ParquetFile(
+                self.path / name, metadata=self._footers.get(name), memory_map=True, page_checksum_verification=True
+            )
+            self._footers[name] = files[name].metadata
         return files[name]
