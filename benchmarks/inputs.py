@@ -19,12 +19,13 @@ from stillroom.studies import load_study
 from stillroom.tasks import Example
 
 
-def study_arguments(description: str | None, examples: int, rounds: int = 5) -> argparse.ArgumentParser:
-    """`ratios.arguments`, and which study's examples."""
+def study_arguments(description: str | None, examples: int | None, rounds: int = 5) -> argparse.ArgumentParser:
+    """`ratios.arguments`, and which study's examples; with no number, all of them."""
     parser = arguments(description, rounds)
     parser.add_argument("study", help="a shipped study's name or a YAML file")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override a field of the study")
-    parser.add_argument("--examples", type=int, default=examples, help="drawn from the study's, tasks mixed")
+    if examples is not None:
+        parser.add_argument("--examples", type=int, default=examples, help="drawn from the study's, tasks mixed")
     return parser
 
 

@@ -106,7 +106,9 @@ def arguments(description: str | None, rounds: int = 5) -> argparse.ArgumentPars
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=rounds, help="times each alternative is measured")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of a forward pass")
+    parser.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="of a forward pass, or of a trial"
+    )
     return parser
 
 

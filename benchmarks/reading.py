@@ -23,7 +23,7 @@ from typing import Any
 import outline_way
 from inputs import mixed, study_arguments
 from ratios import Seconds, begin, finish, in_turn, ratio, value
-from stillroom.batches import epoch_order, prepare
+from stillroom.batches import Prefetched, epoch_order, prepare
 from stillroom.collation import Collator, teacher_to_student_ids
 from stillroom.config import GROUPS, Objective, fingerprint
 from stillroom.encoding import encode_many
@@ -146,20 +146,22 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, A
     lists = folder / "lists.parquet"
     outline_way.write(lists, (_lists(example) for example in stored.values()))
 
-    def collated() -> None:
-        for batch in batches:
-            collate([items[i] for i in batch])
+    def collated(threads: int) -> None:
+        for _ in Prefetched(batches, lambda batch: collate([items[i] for i in batch]), threads, 2 * threads):
+            pass
 
     seconds = in_turn(
         {
             "read": lambda: read_epoch(store.path, order),
-            "collated": collated,
+            "collated": lambda: collated(1),
+            "by threads": lambda: collated(options.threads),
             "lists": lambda: list(map(len, outline_way.read(lists, range(len(few))))),
         },
         options.rounds,
     )
     stored.clear()
     store._handles.__dict__.clear()
+    store._footers.clear()
     gc.collect()
     if _mapped(store.path):  # mapped pages stay in the cache, and would be shared with the readers below
         raise RuntimeError("the store is still mapped")
@@ -176,6 +178,11 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, A
         ratio("tokens/s read, data in the page cache", every, seconds["read"], "≥ 120,000"),
         ratio("tokens/s read, data beyond the page cache", every, cold["read"], "≥ 120,000"),
         ratio("tokens/s read and collated over the alignment, all signals", every, seconds["collated"], "≥ 60,000"),
+        ratio(
+            f"the same by {options.threads} threads / by one, speed",
+            seconds["collated"],
+            seconds["by threads"],
+        ),
         ratio("speed of reading / nested lists at true lengths", each, seconds["read"], "≥ 100"),
         value("memory of the store's pages, four readers / one", four / one, "≤ 1.1"),
         value("useful tokens among those computed, a whole epoch of the study", useful_tokens(workspace), "≥ 0.95"),

@@ -23,21 +23,21 @@ from stillroom.jobs import TrialPlan, run_trial
 from stillroom.stages import Workspace
 
 
-def run_share(plans: Sequence[TrialPlan]) -> None:
-    """Trials one after the other, with one thread, as a worker of the sweep has them."""
+def run_share(plans: Sequence[TrialPlan], threads: int) -> None:
+    """Trials one after the other, with so many threads, as a worker of the sweep has them."""
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     for plan in plans:
         run_trial(plan)
 
 
-def bare(workspace: Workspace, at_once: int) -> float:
+def bare(workspace: Workspace, at_once: int, threads: int) -> float:
     """Seconds of all trials in so many plain processes."""
     plans = workspace.plans()
     started = time.perf_counter()
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=run_share, args=(plans[n::at_once],)) for n in range(at_once)]
+    processes = [context.Process(target=run_share, args=(plans[n::at_once], threads)) for n in range(at_once)]
     for process in processes:
         process.start()
     for process in processes:
@@ -67,7 +67,8 @@ def forget(workspace: Workspace) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
-    parser = study_arguments(__doc__, examples=0, rounds=1)
+    parser = study_arguments(__doc__, examples=None, rounds=1)
+    parser.set_defaults(threads=1)
     parser.add_argument("--groups", nargs="+", default=["black_box"])
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--at-once", type=int, default=len(os.sched_getaffinity(0)))
@@ -77,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"groups=[{','.join(options.groups)}]",
         f"sweep.seeds={list(range(options.seeds))}",
         f"sweep.max_concurrent={options.at_once}",
-        "sweep.cpus_per_trial=1",
+        f"sweep.cpus_per_trial={options.threads}",
         "teacher.adapt.method=none",
         *(f"analysis.{kind}=[]" for kind in ("primary", "secondary")),
     ]
@@ -87,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
         workspace.capture()
         workspace.verify()
         workspace.archive()
-        ways = {"ray": lambda: swept(workspace), "bare": lambda: bare(workspace, options.at_once)}
+        ways = {"ray": lambda: swept(workspace), "bare": lambda: bare(workspace, options.at_once, options.threads)}
         for number in range(options.rounds):
             for name in sorted(ways, reverse=number % 2 == 0):
                 seconds[name].append(ways[name]())

@@ -100,6 +100,18 @@ def student_ref(tmp_path_factory, sentencepiece):
 
 
 @pytest.fixture(scope="session")
+def model(student_ref):
+    """The student, untouched; tests that change a model load their own."""
+    return load_model(student_ref)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(student_ref):
+    """The student's tokenizer."""
+    return load_tokenizer(student_ref)
+
+
+@pytest.fixture(scope="session")
 def corpus_settings():
     """Three built-in tasks, a few examples each."""
     return Corpus(
@@ -118,7 +130,7 @@ def make_store(folder, ref, examples, **settings):
     """Capture and verify a store of the given model."""
     tokenizer, model = load_tokenizer(ref), load_model(ref)
     signals = Signals(**{"top_k": 32, "dtype": "float32", "shard_examples": 16, "batch_tokens": 512, **settings})
-    origin = made_from(ref.model, tokenizer, signals, examples.all)
+    origin = made_from(ref.model, "float32", tokenizer, signals, examples.all)
     store = capture(model, tokenizer, examples.all, signals, folder, origin)
     verify_saved_data(folder)
     return store

@@ -81,11 +81,11 @@ def write_results(folder, seeds=(0, 1, 2), drop=(), overrides=(), rename=lambda 
             write_json(trial / "result.json", {**result, **accuracy_metrics(official, "official_")})
     planned = {"study": study.model_dump(mode="json"), "snapshot": "offline_teacher_data_20260101T000000Z"}
     names = [f"{name}{suffix}" for name in ("teacher", "student") for suffix in ("", "_official")]
-    planned |= {"fingerprint": "0123456789abcdef", "baselines": {name: name for name in names}}
+    planned |= dict.fromkeys(("fingerprint", "corpus"), "0123456789abcdef") | {"baselines": {n: n for n in names}}
     write_json(folder / PLANNED, {**planned, "trials": trials})
     write_summary(folder)
     for stage in ("capture", "verify", "archive", "sweep"):
-        record_run(folder / "run.json", stage, {"fingerprint": "0123456789abcdef"} if stage != "sweep" else {})
+        record_run(folder / "run.json", stage, {"fingerprint": "0123456789abcdef"} if stage != "sweep" else {}, {})
     return study
 
 

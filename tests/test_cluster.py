@@ -19,8 +19,7 @@ import torch
 from ray.cluster_utils import Cluster
 
 import stillroom
-from stillroom.config import EXPERIMENT, UserError
-from stillroom.jobs import ERROR
+from stillroom.config import ERROR, EXPERIMENT, UserError
 from stillroom.provenance import read_json
 from stillroom.signal_store import SignalStore
 from stillroom.stages import Workspace

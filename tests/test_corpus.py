@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stillroom.config import Corpus, OfficialSplit, TaskData, UserError
+from stillroom.config import ChoiceColumns, Corpus, OfficialSplit, TaskColumns, TaskData, UserError
 from stillroom.corpus import (
     _read_lines,
     build_corpus,
@@ -22,6 +22,7 @@ from stillroom.corpus import (
     split,
     with_official,
 )
+from stillroom.encoding import encode_many
 from stillroom.models import load_tokenizer
 from stillroom.sources import Sources
 from stillroom.studies import load_study
@@ -154,6 +155,9 @@ def test_unusable_data_are_named(tmp_path, tokenizers, rows, message):
         ("mmlu", {"question": "1+1?", "subject": "", "choices": ["1", "2", "3", "4"], "answer": 1}, "question"),
         ("gsm8k", {"question": "How many?", "answer": "#### 4"}, "question"),
         ("gsm8k", {"question": "How many?", "answer": "#### 4"}, "answer"),
+        ("sentiment", {"sentence": "good", "label": 1}, "sentence"),
+        ("quiz", {"question": "Which?", "choices": ["1", "2", "3", "4"], "answer": 1}, "question"),
+        ("arithmetic", {"question": "How many?", "answer": "#### 4"}, "question"),
     ],
 )
 def test_no_row_is_read_as_the_word_none(task, row, column):
@@ -165,9 +169,14 @@ def test_no_row_is_read_as_the_word_none(task, row, column):
 
 
 def test_no_choice_is_read_as_the_word_none():
-    """Nor is a null an option to choose."""
-    with pytest.raises(ValueError, match="every choice must be a text"):
-        get_task("mmlu").build({"question": "1+1?", "subject": "", "choices": ["1", None, "3", "4"], "answer": 0})
+    """Nor is a null an option to choose, in a registered task or in one of columns."""
+    row = {"question": "1+1?", "subject": "", "choices": ["1", None, "3", "4"], "answer": 0}
+    for name in ("mmlu", "quiz"):
+        with pytest.raises(ValueError, match="every choice must be a text"):
+            get_task(name).build(row)
+    columns = TaskColumns(choice=ChoiceColumns(prompt="{question}", choices="choices", label="answer"))
+    with pytest.raises(ValueError, match="choices must be two or more different texts"):
+        get_task("own", columns).build(row)
 
 
 @pytest.mark.parametrize(
@@ -281,3 +290,24 @@ def test_a_limit_beyond_what_a_model_reads_is_refused(tmp_path):
     study = load_study("quickstart", ["corpus.max_length=100000", f"paths.results={tmp_path}"])
     with pytest.raises(UserError, match=r"corpus.max_length=100000: a model reads \d+ tokens at most"):
         _ = Workspace(study).examples
+
+
+def test_prompts_leave_room_for_what_is_generated(tmp_path):
+    """A model with learned positions would fail in mid-sweep, another go on in silence."""
+    fits = Sources(load_study("quickstart", [f"paths.results={tmp_path}"]))
+    context, longest = (
+        fits._context,
+        max(
+            len(own)
+            for tokenizer in fits.tokenizers
+            for own in encode_many(tokenizer, [e.prompt for e in fits.examples.validation if e.choices is None])
+        ),
+    )
+    for more, fine in ((0, True), (1, False)):
+        limit = f"evaluation.max_new_tokens={context - longest + more}"
+        sources = Sources(load_study("quickstart", [f"paths.results={tmp_path}", limit, "evaluation.official={}"]))
+        if fine:
+            assert sources.examples.validation == fits.examples.validation
+        else:
+            with pytest.raises(UserError, match=f"{limit}: with a prompt of {longest} tokens that is more than the"):
+                _ = sources.examples

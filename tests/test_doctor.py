@@ -141,7 +141,8 @@ def test_low_coverage_is_measured_and_refused(study, no_services):
 def test_room_is_asked_for_both_folders_where_they_share_a_disk(study, monkeypatch, tmp_path):
     """Each alone would fit; together, with what running trials hold for a while, they do not."""
     paths = study.paths.model_copy(update={"results": tmp_path / "results", "store": tmp_path / "store"})
-    study = study.model_copy(update={"paths": paths, "sweep": study.sweep.model_copy(update={"max_concurrent": 3})})
+    study = study.model_copy(update={"paths": paths})
+    monkeypatch.setattr(doctor, "_at_once", lambda study: 3)
     plan = plan_study(study)
     disk, store = plan["disk_bytes"], plan["store_bytes"]["total"]
     students = disk["checkpoints"] + 3 * disk["more_while_a_trial_runs"]
@@ -149,6 +150,23 @@ def test_room_is_asked_for_both_folders_where_they_share_a_disk(study, monkeypat
     for free, fine in ((store + students - 1, False), (store + students + 1, True)):
         monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
         assert [finding.fine for finding in doctor._disk(study, plan)] == [fine, fine]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cores", "sweep", "expected"),
+    [
+        (0, 8, {"cpus_per_trial": 2}, 4),
+        (0, 8, {"cpus_per_trial": 2, "max_concurrent": 3}, 3),
+        (0, 64, {"cpus_per_trial": 1, "seeds": (0,)}, 5),
+        (1, 8, {"gpus_per_trial": 1, "max_concurrent": 8}, 1),
+        (2, 8, {"gpus_per_trial": 0.5, "cpus_per_trial": 1}, 4),
+    ],
+)
+def test_trials_at_once_are_those_there_are_and_that_fit(study, monkeypatch, gpus, cores, sweep, expected):
+    """Room for more would be asked for in vain."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    assert doctor._at_once(study.model_copy(update={"sweep": study.sweep.model_copy(update=sweep)})) == expected
 
 
 def test_memory_is_held_against_the_plan(study, monkeypatch):

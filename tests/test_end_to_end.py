@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 
 import pandas as pd
 import pytest
@@ -16,7 +17,9 @@ import reference
 from conftest import STUDENT_SHAPE, TEACHER_SHAPE, real_tokenizer, write_model
 from recompute_report import check_report
 from stillroom.config import ModelRef, UserError
+from stillroom.models import load_model
 from stillroom.provenance import read_json
+from stillroom.shares import Share
 from stillroom.signal_store import SignalStore
 from stillroom.stages import Workspace
 from stillroom.studies import load_study
@@ -240,22 +243,70 @@ def test_a_changed_study_is_not_mixed_with_the_old_one(tmp_path, teacher_ref, st
     assert workspace.snapshot() != other.snapshot()
 
 
-def test_a_snapshot_alone_is_enough(tmp_path, teacher_ref, student_ref, monkeypatch):
+def test_a_snapshot_alone_is_enough_and_stays_as_it_is(tmp_path, teacher_ref, student_ref, monkeypatch):
     """Where the working store is gone, or has become another study's, the teacher does not run again."""
     path = study_file(tmp_path, teacher_ref.model, student_ref.model, groups=["task_only"])
     workspace = Workspace(load_study(path))
     workspace.capture()
     workspace.verify()
     snapshot = workspace.archive()
+    before = {p: (p.stat().st_mode, p.stat().st_mtime_ns) for p in snapshot.iterdir()}
     other = Workspace(load_study(path, ["signals.top_k=7"]))
     other.capture()
-    monkeypatch.setattr("stillroom.jobs.load_model", lambda *a: pytest.fail("the teacher was loaded again"))
+    for module in ("jobs", "stages"):
+        monkeypatch.setattr(f"stillroom.{module}.load_model", lambda *a: pytest.fail("the teacher was loaded again"))
     for gone in (False, True):
         if gone:
             shutil.rmtree(workspace.store_path)
         assert workspace.capture().path == snapshot
-        assert workspace.verify()["examples"] == 60
+        assert workspace.capture(Share(1, 2)).path == snapshot
+        checked = workspace.verify()
+        assert (checked["examples"], checked["store"]) == (60, str(snapshot))
         assert workspace.archive() == snapshot == workspace.snapshot()
+        assert {p: (p.stat().st_mode, p.stat().st_mtime_ns) for p in snapshot.iterdir()} == before
+    (snapshot / "verified.json").chmod(0o600)
+    (snapshot / "verified.json").unlink()
+    with pytest.raises(UserError, match="has not been verified"):
+        workspace.archive()
+
+
+def test_the_teachers_dtype_is_part_of_its_data(tmp_path, teacher_ref, student_ref):
+    """Signals in bfloat16 are not those in float32: another store, other trials."""
+    path = study_file(tmp_path, teacher_ref.model, student_ref.model, groups=["task_only"])
+    Workspace(load_study(path)).capture()
+    with pytest.raises(UserError, match="teacher_dtype: store has 'float32', study asks for 'bfloat16'"):
+        Workspace(load_study(path, ["teacher.dtype=bfloat16"])).capture()
+
+
+def test_one_untouched_model_at_a_time_is_in_memory(tmp_path, teacher_ref, student_ref, monkeypatch):
+    """A GPU that holds the teacher has no room for the student beside it; what is measured is not measured again."""
+    alive, loaded = weakref.WeakSet(), []
+
+    def load(ref, *arguments):
+        assert not list(alive), "the model before is still held"
+        loaded.append(ref.model)
+        model = load_model(ref, *arguments)
+        alive.add(model)
+        return model
+
+    monkeypatch.setattr("stillroom.stages.load_model", load)
+    path = study_file(tmp_path, teacher_ref.model, student_ref.model)
+    Workspace(load_study(path)).baselines()
+    assert loaded == [teacher_ref.model, student_ref.model]
+    (tmp_path / "results" / "baselines" / "student.json").unlink()
+    Workspace(load_study(path)).baselines()
+    assert loaded[2:] == [student_ref.model]
+
+
+def test_a_report_is_of_the_study_as_it_is_now(finished_study):
+    """What a study file says of its analysis counts without another sweep."""
+    study = finished_study.study
+    analysis = study.analysis.model_copy(update={"primary": (("combined", "task_only"),)})
+    changed = Workspace(study.model_copy(update={"analysis": analysis}))
+    try:
+        assert "combined against task_only" in changed.report().read_text()
+    finally:
+        assert "combined against task_only" not in finished_study.report().read_text()
 
 
 def test_each_stage_leaves_its_own_time(finished_study):

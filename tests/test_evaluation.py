@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -13,20 +15,8 @@ from stillroom.corpus import load_rows
 from stillroom.encoding import encode
 from stillroom.evaluation import answer_scores, evaluate
 from stillroom.generation import _NextQuestion, generate
-from stillroom.models import DTYPES, load_model, load_tokenizer, scoring_copy
+from stillroom.models import DTYPES, load_model, scoring_copy
 from stillroom.tasks import TASKS
-
-
-@pytest.fixture(scope="module")
-def model(student_ref):
-    """The student."""
-    return load_model(student_ref)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(student_ref):
-    """The student's tokenizer."""
-    return load_tokenizer(student_ref)
 
 
 def log_likelihood(ref, tokenizer, prompt, answer):
@@ -91,11 +81,19 @@ def test_batch_size_and_padding_change_no_prediction_under_real_tokenizers(tmp_p
             assert together == pytest.approx(single, abs=1e-3)
 
 
-def test_generation_is_greedy_decoding(student_ref, model, tokenizer, examples):
-    """Against a loop of argmax over whole forward passes, without a cache."""
-    prompts = [e.prompt for e in examples.validation if not e.choices]
-    texts = generate(model, tokenizer, prompts, Evaluation(max_new_tokens=10))
+@pytest.mark.parametrize("stretch", [16, 4, 1])
+def test_generation_is_greedy_decoding(student_ref, model, tokenizer, examples, stretch, monkeypatch):
+    """Against a loop of argmax over whole forward passes, without a cache, whenever ended texts leave the batch."""
+    prompts = [e.prompt for e in examples.train if not e.choices][:8]
     plain = AutoModelForCausalLM.from_pretrained(student_ref.model, attn_implementation="eager").eval()
+    free = generate(model, tokenizer, prompts, Evaluation(max_new_tokens=10))
+    tokenizer = copy.deepcopy(tokenizer)
+    said = [set(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in free]
+    ending = max(set.union(*said), key=lambda token: 2 * sum(token in own for own in said) % (2 * len(said) - 1))
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ending)  # so that some of the texts end early
+    monkeypatch.setattr("stillroom.generation._STRETCH", stretch)
+    texts = generate(model, tokenizer, prompts, Evaluation(max_new_tokens=10))
+    assert len({len(tokenizer(text)["input_ids"]) for text in texts}) > 1
     for prompt, text in zip(prompts, texts, strict=True):
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         start = ids.shape[1]

@@ -330,29 +330,17 @@ def test_a_choice_is_the_likelier_text_whatever_its_length():
     assert _prediction(example, [-9.0, -8.0], 4, None)["correct"]
 
 
-@pytest.fixture(scope="module")
-def model(student_ref):
-    """The untouched student."""
-    return load_model(student_ref)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(student_ref):
-    """Its tokenizer."""
-    return load_tokenizer(student_ref)
-
-
 def test_a_baseline_is_kept_only_for_the_very_same_measurement(tmp_path, model, tokenizer, examples):
     """Model, dtype, settings, examples: with one of them changed, it is not known."""
     own = [e for e in examples.validation if e.choices]
     first = Baseline(tmp_path, "student", "validation", "m", "float32", own[:2], EVALUATION)
-    assert first.known() is None
-    assert first.measure(model, tokenizer) == first.known()
+    assert first.read() is None
+    assert first.measure(model, tokenizer) == first.read()
     other = EVALUATION.model_copy(update={"max_new_tokens": 13})
     for changed in ({"identity": "n"}, {"settings": other}, {"precision": "bfloat16"}, {"examples": own[:3]}):
-        assert replace(first, **changed).known() is None, changed
+        assert replace(first, **changed).read() is None, changed
     shutil.copy(first.path, tmp_path / "student_official.json")
-    assert replace(first, part="official").known() is None
+    assert replace(first, part="official").read() is None
 
 
 def test_a_trials_cost_has_its_official_evaluation_in_it(results, tmp_path):

@@ -272,7 +272,7 @@ def test_capture_goes_on_where_it_stopped(tmp_path, teacher_ref, examples, store
 
     tokenizer, model = load_tokenizer(teacher_ref), load_model(teacher_ref)
     signals = Signals(top_k=32, dtype="float32", shard_examples=16, batch_tokens=512)
-    origin = made_from(teacher_ref.model, tokenizer, signals, examples.all)
+    origin = made_from(teacher_ref.model, "float32", tokenizer, signals, examples.all)
     calls, real = [], otd.compute_signals
 
     def failing(*args):
@@ -300,7 +300,7 @@ def test_another_capture_in_the_same_folder_is_refused(tmp_path, teacher_ref, ex
     """Half of one store and half of another never mix."""
     tokenizer, model = load_tokenizer(teacher_ref), load_model(teacher_ref)
     signals = Signals(top_k=8, dtype="float32")
-    origin = made_from(teacher_ref.model, tokenizer, signals, examples.all)
+    origin = made_from(teacher_ref.model, "float32", tokenizer, signals, examples.all)
     write_json(tmp_path / "capture.json", {**origin, "top_k": 16})
     with pytest.raises(UserError, match="top_k: store has 16, study asks for 8"):
         capture(model, tokenizer, examples.all, signals, tmp_path, origin)

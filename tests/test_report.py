@@ -129,12 +129,22 @@ def test_what_was_measured_for_another_study_is_left_out(results, tmp_path, caps
     log["stages"]["verify"]["fingerprint"] = "another"
     write_json(copy / "run.json", log)
     page = write_report(copy).read_text()
-    assert "What was measured of the teacher belongs to another study and is left out: run `stillroom evaluate`" in page
+    assert "What was measured of the teacher belongs to another study and is left out: `stillroom run STUDY`" in page
+    official = copy / "baselines" / "student_official.json"
+    write_json(official, {**read_json(official), "fingerprint": "another"})
+    described = copy / "corpus" / "corpus.json"
+    write_json(described, {**read_json(described), "fingerprint": "another"})
+    page = write_report(copy).read_text()
+    assert "What was measured of the teacher and the untouched student on official splits belongs" in page
+    assert "The examples in this folder are another study" in page
     read = StudyResults.read(copy)
     assert list(read.untrained) == list(read.untrained_predictions) == ["untouched student"]
     assert [name for name in read.measures if name.startswith("agreement_")] == []
-    assert "teacher data verified" in (results / "report.html").read_text()
-    assert "teacher data verified" not in page
+    assert "the record at hand is of other data" not in (results / "report.html").read_text()
+    assert "the record at hand is of other data" in page
+    write_json(copy / "planned.json", {k: v for k, v in read_json(copy / "planned.json").items() if k != "baselines"})
+    with pytest.raises(UserError, match="is another version's: `stillroom run STUDY` brings it up to date"):
+        write_report(copy)
 
 
 def test_tables_for_a_paper_are_tidy_and_escaped(results):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -107,10 +109,25 @@ def test_a_diverged_trial_is_a_missing_one():
     assert {f.verdict for f in answer_questions(table, ANALYSIS, SEEDS)[0].findings} == {"undecided"}
 
 
+def test_combining_is_known_by_what_a_group_has_and_not_by_its_name():
+    """A group of one's own that has both signals answers the third question, whatever it is called."""
+    table = frame({"black_box": (0, 0), "hidden": (0, 0), "attention": (0, 0), "everything": (0, 0)})
+    pairs = (("hidden", "attention"), ("everything", "hidden"))
+    analysis = ANALYSIS.model_copy(update={"secondary": pairs})
+    evidence = Evidence(table, analysis, tuple(SEEDS), ["black_box", "hidden", "attention", "everything"], {})
+    for combining, second, third in (
+        ({"everything"}, {"hidden"}, {"everything"}),
+        (set(), {"hidden", "everything"}, set()),
+    ):
+        answers = answers_from(replace(evidence, combining=combining))
+        assert {first for first, _ in verdicts(answers, 1)} == second
+        assert {first for first, _ in verdicts(answers, 2)} == third
+
+
 def test_questions_without_their_groups_say_so():
     """A study of other groups still has a report."""
     answers = answer_questions(frame({"black_box": (0, 0)}), ANALYSIS, SEEDS)
-    assert all("has not the groups" in answer.answer for answer in answers)
+    assert all("no contrast of its groups" in answer.answer for answer in answers)
 
 
 def test_a_group_without_a_finished_trial_is_missing_not_absent():

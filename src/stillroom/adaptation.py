@@ -9,8 +9,9 @@ from typing import Any
 from stillroom.checkpoints import checkpoints
 from stillroom.config import GROUPS, Adaptation, Evaluation, ModelRef, Objective
 from stillroom.corpus import Examples
+from stillroom.progress import Progress, silent
 from stillroom.provenance import write_json
-from stillroom.train_student import Progress, Trial, train
+from stillroom.train_student import Trial, train
 
 ADAPTED = "adapted.json"
 
@@ -22,7 +23,7 @@ def adapt_teacher(
     examples: Examples,
     folder: Path,
     origin: str,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> ModelRef:
     """Train the teacher by the project's own trainer and return it as a local model under `folder`."""
     trial = Trial(origin, GROUPS["task_only"], adaptation.seed)

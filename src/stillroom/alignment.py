@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int32
 from numpy import ndarray
 
-from stillroom.encoding import Encoding, encode, ending_tokens
+from stillroom.encoding import Encoding, encode, ending_tokens, in_answer
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
 
@@ -73,7 +73,7 @@ def coverage(teacher: Encoding, student: Encoding, alignment: Alignment, prompt_
     tokens/aligned: student tokens of text, and those with an aligned teacher token. predictions/aligned_predictions:
     student tokens inside the answer, and those whose predecessor is aligned. same_position: aligned pairs j == i.
     """
-    answer = np.flatnonzero(~student.special & (student.ends > prompt_length))
+    answer = np.flatnonzero(in_answer(student, prompt_length))
     predecessors = np.isin(answer - 1, alignment.pairs[:, 1])
     return {
         "tokens": int((~student.special).sum()),

@@ -174,13 +174,13 @@ _HEAD = "last hidden state × output head misses its logits"
 
 
 def _require_close(model: PreTrainedModel, what: str, found: Tensor, expected: Tensor) -> None:
-    if not (difference := _relative_error(found, expected)) <= _TOLERANCE[model.dtype]:
+    if not (difference := relative_error(found, expected)) <= _TOLERANCE[model.dtype]:
         raise UserError(
             f"{type(model).__name__}: {what} by {difference:.2g} of their norm; this architecture is not supported"
         )
 
 
-def _relative_error(found: Tensor, expected: Tensor) -> float:
+def relative_error(found: Tensor, expected: Tensor) -> float:
     """Norm of the difference over the norm of what is expected."""
     found = found.to(expected.device)  # a model spread over GPUs leaves its last layer's tensors on the last
     return float((found.float() - expected.float()).norm() / expected.float().norm())

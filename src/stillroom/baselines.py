@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from stillroom.encoding import encode_many
 from stillroom.evaluation import evaluate
 from stillroom.metrics import accuracy_metrics, nll_metrics, save_predictions
 from stillroom.models import output_logits
+from stillroom.progress import Progress, silent
 from stillroom.provenance import read_json, write_json
 from stillroom.tasks import Example
 from stillroom.teacher_signals import padded
@@ -50,18 +50,16 @@ class Baseline:
     def fingerprint(self) -> str:
         """Of all that decides the numbers."""
         how = self.settings.model_dump(exclude={"official"})
-        return fingerprint(self.identity, self.precision, how, self.part, [e.example_id for e in self.examples])
+        return fingerprint(self.identity, self.precision, how, f"{self.part}_", [e.example_id for e in self.examples])
 
-    def known(self) -> dict[str, Any] | None:
+    def read(self) -> dict[str, Any] | None:
         """The measurement, if it was made; None for one of another model, other examples or other settings."""
         if not self.path.is_file():
             return None
         found: dict[str, Any] = read_json(self.path, "fingerprint", "metrics")
         return found if found["fingerprint"] == self.fingerprint else None
 
-    def measure(
-        self, model: PreTrainedModel, tokenizer: Any, progress: Callable[[int, int], None] = lambda done, total: None
-    ) -> dict[str, Any]:
+    def measure(self, model: PreTrainedModel, tokenizer: Any, progress: Progress = silent) -> dict[str, Any]:
         """Accuracy and answer likelihood; kept in `path`, predictions beside it."""
         ids, _ = padded(encode_many(tokenizer, [self.examples[0].text]), device=model.device)
         check_head(model, ids, lambda hidden: output_logits(model, hidden))

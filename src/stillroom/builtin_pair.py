@@ -56,7 +56,7 @@ def materialise(ref: ModelRef, folder: Path) -> ModelRef:
         raise UserError(f"model {ref.model!r}: built in are {', '.join(PREFIX + n for n in _SHAPES)}")
     target = folder / name
     if not target.is_dir():
-        with exclusive(folder, "process", f".{name}.lock", wait=-1):
+        with exclusive(folder, "process", f".{name}.lock", wait=60):
             if not target.is_dir():
                 with atomic_path(target) as building:
                     write_builtin(name, building)

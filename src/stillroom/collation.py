@@ -23,9 +23,9 @@ _SIGNAL_OF: dict[Term, Signal] = {"kd": "topk", "hidden": "hidden", "attention":
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass; every index and mask explicit. Rows count positions of (B, T) flattened.
+    """One forward pass; every index and mask explicit. What no term of the objective asks for is None.
 
-    What no term of the objective asks for is None.
+    `head_rows` and `hidden_rows` count positions of (B, T) flattened.
     """
 
     ids: Int[Tensor, "B T"]

@@ -14,6 +14,7 @@ from typing import Any
 from stillroom.alignment import compare_vocabularies
 from stillroom.builtin_pair import materialise
 from stillroom.config import ModelRef, Study, UserError
+from stillroom.jobs import trial_resources
 from stillroom.models import is_local, load_config, load_tokenizer
 from stillroom.planning import plan_study
 from stillroom.provenance import hardware, package_versions
@@ -204,21 +205,20 @@ def _disk(study: Study, plan: dict[str, Any]) -> Lines:
         found.append((place, place.stat().st_dev, needed))
     for subject, (place, device, needed) in zip(("teacher data", "students"), found, strict=True):
         free = shutil.disk_usage(place).free
-        both = sum(other for _, its_device, other in found if its_device == device)
-        says = f"{_size(needed)} needed, {_size(both)} on that disk in all, {_size(free)} free at {place}"
-        fine = free > both and os.access(place, os.W_OK)
+        in_all = sum(other for _, its_device, other in found if its_device == device)
+        says = f"{_size(needed)} needed, {_size(in_all)} on that disk in all, {_size(free)} free at {place}"
+        fine = free > in_all and os.access(place, os.W_OK)
         yield Finding(
             f"disk for {subject}", fine, says if fine else f"{says}; free some, or set other folders in paths"
         )
 
 
 def _at_once(study: Study) -> int:
-    """Trials that run at once on this machine."""
+    """Trials that run at once, were this machine alone to run them."""
     import torch
 
-    per_trial = study.sweep.gpus_per_trial if (gpus := torch.cuda.device_count()) else 0
-    fit = int(gpus / per_trial) if per_trial else (os.cpu_count() or 1) // study.sweep.cpus_per_trial
-    return study.sweep.max_concurrent or max(1, fit)
+    node = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+    return min(trial_resources(study.sweep, [node])[1], len(study.groups) * len(study.sweep.seeds))
 
 
 def _memory(study: Study, plan: dict[str, Any]) -> Lines:

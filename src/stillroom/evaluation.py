@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from stillroom.config import Evaluation
 from stillroom.encoding import Encoding, encode_many, in_answer
 from stillroom.generation import generate
 from stillroom.models import output_logits
+from stillroom.progress import Progress, silent
 from stillroom.tasks import Example, task_of
 from stillroom.teacher_signals import padded
 
@@ -35,7 +36,7 @@ def evaluate(
     tokenizer: Any,
     examples: Sequence[Example],
     settings: Evaluation,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> pd.DataFrame:
     """Predictions for every example, one row each, in the order given.
 

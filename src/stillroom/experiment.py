@@ -17,11 +17,9 @@ from typing import Any
 
 import torch
 
-from stillroom.config import EXPERIMENT, Sweep, UserError
+from stillroom.config import ERROR, EXPERIMENT, Sweep, UserError
 from stillroom.jobs import (
-    ERROR,
     CapturePlan,
-    Progress,
     TrialPlan,
     error_of,
     failures,
@@ -32,6 +30,7 @@ from stillroom.jobs import (
     trial_resources,
     worker_resources,
 )
+from stillroom.progress import Progress
 from stillroom.provenance import exclusive, package_digest, write_text
 from stillroom.shares import Share
 from stillroom.signal_store import MANIFEST, SHARDS

@@ -12,12 +12,11 @@ from transformers import GenerationConfig
 from stillroom import __version__
 from stillroom.analysis.frame import PLANNED, read_baselines
 from stillroom.checkpoints import STATE, checkpoints
-from stillroom.config import ModelRef, UserError
+from stillroom.config import RESULT, ModelRef, UserError
 from stillroom.corpus import load_corpus
 from stillroom.distillation_student import PROJECTOR
 from stillroom.models import load_tokenizer
 from stillroom.provenance import atomic_path, read_json
-from stillroom.train_student import RESULT
 
 
 def export_trial(trial: Path, target: Path) -> Path:

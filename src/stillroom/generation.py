@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from jaxtyping import Int
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from stillroom.config import Evaluation
 from stillroom.encoding import encode_many
+from stillroom.progress import Progress, silent
 from stillroom.teacher_signals import padded
 
 _NEXT_QUESTION = "Question:"
+_STRETCH = 16
+"""Tokens made before texts that have ended leave the batch."""
 
 
 class _NextQuestion(StoppingCriteria):  # type: ignore[misc]
@@ -39,7 +44,7 @@ def generate(
     tokenizer: Any,
     prompts: Sequence[str],
     settings: Evaluation,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
     total: int = 0,
 ) -> list[str]:
     """Greedy continuations, cut where another question would begin; batched by length with a KV cache."""
@@ -47,23 +52,47 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda n: len(encodings[n]))
     texts = [""] * len(prompts)
     size = settings.generation_batch_size
-    greedy = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=settings.max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-    )
-    own, model.generation_config = model.generation_config, greedy  # a model's own penalties must not count
+    own = model.generation_config
     try:
         for first in range(0, len(order), size):
             batch = order[first : first + size]
             ids, mask = padded([encodings[n] for n in batch], "left", model.device)
-            stop = StoppingCriteriaList([_NextQuestion(tokenizer, ids.shape[1])])
-            output = model.generate(ids, attention_mask=mask, generation_config=greedy, stopping_criteria=stop)
-            for n, row in zip(batch, output, strict=True):
-                text = tokenizer.decode(row[ids.shape[1] :], skip_special_tokens=True)
-                texts[n] = text.split(_NEXT_QUESTION)[0]
+            for n, row in zip(batch, _continued(model, tokenizer, ids, mask, settings.max_new_tokens), strict=True):
+                texts[n] = tokenizer.decode(row, skip_special_tokens=True).split(_NEXT_QUESTION)[0]
             progress(total - len(order) + first + len(batch), total)
     finally:
         model.generation_config = own
     return texts
+
+
+def _continued(
+    model: PreTrainedModel, tokenizer: Any, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"], limit: int
+) -> list[Int[Tensor, "N"]]:
+    """What follows each row of left-padded ids, at most `limit` tokens; a text that has ended leaves the batch."""
+    start, cache = ids.shape[1], DynamicCache(config=model.config)
+    found, rows = [ids[0]] * len(ids), torch.arange(len(ids))
+    for made in range(0, limit, _STRETCH):
+        greedy = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=min(_STRETCH, limit - made),
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
+        model.generation_config = greedy  # a model's own penalties must not count
+        stop = StoppingCriteriaList([_NextQuestion(tokenizer, start)])
+        ids = model.generate(
+            ids, attention_mask=mask, generation_config=greedy, stopping_criteria=stop, cache=cache
+        )
+        mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+        for n, row in zip(rows.tolist(), ids, strict=True):
+            found[n] = row[start:]
+        ended = (ids[:, start:] == tokenizer.eos_token_id).any(1).cpu()
+        ended |= torch.tensor([_NEXT_QUESTION in text for text in tokenizer.batch_decode(ids[:, start:])])
+        if ended.all():
+            break
+        if ended.any():
+            kept = (~ended).nonzero()[:, 0]
+            rows, kept = rows[kept], kept.to(ids.device)
+            ids, mask = ids[kept], mask[kept]
+            cache.batch_select_indices(kept)
+    return found

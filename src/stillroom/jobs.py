@@ -9,18 +9,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stillroom.config import Evaluation, ModelRef, Objective, Precision, Retention, Signals, Sweep, Training, UserError
+from stillroom.config import (
+    ERROR,
+    RESULT,
+    Evaluation,
+    ModelRef,
+    Objective,
+    Precision,
+    Retention,
+    Signals,
+    Sweep,
+    Training,
+    UserError,
+)
 from stillroom.corpus import Examples, examples_digest, load_corpus
 from stillroom.credentials import redact
 from stillroom.models import load_model, load_tokenizer
 from stillroom.offline_teacher_data import capture_share
+from stillroom.progress import Progress, silent
 from stillroom.provenance import exclusive, package_digest, read_json, write_json
 from stillroom.shares import Share, hold
 from stillroom.signal_store import SignalStore
-from stillroom.train_student import RESULT, Trial, train
-
-ERROR = "error.json"
-Progress = Callable[[int, int], None]
+from stillroom.train_student import Trial, train
 
 
 @contextmanager
@@ -32,8 +42,8 @@ def told_of_memory(concurrent: int) -> Iterator[None]:
         if "low on memory" not in str(error):
             raise
         raise UserError(
-            f"this machine ran out of memory with {concurrent} trials at once: set sweep.max_concurrent or "
-            "training.micro_batch_size lower; the same command goes on from each trial's last epoch"
+            f"this machine ran out of memory with {concurrent} trials at once: set sweep.max_concurrent lower, and the "
+            "command goes on from each trial's last epoch; or training.micro_batch_size, and all trials begin anew"
         ) from None
 
 
@@ -71,7 +81,7 @@ class CapturePlan:
     origin: dict[str, Any]
 
 
-def run_capture(plan: CapturePlan, share: Share, progress: Progress = lambda done, total: None) -> bool:
+def run_capture(plan: CapturePlan, share: Share, progress: Progress = silent) -> bool:
     """Capture one share of the store; returns whether the store is finished with it."""
     with hold(plan.store, share):  # refused now, not once a large teacher is loaded
         examples = _load_examples(plan.corpus, plan.origin["corpus"])
@@ -82,7 +92,7 @@ def run_capture(plan: CapturePlan, share: Share, progress: Progress = lambda don
 def run_trial(
     plan: TrialPlan,
     report: Callable[[dict[str, Any]], None] = lambda metrics: None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
     wait: float = 0,
 ) -> dict[str, Any]:
     """Train one trial to its end, or return its result if it has one; on failure leave `error.json` and raise.

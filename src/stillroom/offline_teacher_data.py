@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 
 from stillroom.attention_capture import check_capture
 from stillroom.cells import Layout, _to_numpy_array, _to_py, id_dtype
-from stillroom.config import Signals, UserError, fingerprint
+from stillroom.config import Precision, Signals, UserError, fingerprint
 from stillroom.corpus import examples_digest
 from stillroom.encoding import Encoding, encode_many
 from stillroom.models import heads, output_logits, tokenizer_hash, vocabulary_size, width
+from stillroom.progress import Progress, silent
 from stillroom.provenance import atomic_path, exclusive, file_sha256, package_versions, read_json, utc_now, write_json
 from stillroom.recomputation import sample_ids
 from stillroom.shares import Share, hold, plan_shards, token_batches
@@ -45,9 +46,6 @@ from stillroom.store_checks import (
 from stillroom.tasks import Example
 from stillroom.teacher_signals import TeacherSignals, compute_signals
 
-Progress = Callable[[int, int], None]
-"""Called with (examples done, examples in all)."""
-
 __all__ = [
     "_to_numpy_array",
     "_to_py",
@@ -57,14 +55,18 @@ __all__ = [
     "made_from",
     "require_matching",
     "require_verified",
+    "seal",
     "verify_saved_data",
 ]
 
 
-def made_from(teacher_identity: str, tokenizer: Any, signals: Signals, examples: Sequence[Example]) -> dict[str, Any]:
+def made_from(
+    teacher_identity: str, teacher_dtype: Precision, tokenizer: Any, signals: Signals, examples: Sequence[Example]
+) -> dict[str, Any]:
     """Everything that decides a store's values; its fingerprint is the store's."""
     return {
         "teacher": teacher_identity,
+        "teacher_dtype": teacher_dtype,
         "tokenizer": tokenizer_hash(tokenizer),
         "corpus": examples_digest(examples),
         "examples": len(examples),
@@ -83,7 +85,7 @@ def capture(
     signals: Signals,
     store: Path,
     origin: dict[str, Any],
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> SignalStore:
     """Run the teacher over every example and write the store: `capture_share` of all of it."""
     capture_share(model, tokenizer, examples, signals, store, origin, Share(), progress)
@@ -98,7 +100,7 @@ def capture_share(
     store: Path,
     origin: dict[str, Any],
     share: Share,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> bool:
     """Run the teacher over a share of the examples; shards that are whole already are kept.
 
@@ -234,14 +236,18 @@ def verify_saved_data(path: Path | str, num_samples: int = 20, seed: int = 0) ->
     """
     path = Path(path)
     store = SignalStore.open(path)
-    writable = os.access(path, os.W_OK)  # an archived store is not: it keeps the record it was archived with
-    if writable:
-        (path / VERIFIED).unlink(missing_ok=True)
-    for shard in store.manifest["shards"]:
-        check_shard(path / shard["name"], shard, store.manifest["fingerprint"])
+    # an archived store keeps the record it was archived with, also where this user could write
+    writable = bool(path.stat().st_mode & 0o222) and os.access(path, os.W_OK)
     sampled = sample_ids(store, num_samples, seed)
-    for example_id in sampled:
-        check_example(store, store.read(example_id))
+    try:
+        for shard in store.manifest["shards"]:
+            check_shard(path / shard["name"], shard, store.manifest["fingerprint"])
+        for example_id in sampled:
+            check_example(store, store.read(example_id))
+    except UserError:
+        if writable:
+            (path / VERIFIED).unlink(missing_ok=True)
+        raise
     record = {
         "manifest_sha256": file_sha256(path / MANIFEST),
         "sampled": len(sampled),
@@ -266,22 +272,22 @@ def archive(path: Path | str) -> Path:
     digest = file_sha256(path / MANIFEST)
     for known in sorted(path.parent.glob(f"{path.name}_*")):
         if (known / MANIFEST).is_file() and file_sha256(known / MANIFEST) == digest:
-            require_verified(SignalStore.open(known))
-            _make_read_only(known)
-            return known
+            return seal(known)
     target = path.with_name(f"{path.name}_{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}")
     with atomic_path(target) as building:
         building.mkdir()
         for name in [*(shard["name"] for shard in store.manifest["shards"]), MANIFEST, VERIFIED]:
             _link_or_copy(path / name, building / name)
         shutil.copytree(path / "tokenizer", building / "tokenizer")
-    _make_read_only(target)
-    return target
+    return seal(target)
 
 
-def _make_read_only(snapshot: Path) -> None:
+def seal(snapshot: Path) -> Path:
+    """Make a snapshot read-only, and return it. `UserError` unless it is verified."""
+    require_verified(SignalStore.open(snapshot))
     for found in [*snapshot.rglob("*"), snapshot]:
         found.chmod(0o555 if found.is_dir() else 0o444)
+    return snapshot
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -4,7 +4,23 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
+
+Progress = Callable[[int, int], None]
+"""Called with how much of one piece of work is done, and how much there is."""
+
+
+class NamedProgress(Protocol):
+    """Called with what is going on, how much of it is done, and a note that changes with it."""
+
+    def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
+        """Show it."""
+
+
+def silent(*_: Any, **__: Any) -> None:
+    """Progress that nobody sees."""
+
 
 QUIET_SECONDS = 60
 """Off a terminal, the least time between two lines."""
@@ -27,11 +43,11 @@ class ProgressBars:
             self._print(what, done, total, note)
 
     def _draw(self, what: str, done: int, total: int, note: str) -> None:
+        from rich import progress as bars
         from rich.console import Console
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
-            Progress,
             TextColumn,
             TimeElapsedColumn,
             TimeRemainingColumn,
@@ -46,7 +62,7 @@ class ProgressBars:
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}"),
             )
-            self._bars = Progress(*columns, console=Console(stderr=True))
+            self._bars = bars.Progress(*columns, console=Console(stderr=True))
             self._bars.start()
         if what not in self._tasks:
             self._tasks[what] = self._bars.add_task(what, total=total, note=note)

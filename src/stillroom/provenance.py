@@ -245,10 +245,9 @@ class Meter:
         return {"seconds": now - then, "gpu_joules": None if before is None or after is None else after - before}
 
 
-def record_run(path: Path, stage: str, facts: dict[str, Any]) -> None:
-    """Add one stage's facts to `run.json`, the log of what made this folder."""
-    log = read_json(path) if path.exists() else {"stages": {}}
-    log["stages"][stage] = {
+def record_run(path: Path, stage: str, facts: dict[str, Any], study: dict[str, Any]) -> None:
+    """Add one stage's facts to `run.json`, the log of what made this folder, with the study as it is now."""
+    record = {
         "finished": utc_now(),
         "command": redact(shlex.join(["stillroom", *sys.argv[1:]])),
         "commit": git_commit(),
@@ -256,4 +255,6 @@ def record_run(path: Path, stage: str, facts: dict[str, Any]) -> None:
         "hardware": hardware(),
         **facts,
     }
-    write_json(path, log)
+    with exclusive(path.parent, "stage", f".{path.name}.lock", wait=60):
+        log = read_json(path, "stages") if path.exists() else {"stages": {}}
+        write_json(path, {**log, "stages": {**log["stages"], stage: record}, "study": study, "updated": utc_now()})

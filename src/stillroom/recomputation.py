@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy import ndarray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from stillroom.attention_capture import relative_error
 from stillroom.config import UserError
 from stillroom.signal_store import SignalStore, StoredExample
 from stillroom.teacher_signals import compute_signals
@@ -36,8 +36,8 @@ def recompute(store: SignalStore, model: PreTrainedModel, ids: Sequence[str]) ->
         stored = store.read(example_id)
         own = compute_signals(model, [stored.encoding], store.layout.top_k, torch.float32)[0]
         errors = {
-            "hidden": _relative_error(stored.hidden, own.hidden),
-            "attention": _relative_error(stored.attention, own.attention),
+            "hidden": relative_error(torch.tensor(stored.hidden), own.hidden),
+            "attention": relative_error(torch.tensor(stored.attention), own.attention),
             "topk": _topk_error(stored, own.topk_ids, own.topk_logprobs),
         }
         _require(store, example_id, errors, TOLERANCE[model.dtype])
@@ -61,12 +61,6 @@ def check_with_head(
         _require(store, example_id, {"topk": error}, TOLERANCE[dtype])
         worst = max(worst, error)
     return {"topk": worst}
-
-
-def _relative_error(stored: ndarray | None, own: Tensor) -> float:
-    assert stored is not None
-    expected = own.double().numpy()
-    return float(np.linalg.norm(stored.astype(np.float64) - expected) / np.linalg.norm(expected))
 
 
 def _topk_error(stored: StoredExample, ids: Tensor, logprobs: Tensor) -> float:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from stillroom.baselines import Baseline
 from stillroom.builtin_pair import materialise
-from stillroom.config import ModelRef, Study, UserError, fingerprint
+from stillroom.config import BASELINES, UNTOUCHED, ModelRef, Study, UserError, fingerprint
 from stillroom.corpus import (
     Examples,
     build_corpus,
@@ -18,19 +20,11 @@ from stillroom.corpus import (
     source_digest,
     with_official,
 )
+from stillroom.encoding import encode_many
 from stillroom.models import context_length, load_config, load_tokenizer, model_identity, tokenizer_hash
+from stillroom.progress import NamedProgress, silent
 from stillroom.provenance import Meter, exclusive
-
-
-class Progress(Protocol):
-    """Called with what is going on, how much of it is done, and a note that changes with it."""
-
-    def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
-        """Show it."""
-
-
-def _silent(what: str, done: int, total: int, note: str = "") -> None:
-    return None
+from stillroom.tasks import Example
 
 
 @dataclass
@@ -38,7 +32,7 @@ class Sources:
     """A study with its models, tokenizers and examples, each made or read on first use."""
 
     study: Study
-    progress: Progress = _silent
+    progress: NamedProgress = silent
     meter: Meter = field(default_factory=Meter)
 
     @property
@@ -87,15 +81,25 @@ class Sources:
             [tokenizer_hash(t) for t in self.tokenizers],
             [source_digest(data) for data in (*self.study.corpus.tasks.values(), *official.values())],
         )
-        if (known := _known_corpus(folder, own)) is not None:
-            return known
-        with exclusive(folder, "process", wait=-1):  # the processes of a divided capture start together
-            if (known := _known_corpus(folder, own)) is not None:
-                return known
-            examples = build_corpus(self.study.corpus, self.tokenizers)
-            examples = with_official(examples, official, self.study.corpus, self.tokenizers, longest)
-            save_corpus(examples, folder, own)
+        if (examples := _known_corpus(folder, own)) is None:
+            # the processes of a divided capture start together
+            with exclusive(folder, "build of the corpus", wait=600):
+                if (examples := _known_corpus(folder, own)) is None:
+                    examples = build_corpus(self.study.corpus, self.tokenizers)
+                    examples = with_official(examples, official, self.study.corpus, self.tokenizers, longest)
+                    save_corpus(examples, folder, own)
+        self._require_room(examples.validation, longest)
         return examples
+
+    def _require_room(self, examples: Sequence[Example], room: int) -> None:
+        """`UserError` unless after every prompt both models can still read what they generate."""
+        prompts = [example.prompt for example in examples if example.choices is None]
+        found = max((len(own) for t in self.tokenizers for own in encode_many(t, prompts)), default=0)
+        if found > room:
+            raise UserError(
+                f"evaluation.max_new_tokens={self.study.evaluation.max_new_tokens}: with a prompt of {found} tokens "
+                f"that is more than the {self._context} a model reads; lower it or corpus.max_length"
+            )
 
     @cached_property
     def _context(self) -> int:
@@ -109,6 +113,19 @@ class Sources:
         if self.study.teacher.adapt.method == "none":
             return base
         return f"{base} adapted {self.adaptation_fingerprint(base)}"
+
+    @cached_property
+    def untouched(self) -> list[Baseline]:
+        """What is measured of the models that no trial touches: each on the validation part and on official splits."""
+        settings, folder = self.study.evaluation, self.results / BASELINES
+        teacher, student = (self.teacher_identity, self.study.teacher.dtype), (self.student_identity, settings.dtype)
+        parts = {"validation": self.examples.validation, "official": self.examples.official}
+        return [
+            Baseline(folder, role, part, *model, examples, settings)
+            for role, model in zip(UNTOUCHED, (teacher, student), strict=True)
+            for part, examples in parts.items()
+            if examples
+        ]
 
     def adaptation_fingerprint(self, base: str) -> str:
         """What an adapted teacher was made from; `base` pins the teacher before it."""

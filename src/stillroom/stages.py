@@ -16,8 +16,8 @@ from stillroom.adaptation import ADAPTED, adapt_teacher
 from stillroom.analysis.frame import PLANNED, worse_or_equal, write_summary
 from stillroom.analysis.report import write_report
 from stillroom.baselines import Baseline
-from stillroom.config import BASELINES, EXPERIMENT, UNTOUCHED, Group, ModelRef, UserError, fingerprint
-from stillroom.corpus import examples_digest
+from stillroom.config import EXPERIMENT, UNTOUCHED, Group, ModelRef, UserError, fingerprint
+from stillroom.corpus import examples_digest, load_corpus
 from stillroom.experiment import capture_on_workers, sweep
 from stillroom.jobs import CapturePlan, TrialPlan, finished, run_capture, run_trial
 from stillroom.models import (
@@ -31,7 +31,7 @@ from stillroom.models import (
     release_memory,
     softcap_of,
 )
-from stillroom.provenance import exclusive, read_json, record_run, remove_tree, utc_now, write_json
+from stillroom.provenance import exclusive, read_json, record_run, remove_tree, write_json
 from stillroom.recomputation import check_with_head, recompute, sample_ids
 from stillroom.shares import Share
 from stillroom.signal_store import MANIFEST, SignalStore
@@ -69,10 +69,11 @@ class Workspace(Sources):
 
     def origin(self) -> dict[str, Any]:
         """What the study's store must have been made from."""
-        return otd.made_from(self.teacher_identity, self.tokenizers[0], self.study.signals, self.examples.all)
+        teacher, signals = self.study.teacher, self.study.signals
+        return otd.made_from(self.teacher_identity, teacher.dtype, self.tokenizers[0], signals, self.examples.all)
 
     def capture(self, share: Share | None = None, workers: int = 0) -> SignalStore | None:
-        """Run the teacher over the corpus, unless a finished store of the same origin is there.
+        """Run the teacher over the corpus, unless a finished store of the same origin, or its snapshot, is there.
 
         With a share, this process does that part, and the result is None until every part is done. With workers,
         so many on Ray share the work. A finished and archived store of another origin gives way; one that is not
@@ -139,14 +140,15 @@ class Workspace(Sources):
         elif (head := load_output_head(teacher)) is not None:
             softcap, dtype = softcap_of(load_config(teacher)), DTYPES[self.study.teacher.dtype]
             record["with_output_head"] = check_with_head(store, head, softcap, sample_ids(store, 2), dtype)
-        self._record("verify", {**record, "fingerprint": store.manifest["fingerprint"]})
+        record |= {"store": str(store.path), "fingerprint": store.manifest["fingerprint"]}
+        self._record("verify", record)
         return record
 
     def archive(self) -> Path:
         """The dated snapshot of the verified store; the one there is, if it is archived."""
         store = SignalStore.open(self._captured())
         otd.require_matching(store, self.origin())
-        path = otd.archive(store.path) if store.path == self.store_path else store.path
+        path = otd.archive(store.path) if store.path == self.store_path else otd.seal(store.path)
         self._record("archive", {"snapshot": str(path), "fingerprint": store.manifest["fingerprint"]})
         self.tracker.log_snapshot(path, store.manifest["fingerprint"])
         return path
@@ -170,34 +172,25 @@ class Workspace(Sources):
             )
         return found
 
-    @cached_property
-    def untouched(self) -> list[Baseline]:
-        """What is measured of the models that no trial touches: each on the validation part and on official splits."""
-        settings, folder = self.study.evaluation, self.results / BASELINES
-        teacher, student = (self.teacher_identity, self.study.teacher.dtype), (self.student_identity, settings.dtype)
-        parts = {"validation": self.examples.validation, "official": self.examples.official}
-        return [
-            Baseline(folder, role, part, *model, examples, settings)
-            for role, model in zip(UNTOUCHED, (teacher, student), strict=True)
-            for part, examples in parts.items()
-            if examples
-        ]
-
     def baselines(self) -> dict[str, dict[str, Any]]:
         """Teacher and untouched student on validation part and official splits; where the teacher is no better."""
-        measured = [baseline for baseline in self.untouched if baseline.known() is None]
-        for role, tokenizer in zip(UNTOUCHED, self.tokenizers, strict=True):
-            if own := [baseline for baseline in measured if baseline.role == role]:
-                ref, device = (self.adapt(), "auto") if role == "teacher" else (self.student_ref, default_device())
-                model = load_model(ref, own[0].precision, device)
-                what = f"evaluating the {UNTOUCHED[role]}, examples"
-                for baseline in own:
-                    baseline.measure(model, tokenizer, partial(self.progress, what))
-        if measured:
-            self._record("evaluate", {"measured": [baseline.name for baseline in measured]})
-        found = {baseline.name: baseline.known() or {} for baseline in self.untouched}
+        if due := [baseline for baseline in self.untouched if baseline.read() is None]:
+            for role in UNTOUCHED:
+                self._measure(role, [baseline for baseline in due if baseline.role == role])
+                release_memory()  # of one model, before the next is loaded
+            self._record("evaluate", {"measured": [baseline.name for baseline in due]})
+        found = {baseline.name: baseline.read() or {} for baseline in self.untouched}
         no_better = worse_or_equal(found["teacher"]["metrics"], found["student"]["metrics"])
         return {**{role: found[role] for role in UNTOUCHED}, "teacher_no_better": {"tasks": no_better}}
+
+    def _measure(self, role: str, due: list[Baseline]) -> None:
+        if not due:
+            return
+        ref, device = (self.adapt(), "auto") if role == "teacher" else (self.student_ref, default_device())
+        model = load_model(ref, due[0].precision, device)
+        for baseline in due:
+            shown = partial(self.progress, f"evaluating the {UNTOUCHED[role]}, examples")
+            baseline.measure(model, self.tokenizers[role == "student"], shown)
 
     def plans(self) -> list[TrialPlan]:
         """Every trial of the study, group by group, seed by seed; needs the archived snapshot."""
@@ -223,6 +216,7 @@ class Workspace(Sources):
             "study": self.study.model_dump(mode="json"),
             "snapshot": store.name,
             "fingerprint": read_json(store / MANIFEST)["fingerprint"],
+            "corpus": load_corpus(self.results / "corpus")[1],
             "baselines": {baseline.name: baseline.fingerprint for baseline in self.untouched},
             "trials": trials,
         }
@@ -250,9 +244,11 @@ class Workspace(Sources):
         chosen = [p for p in self.plans() if p.trial.group.name == group and p.trial.seed == seed]
         if not chosen:
             raise UserError(f"seed {seed} is not in the study; it has {list(self.study.sweep.seeds)}")
+        known = finished(chosen[0])
         result = run_trial(chosen[0], progress=partial(self.progress, f"training {group}, seed {seed}, steps"))
         write_summary(self.results)
-        self._record("train", {"trial": chosen[0].trial.name})
+        if not known:
+            self._record("train", {"trial": result["trial"]})
         self.tracker.log_trial(chosen[0].folder)
         return result
 
@@ -282,7 +278,9 @@ class Workspace(Sources):
         return errors
 
     def report(self) -> Path:
-        """Write `report.html` and its figures from what is in the results folder."""
+        """Write `report.html` and its figures from what is in the results folder, of the study as it is now."""
+        if self._archived(self.origin()) is not None:  # else of what was planned last
+            self.plans()
         path = write_report(self.results)
         self.tracker.log_report(path)
         return path
@@ -293,7 +291,4 @@ class Workspace(Sources):
         return Tracker(self.study, self.results)
 
     def _record(self, stage: str, facts: dict[str, Any]) -> None:
-        path = self.results / "run.json"
-        record_run(path, stage, {**self.meter.read(), **facts})
-        log = read_json(path)
-        write_json(path, {**log, "study": self.study.model_dump(mode="json"), "updated": utc_now()})
+        record_run(self.results / "run.json", stage, {**self.meter.read(), **facts}, self.study.model_dump(mode="json"))

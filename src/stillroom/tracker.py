@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stillroom.config import Study, UserError
+from stillroom.config import RESULT, Study, UserError
 from stillroom.provenance import read_json
 
 
@@ -82,8 +82,8 @@ class Tracker:
             mlflow.set_tags({"snapshot": path.name, "snapshot_fingerprint": fingerprint})
 
     def log_trial(self, folder: Path) -> None:
-        """A finished trial, once: its settings, each epoch's metrics, each measured gradient."""
-        result = read_json(folder / "result.json")
+        """A finished trial, once: its settings, the metrics of each epoch and of the official splits, its gradients."""
+        result = read_json(folder / RESULT)
         with self._running() as mlflow:
             tags = {"kind": "trial", "trial": result["trial"], "study_run": self._parent}
             if self._whole_run(tags):
@@ -93,6 +93,9 @@ class Tracker:
                 for epoch in result["epochs"]:
                     numbers = {k: float(v) for k, v in epoch.items() if isinstance(v, int | float)}
                     mlflow.log_metrics(numbers, step=epoch["step"])
+                official = {k: float(v) for k, v in result.items() if k.startswith("official_")}
+                shares = {f"gradient_share_{term}": share for term, share in result["gradient_shares"].items()}
+                mlflow.log_metrics({**official, **shares}, step=result["step"])
                 for row in result["gradients"]:
                     norms = {f"gradient_norm_{term}": value for term, value in row["norms"].items()}
                     mlflow.log_metrics(norms, step=row["step"])

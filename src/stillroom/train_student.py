@@ -21,7 +21,7 @@ from stillroom.attention_capture import check_capture, check_head
 from stillroom.batches import Prefetched, Prepared, epoch_order, measure_coverage, prepare, require_coverage
 from stillroom.checkpoints import TrainingState, drop_superseded, last_checkpoint, restore_checkpoint, save_checkpoint
 from stillroom.collation import Batch, Collator, teacher_to_student_ids
-from stillroom.config import Evaluation, Group, ModelRef, Objective, Retention, Training, UserError
+from stillroom.config import RESULT, Evaluation, Group, ModelRef, Objective, Retention, Training, UserError
 from stillroom.corpus import Examples
 from stillroom.distillation_student import DistillationStudent
 from stillroom.evaluation import evaluate
@@ -38,14 +38,13 @@ from stillroom.models import (
     width,
 )
 from stillroom.offline_teacher_data import require_verified
+from stillroom.progress import Progress, silent
 from stillroom.provenance import remove_leftovers, write_json
 from stillroom.signal_store import SignalStore
 from stillroom.tasks import Example
 from stillroom.training_step import StepRunner, accumulate, losses_of, mean_shares
 
-RESULT = "result.json"
 Report = Callable[[dict[str, Any]], None]
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def train(
     adapter: Callable[[Any], Any] | None = None,
     official: Sequence[Example] = (),
     report: Report = lambda metrics: None,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Train one student and return its result, which is also `folder/result.json`.
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from stillroom.jobs import TrialPlan, finished
-from stillroom.sources import Progress
+from stillroom.progress import NamedProgress
 
 
 class SweepWatch:
     """Keeps count of a sweep's events and shows them; the bar counts epochs, so that it moves within a trial."""
 
-    def __init__(self, plans: Sequence[TrialPlan], progress: Progress) -> None:
+    def __init__(self, plans: Sequence[TrialPlan], progress: NamedProgress) -> None:
         """Trials that are finished already count as done."""
         self._progress = progress
         self._labels = {plan.trial.name: f"{plan.trial.group.name} seed {plan.trial.seed}" for plan in plans}

@@ -20,7 +20,7 @@ from stillroom.analysis.frame import accuracy_columns
 from stillroom.analysis.results import StudyResults
 from stillroom.analysis.statistics import mean_interval
 from stillroom.analysis.verdicts import Answer, Finding
-from stillroom.config import TERMS
+from stillroom.config import TERMS, WEAK_SIGNAL
 
 # Okabe & Ito's palette, which every common kind of colour blindness can tell apart
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#000000")
@@ -96,7 +96,7 @@ def study_figures(results: StudyResults, answers: Sequence[Answer], margin: floa
             Figure(
                 "gradients",
                 "Each term's share of the gradient, weight included, over training: mean over seeds. "
-                "The dashed line is 1 %.",
+                f"The dashed line is {WEAK_SIGNAL:.0%}.",
                 "Share of the gradient of each loss term by optimizer step, one panel a group.",
                 lambda: gradients_figure(results),
             )
@@ -232,7 +232,7 @@ def gradients_figure(results: StudyResults) -> Any:
             means = own[own["term"] == term].groupby("step")["share"].mean()
             if len(means):
                 axis.plot(means.index, means, color=PALETTE[number], marker=MARKERS[number], ms=3, lw=1.2, label=term)
-        axis.axhline(0.01, color="0.35", ls="--", lw=0.8)
+        axis.axhline(WEAK_SIGNAL, color="0.35", ls="--", lw=0.8)
         axis.set_title(group, fontsize=8)
         axis.set_yscale("log")
         axis.set_xlabel("step")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from stillroom.config import BASELINES, EXPERIMENT, UNTOUCHED
+from stillroom.config import BASELINES, ERROR, EXPERIMENT, RESULT, UNTOUCHED
 from stillroom.provenance import atomic_path, read_json
 
 SUMMARY = "results_summary.csv"
@@ -32,7 +32,7 @@ def summary_row(result: dict[str, Any]) -> dict[str, Any]:
 
 def read_results(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """`result.json` of every folder that has one."""
-    return [read_json(folder / "result.json") for folder in folders if (folder / "result.json").is_file()]
+    return [read_json(folder / RESULT) for folder in folders if (folder / RESULT).is_file()]
 
 
 def read_baselines(results: Path, suffix: str = "") -> dict[str, dict[str, Any]]:
@@ -63,7 +63,7 @@ def write_summary(results: Path) -> None:
     done = set(frame["trial"]) if len(frame) else set()
     absent = [
         {
-            "status": "failed" if (folder / "error.json").is_file() else "missing",
+            "status": "failed" if (folder / ERROR).is_file() else "missing",
             "trial": trial["name"],
             "config/distill_type": trial["group"],
             "config/seed": trial["seed"],

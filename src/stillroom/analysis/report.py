@@ -15,22 +15,20 @@ from stillroom.analysis.frame import group_table, worse_or_equal
 from stillroom.analysis.paper import study_tables, write_paper
 from stillroom.analysis.results import StudyResults
 from stillroom.analysis.verdicts import Answer, Evidence, answer_questions
-from stillroom.config import TERMS, UNTOUCHED
+from stillroom.config import TERMS, UNTOUCHED, WEAK_SIGNAL
 from stillroom.provenance import write_text
-
-WEAK_SIGNAL = 0.01
-"""A term under this share of the gradient is flagged: the group may be its baseline in all but name."""
 
 
 def answers_of(results: StudyResults, bootstrap: bool = True) -> list[Answer]:
     """The questions' answers from a results folder; the bootstrap reads every trial's predictions."""
     predictions = results.predictions if bootstrap else {}
     seeds = results.study["sweep"]["seeds"]
-    return answer_questions(Evidence(results.frame, results.analysis, seeds, results.groups, predictions))
+    both = {group["name"] for group in results.study["groups"] if {"hidden", "attention"} <= set(group["terms"])}
+    return answer_questions(Evidence(results.frame, results.analysis, seeds, results.groups, predictions, both))
 
 
 def gradient_rows(results: StudyResults) -> list[dict[str, Any]]:
-    """By group: each term's mean share of the gradient, and which added terms stayed under 1 %."""
+    """By group: each term's mean share of the gradient, and which added terms stayed under `WEAK_SIGNAL`."""
     rows = []
     for group in results.groups:
         own = results.frame[results.frame["config/distill_type"] == group]
@@ -56,8 +54,13 @@ def warnings_of(results: StudyResults) -> list[str]:
         )
     if results.stale:
         found.append(
-            f"What was measured of the {' and the '.join(results.stale)} belongs to another study and is left out: run "
-            "`stillroom evaluate`."
+            f"What was measured of the {' and the '.join(results.stale)} belongs to another study and is left out: "
+            "`stillroom run STUDY` measures what is missing."
+        )
+    if results.other_corpus:
+        found.append(
+            "The examples in this folder are another study's than the trials': what is said of them is not what "
+            "the trials saw. `stillroom run STUDY` brings both to one study."
         )
     if len(results.untrained_metrics) == 2:
         teacher, student = (results.untrained_metrics[label] for label in UNTOUCHED.values())
@@ -84,11 +87,13 @@ def integrity_rows(results: StudyResults) -> list[tuple[str, str]]:
         ("trials finished", f"{len(results.finished)} of {len(results.trials)}"),
         ("prompts that stand in training and in a held-out part", str(results.shared_prompts)),
         ("optimizer steps skipped for gradients that were not finite", str(skipped)),
-        ("terms under 1 % of the gradient", "; ".join(weak) or "none"),
+        (f"terms under {100 * WEAK_SIGNAL:g} % of the gradient", "; ".join(weak) or "none"),
         ("teacher data", f"{results.snapshot}, fingerprint {results.fingerprint}"),
     ]
     if verified.get("fingerprint") == results.fingerprint:
-        rows.append(("teacher data verified", f"{verified.get('finished', '')}, {_checked(verified)}"))
+        rows.append(("teacher data verified", f"{verified['finished']}, {_checked(verified)}"))
+    elif verified:
+        rows.append(("teacher data verified", "before archiving; the record at hand is of other data"))
     for task, own in results.coverage.items():
         floor = results.study["signals"]["minimum_coverage"]
         rows.append(

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from stillroom.analysis.frame import PLANNED, accuracy_columns, read_baselines, read_results, summary_frame
-from stillroom.config import BASELINES, EXPERIMENT, UNTOUCHED, Analysis, UserError
+from stillroom.config import BASELINES, ERROR, EXPERIMENT, UNTOUCHED, Analysis, UserError
 from stillroom.corpus import folded
 from stillroom.metrics import agreement
 from stillroom.provenance import read_json
@@ -27,6 +27,8 @@ class StudyResults:
     snapshot: str
     fingerprint: str
     """The teacher data's."""
+    corpus_fingerprint: str
+    """That of the examples that the trials saw."""
     finished: list[dict[str, Any]]
     """`result.json` of the finished trials, in the plan's order."""
 
@@ -35,12 +37,14 @@ class StudyResults:
         """Read what is in a results folder. `UserError` if there is nothing to report yet."""
         if not (folder / PLANNED).is_file():
             raise UserError(f"{folder} holds no {PLANNED}: it is no results folder, or `stillroom sweep` has not begun")
-        described = ("study", "trials", "snapshot", "fingerprint")
-        planned = read_json(folder / PLANNED, *described)
+        planned = read_json(folder / PLANNED)
+        if not {"fingerprint", "corpus", "baselines"} <= set(planned):
+            raise UserError(f"{folder / PLANNED} is another version's: `stillroom run STUDY` brings it up to date")
         finished = read_results([folder / EXPERIMENT / trial["name"] for trial in planned["trials"]])
         if not finished:
             raise UserError(f"{folder}: no trial is finished yet; run `stillroom sweep`")
-        return cls(folder, **{key: planned[key] for key in described}, finished=finished)
+        described = (planned["study"], planned["trials"], planned["snapshot"], planned["fingerprint"])
+        return cls(folder, *described, planned["corpus"], finished)
 
     def trial_folder(self, name: str) -> Path:
         """Where a trial's files are."""
@@ -73,7 +77,7 @@ class StudyResults:
         return [{**trial, "error": self._error(trial["name"])} for trial in self.trials if trial["name"] not in done]
 
     def _error(self, name: str) -> str | None:
-        path = self.trial_folder(name) / "error.json"
+        path = self.trial_folder(name) / ERROR
         return str(read_json(path)["error"]) if path.is_file() else None
 
     @cached_property
@@ -84,8 +88,18 @@ class StudyResults:
     @cached_property
     def stale(self) -> list[str]:
         """Baselines that are there but were measured for another study, by what tables call them."""
-        there = {label for role, label in UNTOUCHED.items() if (self.folder / BASELINES / f"{role}.json").is_file()}
-        return sorted(there - set(self.untrained))
+        known = {"": read_baselines(self.folder), "_official": read_baselines(self.folder, "_official")}
+        return [
+            f"{label}{suffix.replace('_', ' on ')}{' splits' * bool(suffix)}"
+            for suffix, own in known.items()
+            for role, label in UNTOUCHED.items()
+            if role not in own and (self.folder / BASELINES / f"{role}{suffix}.json").is_file()
+        ]
+
+    @cached_property
+    def other_corpus(self) -> bool:
+        """Whether the examples in this folder are others than the trials saw."""
+        return bool(self._corpus["fingerprint"] != self.corpus_fingerprint)
 
     @cached_property
     def untrained_metrics(self) -> dict[str, dict[str, float]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +66,8 @@ class Evidence:
     """Planned ones: a group of which no trial is finished is missing, not absent."""
     predictions: Mapping[tuple[str, int], pd.DataFrame]
     """By group and seed, rows sorted by example; may be empty."""
+    combining: Set[str] = frozenset({"combined"})
+    """Groups that have both signals: a secondary contrast with one of them is about combining."""
 
     @property
     def columns(self) -> dict[str, str]:
@@ -143,8 +145,8 @@ def answer_questions(evidence: Evidence) -> list[Answer]:
     secondary = [pair for pair in evidence.analysis.secondary if set(pair) <= groups]
     first = {measure: evidence.findings(primary, measure) for measure in evidence.columns}
     second = {measure: evidence.findings(secondary, measure) for measure in evidence.columns}
-    signals = [f for own in second.values() for f in own if "combined" not in _groups(f)]
-    combining = [f for own in second.values() for f in own if "combined" in _groups(f)]
+    signals = [f for own in second.values() for f in own if evidence.combining.isdisjoint(_groups(f))]
+    combining = [f for own in second.values() for f in own if not evidence.combining.isdisjoint(_groups(f))]
     by_task = [finding for measure, own in first.items() if measure != OVERALL for finding in own]
     return [
         _answer("Do white-box signals improve over black-box distillation?", first[OVERALL]),
@@ -215,7 +217,7 @@ def _answer(question: str, findings: Sequence[Finding]) -> Answer:
     """The answer is read off the overall accuracy; the findings hold the tasks too."""
     overall = [finding for finding in findings if finding.comparison.measure == OVERALL]
     if not overall:
-        missing = "The study has not the groups for this question."
+        missing = "The study declares no contrast of its groups for this question."
         return Answer(question, missing, missing, ())
     short = "; ".join(f"{f.comparison.first} against {f.comparison.second}: {f.verdict}" for f in overall)
     return Answer(question, f"{short}.", ". ".join(f.sentence for f in overall) + ".", tuple(findings))
@@ -236,7 +238,7 @@ def _task_dependence(evidence: Evidence, pairs: Sequence[Pair], findings: Sequen
         brief.append(f"{name}: {verdict}")
         sentences.append(f"{name}: {verdict}{more}")
     if not sentences:
-        missing = "The study has not the groups for this question."
+        missing = "The study declares no contrast of its groups for this question."
         return Answer(question, missing, missing, ())
     return Answer(question, "; ".join(brief) + ".", ". ".join(sentences) + ".", tuple(findings))
 
@@ -246,7 +248,7 @@ def _hypothesis(findings: Sequence[Finding], analysis: Analysis) -> Answer:
     simple = [f for f in findings if f.comparison.measure in analysis.simple_tasks]
     hard = [f for f in findings if f.comparison.measure in analysis.hard_tasks]
     if not simple or not hard:
-        missing = "The study declares no tasks, or has not the groups, to judge it by."
+        missing = "The study declares no tasks, or no contrast of its groups, to judge it by."
         return Answer(question, missing, missing, ())
     alike = all(f.verdict == "equivalent" for f in simple)
     better = all(f.verdict == "improves" for f in hard)

@@ -107,7 +107,7 @@ def verify(
         if (errors := record.get(how)) and not json:
             listed = ", ".join(f"{name} {error:.2g}" for name, error in errors.items())
             say(f"{how.replace('_', ' ')}, largest difference: {listed}")
-    made = f"{workspace.store_path}: {record['sampled']} of {record['examples']} examples checked, all shards whole."
+    made = f"{record['store']}: {record['sampled']} of {record['examples']} examples checked, all shards whole."
     finish(json, record, made, f"stillroom archive {study}")
 
 

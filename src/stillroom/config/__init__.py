@@ -20,6 +20,7 @@ from stillroom.config.columns import GenerationColumns as GenerationColumns
 from stillroom.config.columns import TaskColumns as TaskColumns
 from stillroom.config.objective import GROUPS as GROUPS
 from stillroom.config.objective import TERMS as TERMS
+from stillroom.config.objective import WEAK_SIGNAL as WEAK_SIGNAL
 from stillroom.config.objective import Group as Group
 from stillroom.config.objective import Objective as Objective
 from stillroom.config.objective import StudyGroup
@@ -49,6 +50,8 @@ OFFLINE_DATA_PATH = default_store_path()
 
 EXPERIMENT = "knowledge_distillation_experiment"
 """Folder of the trials, in the results folder."""
+RESULT, ERROR = "result.json", "error.json"
+"""What a trial leaves in its own: all its numbers, or what stopped it."""
 BASELINES = "baselines"
 """Folder of what was measured of the models that no trial touches, in the results folder."""
 UNTOUCHED = {"teacher": "teacher", "student": "untouched student"}

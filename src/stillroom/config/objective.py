@@ -10,6 +10,8 @@ from stillroom.config.section import NAME, Section
 
 Term = Literal["task", "kd", "hidden", "attention"]
 TERMS: tuple[Term, ...] = ("task", "kd", "hidden", "attention")
+WEAK_SIGNAL = 0.01
+"""A term under this share of the gradient is flagged: the group may be its baseline in all but name."""
 
 
 class Objective(Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from stillroom.tasks.example import Example, Row, Task
+from stillroom.tasks.example import Example, Row, Task, text_of
 from stillroom.tasks.gsm8k import extract_flexible, extract_strict
 
 _NAMES = ("Ada", "Ben", "Eve", "Ian", "Mia", "Tom", "Zoe", "Max")
@@ -34,7 +34,7 @@ def _problem(rng: random.Random) -> dict[str, Any]:
 
 def build(row: Row) -> Example:
     """`question`, `answer` (worked, ending in `#### n`)."""
-    return Example("arithmetic", f"Question: {row['question']}\nAnswer:", " " + row["answer"])
+    return Example("arithmetic", f"Question: {text_of(row, 'question')}\nAnswer:", f" {text_of(row, 'answer')}")
 
 
 TASK = Task("arithmetic", "generation", ("question", "answer"), build, extract_strict, extract_flexible, generate_rows)

@@ -25,7 +25,7 @@ def columns_task(name: str, definition: str) -> Task:
 def _choice_task(name: str, definition: str, columns: ChoiceColumns) -> Task:
     def build(row: Row) -> Example:
         own = row[columns.choices] if isinstance(columns.choices, str) else columns.choices
-        if not isinstance(own, list | tuple) or len(set(own)) != len(own) or len(own) < 2:
+        if not isinstance(own, list | tuple) or len(set(own)) != len(own) or len(own) < 2 or None in own:
             raise ValueError(f"choices must be two or more different texts, not {own!r}")
         choices = tuple(f" {choice}" for choice in own)
         gold = _index(row[columns.label], choices)
@@ -74,7 +74,7 @@ def render(template: str, row: Row) -> str:
     for text, column, _, _ in string.Formatter().parse(template):
         parts.append(text)
         if column is not None:
-            if row[column] is None or row[column] == "":
+            if row[column] is None or not str(row[column]).strip():
                 raise ValueError(f"column {column!r} is empty")
             parts.append(str(row[column]))
     return "".join(parts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from stillroom.tasks.example import Example, Row, Task
+from stillroom.tasks.example import Example, Row, Task, text_of
 
 CHOICES = (" negative", " positive")
 _THINGS = ("plot", "film", "ending", "music", "cast", "script")
@@ -37,7 +37,9 @@ def _review(rng: random.Random) -> dict[str, Any]:
 
 def build(row: Row) -> Example:
     """`sentence`, `label` (0 negative, 1 positive)."""
-    return Example("sentiment", f"Review: {row['sentence']}\nMood:", CHOICES[row["label"]], CHOICES, row["label"])
+    return Example(
+        "sentiment", f"Review: {text_of(row, 'sentence')}\nMood:", CHOICES[row["label"]], CHOICES, row["label"]
+    )
 
 
 TASK = Task("sentiment", "choice", ("sentence", "label"), build, generate_rows=generate_rows)
