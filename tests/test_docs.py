@@ -102,10 +102,11 @@ def test_plan_of_the_embedded_study_needs_nothing():
 
 
 def test_plan_of_the_paper_works_without_network_and_says_what_it_assumes():
-    """28 trials, 7,000 examples, under 7 GB of store; every assumed figure is listed."""
+    """The two models, 28 trials, 7,000 examples, under 7 GB of store; every assumed figure is listed."""
     from stillroom.planning import plan_study
 
     plan = plan_study(load_study("paper"))
+    assert [(m["width"], m["heads"], m["layers"]) for m in plan["models"].values()] == [(4096, 32, 32), (2048, 32, 22)]
     assert plan["training"]["trials"] == 28
     assert plan["corpus"]["examples"] == 7000
     assert plan["store_bytes"]["total"] < 7e9

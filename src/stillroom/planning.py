@@ -50,7 +50,7 @@ class _Lengths:
 def plan_study(study: Study) -> dict[str, Any]:
     """The plan as nested figures.
 
-    `corpus`, `store_bytes`, `training`, `disk_bytes`, `memory_bytes`, `hours`, `assumptions`.
+    `models`, `corpus`, `store_bytes`, `training`, `disk_bytes`, `memory_bytes`, `hours`, `assumptions`.
     """
     assumptions: list[str] = []
     teacher, student = (shape_of(ref, assumptions) for ref in (study.teacher, study.student))
@@ -71,6 +71,10 @@ def plan_study(study: Study) -> dict[str, Any]:
     disk = _disk(study, student, training["trials"])
     return {
         "study": study.name,
+        "models": {
+            role: {"model": ref.model, **shape.__dict__}
+            for role, ref, shape in (("teacher", study.teacher, teacher), ("student", study.student, student))
+        },
         "corpus": {
             "examples": examples,
             "by_task": {
@@ -226,6 +230,9 @@ def print_plan(plan: dict[str, Any], as_json: bool = False) -> None:
     from rich.console import Console
 
     console = Console()
+    sizes = ("width", "heads", "layers", "vocabulary", "parameters")
+    models = [(f"{role} {own['model']}", *(f"{own[k]:,}" for k in sizes)) for role, own in plan["models"].items()]
+    console.print(_table("Models", ("model", *sizes), models))
     console.print(_table("Corpus", ("task", "examples", "teacher tokens", "student tokens"), _corpus_rows(plan)))
     console.print(_table("Teacher data", ("signal", "size"), _rows(plan["store_bytes"], _bytes)))
     console.print(_table("Training", ("what", "count"), _rows(plan["training"], "{:,}".format)))
