@@ -335,3 +335,12 @@ def test_an_adapted_teacher_is_another_teacher(tmp_path, teacher_ref, student_re
     baselines = workspace.baselines()
     assert set(baselines["teacher"]["metrics"]) == set(baselines["student"]["metrics"])
     assert all(value > 0 for value in baselines["teacher"]["answer_nll"].values())
+
+
+def test_a_report_without_the_teachers_data_is_of_what_was_planned_last(tmp_path, finished_study, caplog):
+    """Results are carried elsewhere without the models: the page is made all the same, and says on whose word."""
+    shutil.copytree(finished_study.results, tmp_path / "results")
+    paths = finished_study.study.paths.model_copy(update={"results": tmp_path / "results", "store": tmp_path / "none"})
+    moved = Workspace(finished_study.study.model_copy(update={"paths": paths}))
+    assert moved.report().read_text() == finished_study.report().read_text()
+    assert "reported as planned last, since: no archived teacher data" in caplog.text

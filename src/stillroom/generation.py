@@ -80,9 +80,7 @@ def _continued(
         )
         model.generation_config = greedy  # a model's own penalties must not count
         stop = StoppingCriteriaList([_NextQuestion(tokenizer, start)])
-        ids = model.generate(
-            ids, attention_mask=mask, generation_config=greedy, stopping_criteria=stop, cache=cache
-        )
+        ids = model.generate(ids, attention_mask=mask, generation_config=greedy, stopping_criteria=stop, cache=cache)
         mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
         for n, row in zip(rows.tolist(), ids, strict=True):
             found[n] = row[start:]

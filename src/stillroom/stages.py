@@ -6,6 +6,7 @@ run again. Stages meet in files, so each can be run alone.
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
@@ -278,9 +279,14 @@ class Workspace(Sources):
         return errors
 
     def report(self) -> Path:
-        """Write `report.html` and its figures from what is in the results folder, of the study as it is now."""
-        if self._archived(self.origin()) is not None:  # else of what was planned last
+        """Write `report.html` and its figures from what is in the results folder, of the study as it is now.
+
+        Where models or teacher's data are not at hand, of what was planned last, with a warning.
+        """
+        try:
             self.plans()
+        except UserError as error:
+            logging.getLogger("stillroom").warning("warning: reported as planned last, since: %s", error)
         path = write_report(self.results)
         self.tracker.log_report(path)
         return path
