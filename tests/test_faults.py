@@ -140,7 +140,7 @@ def test_ctrl_c_leaves_a_capture_at_once_and_says_how_to_go_on(tmp_path, whole, 
     store, log = tmp_path / "offline_teacher_data", tmp_path / "log"
     for _ in range(5):  # a capture this small can be over before the signal is there
         running = stillroom(log, "capture", path, "--set", "signals.top_k=64")
-        assert wait_for(lambda: len(shards(store)) >= 1, running), running.output
+        assert wait_for(lambda: len(shards(store)) >= 2, running), running.output
         running.signal(signal.SIGINT)
         if running.end(timeout=30):
             break

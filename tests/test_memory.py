@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="a process's own memory as Linux accounts for it"),
 ]
 
-SIGNALS = {"top_k": 300, "shard_examples": 32, "batch_tokens": 512}
+SIGNALS = {"top_k": 390, "shard_examples": 32, "batch_tokens": 512}
 
 
 def work(folder, teacher, student, count):
@@ -37,10 +37,7 @@ def work(folder, teacher, student, count):
 
 
 def test_six_times_the_examples_take_little_more_memory(tmp_path, teacher_ref, student_ref):
-    """Capturing and training hold a bounded number of batches: the store grows by 36 MB, memory by a fraction.
-
-    Training grows by 9 MB, of which 13 kB an example are its tokens and what Parquet says of it.
-    """
+    """Capturing and training hold a bounded number of batches, and 13 kB an example: tokens, and Parquet's footers."""
     found = {}
     for count in (100, 600):
         (tmp_path / str(count)).mkdir()
@@ -49,5 +46,5 @@ def test_six_times_the_examples_take_little_more_memory(tmp_path, teacher_ref, s
         found[count] = read_json(tmp_path / str(count) / "peaks.json")
     grown = {name: found[600][name] - found[100][name] for name in found[100]}
     assert grown["store"] > 30e6
-    assert grown["capture"] < grown["store"] / 2, found
-    assert grown["train"] < grown["store"] / 2, found
+    assert grown["capture"] < grown["store"] / 3, found
+    assert grown["train"] < grown["store"] / 3, found
