@@ -110,7 +110,7 @@ def store_of(ref: ModelRef, study: Study, examples: Sequence[Example], folder: P
     """The model's signals of the examples."""
     tokenizer = load_tokenizer(ref)
     model = load_model(ref, study.teacher.dtype)
-    origin = made_from("benchmark", "float32", tokenizer, study.signals, examples)
+    origin = made_from("benchmark", study.teacher.dtype, tokenizer, study.signals, examples)
     return capture(model, tokenizer, examples, study.signals, folder, origin)
 
 

@@ -160,6 +160,7 @@ def test_room_is_asked_for_both_folders_where_they_share_a_disk(study, monkeypat
         (0, 64, {"cpus_per_trial": 1, "seeds": (0,)}, 5),
         (1, 8, {"gpus_per_trial": 1, "max_concurrent": 8}, 1),
         (2, 8, {"gpus_per_trial": 0.5, "cpus_per_trial": 1}, 4),
+        (1, 8, {"gpus_per_trial": 2}, 1),
     ],
 )
 def test_trials_at_once_are_those_there_are_and_that_fit(study, monkeypatch, gpus, cores, sweep, expected):

@@ -344,3 +344,28 @@ def test_a_report_without_the_teachers_data_is_of_what_was_planned_last(tmp_path
     moved = Workspace(finished_study.study.model_copy(update={"paths": paths}))
     assert moved.report().read_text() == finished_study.report().read_text()
     assert "reported as planned last, since: no archived teacher data" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        ("teacher.dtype=bfloat16", "teacher"),
+        ("signals.top_k=8", "teacher"),
+        ("corpus.split_seed=5", "teacher"),
+        ("training.micro_batch_size=2", "trials"),
+        ("evaluation.max_new_tokens=9", "trials"),
+        ("objective.temperature=2.0", "trials"),
+        ("sweep.seeds=[0, 1]", "none"),
+        ("sweep.max_concurrent=1", "none"),
+        ("signals.minimum_coverage=0.1", "none"),
+        ("analysis.alpha=0.1", "none"),
+    ],
+)
+def test_a_change_costs_what_the_page_on_resuming_says(finished_study, tmp_path, change, again):
+    """Each row of its table: the teacher again, every trial again, or nothing that is finished."""
+    before = {plan.trial.name for plan in finished_study.plans()}
+    file = str(finished_study.results.parent / "tiny.yaml")
+    changed = Workspace(load_study(file, [change, f"paths.results={tmp_path / 'results'}"]))
+    assert (changed.origin() != finished_study.origin()) == (again == "teacher")
+    if again != "teacher":
+        assert before.isdisjoint(plan.trial.name for plan in changed.plans()) == (again == "trials")

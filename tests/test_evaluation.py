@@ -86,24 +86,25 @@ def test_generation_is_greedy_decoding(student_ref, model, tokenizer, examples, 
     """Against a loop of argmax over whole forward passes, without a cache, whenever ended texts leave the batch."""
     prompts = [e.prompt for e in examples.train if not e.choices][:8]
     plain = AutoModelForCausalLM.from_pretrained(student_ref.model, attn_implementation="eager").eval()
+    monkeypatch.setattr("stillroom.generation._STRETCH", stretch)
     free = generate(model, tokenizer, prompts, Evaluation(max_new_tokens=10))
-    tokenizer = copy.deepcopy(tokenizer)
+    ends_early = copy.deepcopy(tokenizer)
     said = [set(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in free]
     ending = max(set.union(*said), key=lambda token: 2 * sum(token in own for own in said) % (2 * len(said) - 1))
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ending)  # so that some of the texts end early
-    monkeypatch.setattr("stillroom.generation._STRETCH", stretch)
-    texts = generate(model, tokenizer, prompts, Evaluation(max_new_tokens=10))
+    ends_early.eos_token = tokenizer.convert_ids_to_tokens(ending)  # so that some of the texts end early
+    texts = generate(model, ends_early, prompts, Evaluation(max_new_tokens=10))
     assert len({len(tokenizer(text)["input_ids"]) for text in texts}) > 1
-    for prompt, text in zip(prompts, texts, strict=True):
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        start = ids.shape[1]
-        for _ in range(10):
-            with torch.no_grad():
-                ids = torch.cat([ids, plain(ids).logits[:, -1:].argmax(-1)], 1)
-            if ids[0, -1] == tokenizer.eos_token_id:
-                break
-        expected = tokenizer.decode(ids[0, start:], skip_special_tokens=True)
-        assert text == expected.split("Question:")[0]
+    for own, found in ((tokenizer, free), (ends_early, texts)):
+        for prompt, text in zip(prompts, found, strict=True):
+            ids = own(prompt, return_tensors="pt")["input_ids"]
+            start = ids.shape[1]
+            for _ in range(10):
+                with torch.no_grad():
+                    ids = torch.cat([ids, plain(ids).logits[:, -1:].argmax(-1)], 1)
+                if ids[0, -1] == own.eos_token_id:
+                    break
+            expected = own.decode(ids[0, start:], skip_special_tokens=True)
+            assert text == expected.split("Question:")[0]
 
 
 def test_a_models_own_generation_settings_do_not_count(model, tokenizer, examples):

@@ -146,8 +146,7 @@ def miniature(config: Any) -> Any:
 def _tokenizers(study: Study) -> Lines:
     with tempfile.TemporaryDirectory() as folder:
         try:
-            refs = (materialise(ref, Path(folder)) for ref in (study.teacher, study.student))
-            teacher, student = (load_tokenizer(ref) for ref in refs)
+            teacher, student = (load_tokenizer(materialise(r, Path(folder))) for r in (study.teacher, study.student))
         except UserError:
             return  # the models' own lines say why
         yield _vocabularies(teacher, student)
@@ -208,9 +207,7 @@ def _disk(study: Study, plan: dict[str, Any]) -> Lines:
         in_all = sum(other for _, its_device, other in found if its_device == device)
         says = f"{_size(needed)} needed, {_size(in_all)} on that disk in all, {_size(free)} free at {place}"
         fine = free > in_all and os.access(place, os.W_OK)
-        yield Finding(
-            f"disk for {subject}", fine, says if fine else f"{says}; free some, or set other folders in paths"
-        )
+        yield Finding(f"disk for {subject}", fine, says if fine else f"{says}; free some, or set other paths")
 
 
 def _at_once(study: Study) -> int:
@@ -218,7 +215,10 @@ def _at_once(study: Study) -> int:
     import torch
 
     node = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
-    return min(trial_resources(study.sweep, [node])[1], len(study.groups) * len(study.sweep.seeds))
+    try:
+        return min(trial_resources(study.sweep, [node])[1], len(study.groups) * len(study.sweep.seeds))
+    except UserError:
+        return 1  # Ray's own line says why
 
 
 def _memory(study: Study, plan: dict[str, Any]) -> Lines:

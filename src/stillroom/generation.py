@@ -71,6 +71,7 @@ def _continued(
     """What follows each row of left-padded ids, at most `limit` tokens; a text that has ended leaves the batch."""
     start, cache = ids.shape[1], DynamicCache(config=model.config)
     found, rows = [ids[0]] * len(ids), torch.arange(len(ids))
+    stop = StoppingCriteriaList([_NextQuestion(tokenizer, start)])
     for made in range(0, limit, _STRETCH):
         greedy = GenerationConfig(
             do_sample=False,
@@ -79,7 +80,6 @@ def _continued(
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
         model.generation_config = greedy  # a model's own penalties must not count
-        stop = StoppingCriteriaList([_NextQuestion(tokenizer, start)])
         ids = model.generate(ids, attention_mask=mask, generation_config=greedy, stopping_criteria=stop, cache=cache)
         mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
         for n, row in zip(rows.tolist(), ids, strict=True):

@@ -18,7 +18,7 @@ from stillroom.analysis.frame import PLANNED, worse_or_equal, write_summary
 from stillroom.analysis.report import write_report
 from stillroom.baselines import Baseline
 from stillroom.config import EXPERIMENT, UNTOUCHED, Group, ModelRef, UserError, fingerprint
-from stillroom.corpus import examples_digest, load_corpus
+from stillroom.corpus import examples_digest
 from stillroom.experiment import capture_on_workers, sweep
 from stillroom.jobs import CapturePlan, TrialPlan, finished, run_capture, run_trial
 from stillroom.models import (
@@ -217,7 +217,7 @@ class Workspace(Sources):
             "study": self.study.model_dump(mode="json"),
             "snapshot": store.name,
             "fingerprint": read_json(store / MANIFEST)["fingerprint"],
-            "corpus": load_corpus(self.results / "corpus")[1],
+            "corpus": read_json(self.results / "corpus" / "corpus.json")["fingerprint"],
             "baselines": {baseline.name: baseline.fingerprint for baseline in self.untouched},
             "trials": trials,
         }

@@ -83,17 +83,21 @@ class StudyResults:
     @cached_property
     def untrained(self) -> dict[str, dict[str, Any]]:
         """Baselines by what tables call them; see `read_baselines`."""
-        return {UNTOUCHED[role]: own for role, own in read_baselines(self.folder).items()}
+        return {UNTOUCHED[role]: own for role, own in self._baselines[""].items()}
+
+    @cached_property
+    def _baselines(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """By suffix of their files, by role."""
+        return {suffix: read_baselines(self.folder, suffix) for suffix in ("", "_official")}
 
     @cached_property
     def stale(self) -> list[str]:
         """Baselines that are there but were measured for another study, by what tables call them."""
-        known = {"": read_baselines(self.folder), "_official": read_baselines(self.folder, "_official")}
         return [
-            f"{label}{suffix.replace('_', ' on ')}{' splits' * bool(suffix)}"
-            for suffix, own in known.items()
+            label + where
+            for suffix, where in (("", ""), ("_official", " on official splits"))
             for role, label in UNTOUCHED.items()
-            if role not in own and (self.folder / BASELINES / f"{role}{suffix}.json").is_file()
+            if role not in self._baselines[suffix] and (self.folder / BASELINES / f"{role}{suffix}.json").is_file()
         ]
 
     @cached_property
@@ -109,7 +113,7 @@ class StudyResults:
     @cached_property
     def official_metrics(self) -> dict[str, dict[str, float]]:
         """Metrics of the baselines on the official evaluation splits, if the study evaluates any."""
-        return {UNTOUCHED[role]: own["metrics"] for role, own in read_baselines(self.folder, "_official").items()}
+        return {UNTOUCHED[role]: own["metrics"] for role, own in self._baselines["_official"].items()}
 
     @cached_property
     def official_columns(self) -> dict[str, str]:
@@ -132,7 +136,7 @@ class StudyResults:
     @cached_property
     def untrained_predictions(self) -> dict[str, pd.DataFrame]:
         """The baselines' predictions on the same examples, by what tables call them, where they were kept."""
-        paths = {UNTOUCHED[role]: self.folder / BASELINES / f"{role}.parquet" for role in read_baselines(self.folder)}
+        paths = {UNTOUCHED[role]: self.folder / BASELINES / f"{role}.parquet" for role in self._baselines[""]}
         return {label: _read_predictions(path) for label, path in paths.items() if path.is_file()}
 
     @cached_property

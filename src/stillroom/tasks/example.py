@@ -52,6 +52,14 @@ def text_of(row: Row, column: str) -> str:
     return value
 
 
+def texts_of(row: Row, column: str) -> list[str]:
+    """The column's texts, empty ones among them; ValueError if one is none."""
+    values = list(row[column])
+    if not all(isinstance(value, str) for value in values):
+        raise ValueError(f"column {column!r}: every one must be a text: {values!r}")
+    return values
+
+
 @dataclass(frozen=True)
 class Task:
     """A task: how a row becomes an example, and how an answer is scored."""

@@ -1,18 +1,17 @@
 """MMLU, four-way multiple choice over 57 subjects, in the wording of lm-evaluation-harness' `mmlu`, zero-shot."""
 
-from stillroom.tasks.example import Example, Row, Task, text_of
+from stillroom.tasks.example import Example, Row, Task, text_of, texts_of
 
 CHOICES = (" A", " B", " C", " D")
 
 
 def build(row: Row) -> Example:
     """`question`, `choices` (four), `answer` (index), `subject` (may be empty)."""
-    if len(row["choices"]) != 4 or row["answer"] not in range(4):
-        raise ValueError(f"expected 4 choices and an answer in 0–3, got {len(row['choices'])} and {row['answer']!r}")
-    if not all(isinstance(choice, str) for choice in row["choices"]):
-        raise ValueError(f"every choice must be a text: {row['choices']!r}")
+    choices = texts_of(row, "choices")
+    if len(choices) != 4 or row["answer"] not in range(4):
+        raise ValueError(f"expected 4 choices and an answer in 0–3, got {len(choices)} and {row['answer']!r}")
     about = f" about {row['subject'].replace('_', ' ')}" if row["subject"] else ""
-    options = "".join(f"\n{letter}. {choice}" for letter, choice in zip("ABCD", row["choices"], strict=True))
+    options = "".join(f"\n{letter}. {choice}" for letter, choice in zip("ABCD", choices, strict=True))
     prompt = (
         f"The following are multiple choice questions (with answers){about}.\n\n"
         f"{text_of(row, 'question').strip()}{options}\nAnswer:"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from stillroom.tasks.example import Example, Row, Task, text_of
+from stillroom.tasks.example import Example, Row, Task, text_of, texts_of
 
 CHOICES = (" A", " B", " C", " D")
 _KINDS = {
@@ -32,9 +32,7 @@ def _question(rng: random.Random) -> dict[str, Any]:
 
 def build(row: Row) -> Example:
     """`question`, `choices` (four), `answer` (index)."""
-    if not all(isinstance(choice, str) for choice in row["choices"]):
-        raise ValueError(f"every choice must be a text: {row['choices']!r}")
-    options = "".join(f"\n{letter}. {choice}" for letter, choice in zip("ABCD", row["choices"], strict=True))
+    options = "".join(f"\n{letter}. {choice}" for letter, choice in zip("ABCD", texts_of(row, "choices"), strict=True))
     return Example(
         "quiz", f"{text_of(row, 'question')}{options}\nAnswer:", CHOICES[row["answer"]], CHOICES, row["answer"]
     )
