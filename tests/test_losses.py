@@ -330,6 +330,23 @@ def random_outcomes(rng, positions, vocabulary, k, mapped):
     return teacher_ids, logprobs, vocabulary_map
 
 
+@pytest.mark.parametrize("mapped", [5, 40, 4000])
+def test_entries_that_share_a_student_id_add_up(mapped):
+    """By a dictionary, in rows where ids repeat and in rows where none do; what maps nowhere is the ghost's."""
+    teacher_ids, logprobs, vocabulary_map = random_outcomes(np.random.default_rng(mapped), 30, 40, 12, mapped)
+    ids, valid, probs, ghost = map_outcomes(teacher_ids, logprobs, vocabulary_map)
+    for row in range(30):
+        expected: dict[int, float] = {}
+        for teacher_id, logprob in zip(teacher_ids[row], logprobs[row], strict=True):
+            if (student_id := int(vocabulary_map[teacher_id])) >= 0:
+                expected[student_id] = expected.get(student_id, 0.0) + float(np.exp(np.float32(logprob)))
+        found = dict(zip(ids[row][valid[row]].tolist(), probs[row][valid[row]].tolist(), strict=True))
+        assert valid[row].sum() == len(found)  # none twice
+        assert found == pytest.approx(expected, rel=1e-5)
+        assert not probs[row][~valid[row]].any()
+        assert ghost[row] == pytest.approx(1 - sum(expected.values()), abs=1e-5)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("with_bias", [False, True])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from conftest import make_store
-from stillroom.cells import Layout, parquet_cell
+from stillroom.cells import Layout, cell_bytes, parquet_cell
 from stillroom.config import Signals, UserError
 from stillroom.models import load_model, load_tokenizer
 from stillroom.offline_teacher_data import (
@@ -91,6 +91,9 @@ def test_a_parquet_cell_holds_the_bytes_of_its_values():
         cell = parquet_cell(value, dtype)
         assert cell.type == pa.large_binary()
         assert cell.to_pylist() == [_to_py(value, dtype)]
+        assert bytes(cell_bytes(cell)) == _to_py(value, dtype)
+    cells = pa.array([b"one", None, b"three"], pa.large_binary())
+    assert [bytes(cell_bytes(cells[n : n + 1])) for n in range(3)] == [b"one", b"", b"three"]
 
 
 def test_attention_in_eight_bits_is_within_its_rounding(tmp_path, teacher_ref, examples, store):

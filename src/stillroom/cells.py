@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ class Layout:
     def payload_bytes(self, tokens: int) -> dict[str, int]:
         """Bytes of each column's cell in a row of so many tokens."""
         cells = {name: self.cell(name, tokens) for name in COLUMNS}
-        return {name: np.dtype(dtype).itemsize * int(np.prod(shape)) for name, (dtype, shape) in cells.items()}
+        return {name: np.dtype(dtype).itemsize * math.prod(shape) for name, (dtype, shape) in cells.items()}
 
     def stored(self, column: str, value: torch.Tensor | ndarray) -> torch.Tensor | ndarray:
         """A column's values as they go into its cell."""
@@ -86,11 +87,21 @@ def parquet_cell(value: torch.Tensor | ndarray, dtype: str) -> pa.Array:
     return pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, data])
 
 
+def cell_bytes(column: Any) -> Any:
+    """The bytes of the only cell of a Parquet column, a `pyarrow.LargeBinaryArray` of length 1, not copied.
+
+    Of a null, none. Asking the array for the cell takes five times as long, ten times a row.
+    """
+    _, offsets, data = column.buffers()
+    start, end = np.frombuffer(offsets, np.int64, 2, 8 * column.offset).tolist()
+    return b"" if data is None else data.slice(start, end - start)
+
+
 def _to_numpy_array(cell: Any, dtype: str, shape: Sequence[int]) -> ndarray:
     """A Parquet cell as a read-only array of the given dtype and shape; ValueError if the sizes do not agree."""
     buffer = cell.as_buffer() if isinstance(cell, pa.Scalar) else cell
     array: ndarray = np.frombuffer(buffer, dtype=np.dtype(dtype).newbyteorder("<"))
-    expected = int(np.prod(shape))
+    expected = math.prod(shape)
     if array.size != expected:
         raise ValueError(f"holds {array.size} values of {dtype}, shape {tuple(shape)} needs {expected}")
     return array.reshape(shape).astype(dtype, copy=False) if sys.byteorder == "big" else array.reshape(shape)

@@ -181,13 +181,13 @@ class Collator:
         sizes = np.array([len(a.student.rows) for a in alignments])
         size = int(sizes.max())
         heads = self.store.layout.heads if self.pair_heads else 1
-        teacher = np.zeros((len(items), heads, size, size), dtype=np.float32)
+        teacher = np.empty((len(items), heads, size, size), dtype=np.float32)
         rows = np.zeros((len(items), size), dtype=np.int64)
         segment_of = np.full((len(items), longest), -1, dtype=np.int64)
         for n, (example, alignment) in enumerate(zip(stored, alignments, strict=True)):
             segments = sizes[n]
             assert example.attention is not None
-            segment_map(example.attention, alignment.teacher, self.pair_heads, teacher[n, :, :segments, :segments])
+            segment_map(example.attention, alignment.teacher, self.pair_heads, teacher[n])
             rows[n, :segments] = alignment.student.rows
             lengths = alignment.student.rows - alignment.student.starts + 1
             segment_of[n, : lengths.sum()] = np.repeat(np.arange(segments), lengths)
@@ -228,7 +228,9 @@ def map_outcomes(
     ids = vocabulary_map[teacher_ids.astype(np.int64)]
     probs = np.exp(logprobs.astype(np.float32))
     valid = ids >= 0
-    ids, valid, probs = _merge_repeated(ids, valid, probs)
+    shared = np.bincount(vocabulary_map[vocabulary_map >= 0], minlength=1) > 1
+    some = (shared[ids] & valid).sum(1) > 1  # the other rows need no sorting
+    ids[some], valid[some], probs[some] = _merge_repeated(ids[some], valid[some], probs[some])
     probs = np.where(valid, probs, 0.0).astype(np.float32)
     ghost = np.clip(1.0 - probs.sum(1, dtype=np.float64), 0.0, 1.0).astype(np.float32)
     first = np.take_along_axis(ids, valid.argmax(1)[:, None], 1)
@@ -252,22 +254,28 @@ def segment_map(triangle: ndarray, segments: Segments, pair_heads: bool, out: nd
     """A packed map (H, T(T+1)/2) over segments: (H or 1, G, G) float32, zero above the diagonal.
 
     Row g is the query at rows[g]; column s the sum over tokens starts[s] … rows[s]. One head, their mean, unless
-    heads pair. `out`: zeros of that shape, to be written into.
+    heads pair. `out`: a contiguous array to be written into, which may have more rows and columns: they become zero.
     """
     rows, starts = segments.rows.astype(np.int64), segments.starts.astype(np.int64)
     count, offsets = len(rows), rows * (rows + 1) // 2
     values = _float32(triangle)
     values = values if pair_heads else values.mean(0, keepdims=True)
-    row, column = np.tril_indices(count)
-    first, end = offsets[row] + starts[column], offsets[row] + rows[column] + 1
-    sums = values.take(first, axis=1)
-    if (several := end - first > 1).any():  # most segments are one token
-        bounds = np.stack([first[several], end[several]], 1).ravel()  # of each second sum, the rest lies between
-        bounds = bounds[:-1] if bounds[-1] == values.shape[1] else bounds
-        sums[:, several] = np.add.reduceat(values, bounds, axis=1)[:, ::2]
-    square = np.zeros((len(values), count, count), np.float32) if out is None else out
-    for g in range(count):
-        square[:, g, : g + 1] = sums[:, g * (g + 1) // 2 : (g + 1) * (g + 2) // 2]
+    heads, cells = values.shape
+    square = np.empty((heads, count, count), np.float32) if out is None else out
+    causal = np.tri(count, dtype=bool)
+    several = np.flatnonzero(rows > starts)  # most segments are one token
+    row, column = np.nonzero(causal[:, several])
+    column = several[column]
+    # the square is gathered from the triangle's cells, a zero, and the sums
+    source = np.empty((heads, cells + 1 + len(row)), np.float32)
+    source[:, :cells], source[:, cells] = values, 0.0
+    bounds = np.stack([offsets[row] + starts[column], offsets[row] + rows[column] + 1], 1).ravel()
+    source[:, cells + 1 :] = np.add.reduceat(source[:, : cells + 1], bounds, axis=1)[:, ::2]  # the rest lies between
+    index = np.full(square.shape[1:], cells)
+    index[:count, :count][causal] = (offsets[:, None] + starts)[causal]
+    index[row, column] = np.arange(cells + 1, source.shape[1])
+    flat = torch.from_numpy(square.reshape(heads, -1))
+    torch.index_select(torch.from_numpy(source), 1, torch.from_numpy(index.ravel()), out=flat)
     return square
 
 

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Integer
 from numpy import ndarray
 
-from stillroom.cells import Layout, _to_numpy_array, parquet_cell
+from stillroom.cells import Layout, _to_numpy_array, cell_bytes, parquet_cell
 from stillroom.config import UserError, fingerprint
 from stillroom.encoding import Encoding
 from stillroom.provenance import atomic_path, file_sha256, read_json, remove_leftovers, write_json
@@ -227,23 +227,23 @@ class SignalStore:
         columns = ["example_id", "task", "tokens", "ids", "ends", "special", *wanted]
         try:
             table = self._file(name).read_row_group(row, columns=columns, use_threads=False)
-            cells = {column: table.column(column)[0] for column in columns}
-            return self._example(cells, wanted)
+            return self._example(table.to_batches()[0], wanted)
         except (ValueError, OSError, pa.ArrowException) as error:
             raise UserError(f"{self.path / name}: example {example_id}: {error}") from error
 
-    def _example(self, cells: dict[str, Any], wanted: Sequence[str]) -> StoredExample:
-        tokens = cells["tokens"].as_py()
+    def _example(self, row: pa.RecordBatch, wanted: Sequence[str]) -> StoredExample:
+        own, task, tokens = (row[column][0].as_py() for column in ("example_id", "task", "tokens"))
 
         def array(column: str) -> ndarray:
             try:
-                return self.layout.restored(column, _to_numpy_array(cells[column], *self.layout.cell(column, tokens)))
+                values = _to_numpy_array(cell_bytes(row[column]), *self.layout.cell(column, tokens))
+                return self.layout.restored(column, values)
             except ValueError as error:
                 raise ValueError(f"{column}: {error}") from None
 
         encoding = Encoding(array("ids"), array("ends"), array("special"))
         arrays = {column: array(column) for column in wanted}
-        return StoredExample(cells["example_id"].as_py(), cells["task"].as_py(), encoding, **arrays)
+        return StoredExample(own, task, encoding, **arrays)
 
     def _file(self, name: str) -> pq.ParquetFile:
         files: dict[str, pq.ParquetFile] = self._handles.__dict__
