@@ -63,6 +63,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, A
     if not choosing or not prompts:
         raise UserError("this benchmark needs a task of choices and one of generation")
     alone = settings.model_copy(update={"generation_batch_size": 1})
+    first = settings.model_copy(update={"max_new_tokens": 1})
     texts: dict[str, Any] = {}
     seconds = in_turn(
         {
@@ -74,6 +75,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, A
     seconds |= in_turn(
         {
             "generated": lambda: texts.update(batched=generate(model, tokenizer, prompts, settings)),
+            "prompts": lambda: generate(model, tokenizer, prompts, first),
             "generated one by one": lambda: texts.update(single=generate(model, tokenizer, prompts, alone)),
             "generated to the limit": lambda: to_the_limit(model, tokenizer, prompts, settings.max_new_tokens),
         },
@@ -88,6 +90,11 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, A
         value("share of choices that are the same", sum(map(int.__eq__, *best)) / len(choosing), "1"),
         ratio("speed of generation / one by one, stopped", seconds["generated one by one"], batched, "≥ 10"),
         ratio("speed of generation / one by one, forced to the limit", seconds["generated to the limit"], batched),
+        ratio(
+            "speed of the batches' first token alone / one by one, stopped",
+            seconds["generated one by one"],
+            seconds["prompts"],
+        ),
         value("share of generated texts that are the same", same),
     ]
     return rows, {"seconds": seconds, "prompts": len(prompts), "choice_examples": len(choosing)}

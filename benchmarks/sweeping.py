@@ -3,7 +3,8 @@
     python benchmarks/sweeping.py small --groups black_box --seeds 4 --set teacher.model=DIR ...
 
 Ray comes first, with nothing in the page cache; in a second round, last. Both start from an archived store and end
-with every trial's result; Ray's own start and a new process for each trial are part of the sweep.
+with every trial's result; Ray's own start and a new process for each trial are part of the sweep. What each part
+takes follows from the sweep's own events, and from each trial's time in a plain process that has imported all.
 """
 
 from __future__ import annotations
@@ -11,48 +12,71 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from inputs import open_study, study_arguments
-from ratios import finish, ratio
+from ratios import finish, ratio, value
 from stillroom.config import UserError
+from stillroom.experiment import sweep
 from stillroom.jobs import TrialPlan, run_trial
 from stillroom.stages import Workspace
 
 
-def run_share(plans: Sequence[TrialPlan], threads: int) -> None:
-    """Trials one after the other, with so many threads, as a worker of the sweep has them."""
+def run_share(plans: Sequence[TrialPlan], threads: int, took: Any) -> None:
+    """Trials one after the other, with so many threads, as a worker of the sweep has; `took` gets their seconds."""
     import torch
 
     torch.set_num_threads(threads)
     for plan in plans:
+        started = time.perf_counter()
         run_trial(plan)
+        took.put(time.perf_counter() - started)
 
 
-def bare(workspace: Workspace, at_once: int, threads: int) -> float:
-    """Seconds of all trials in so many plain processes."""
+def bare(workspace: Workspace, at_once: int, threads: int) -> dict[str, float]:
+    """Seconds of all trials in so many plain processes, and of a trial (mean)."""
     plans = workspace.plans()
     started = time.perf_counter()
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=run_share, args=(plans[n::at_once], threads)) for n in range(at_once)]
+    took: Any = context.SimpleQueue()
+    processes = [context.Process(target=run_share, args=(plans[n::at_once], threads, took)) for n in range(at_once)]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
     if any(process.exitcode for process in processes):
         raise RuntimeError("a trial failed")
-    return time.perf_counter() - started
+    return {"whole": time.perf_counter() - started, "trial": statistics.mean(took.get() for _ in plans)}
 
 
-def swept(workspace: Workspace) -> float:
-    """Seconds of all trials on Ray."""
+def swept(workspace: Workspace, at_once: int) -> dict[str, float]:
+    """Seconds on Ray: whole, before the first trial, of a trial, from its end to the next one's start, after the last.
+
+    The third and the fourth are means.
+    """
+    plans, events = workspace.plans(), []
     started = time.perf_counter()
-    if errors := workspace.sweep():
+
+    def watch(event: str, facts: dict[str, Any]) -> None:
+        events.append((event, facts["trial"], time.perf_counter()))
+
+    if errors := sweep(plans, workspace.study.sweep, str(workspace.results.resolve() / "ray"), watch):
         raise UserError(f"trials failed: {errors}")
-    return time.perf_counter() - started
+    ended = time.perf_counter()
+    begun, done = ({trial: at for kind, trial, at in events if kind == name} for name in ("started", "finished"))
+    waits = [b - a for a, b in zip(sorted(done.values()), sorted(begun.values())[at_once:], strict=False)]
+    return {
+        "whole": ended - started,
+        "before": min(begun.values()) - started,
+        "trial": statistics.mean(done[trial] - begun[trial] for trial in begun),
+        "between": statistics.mean(waits or [0.0]),
+        "after": ended - max(done.values()),
+    }
 
 
 def forget(workspace: Workspace) -> None:
@@ -82,20 +106,35 @@ def main(arguments: list[str] | None = None) -> None:
         "teacher.adapt.method=none",
         *(f"analysis.{kind}=[]" for kind in ("primary", "secondary")),
     ]
-    seconds: dict[str, list[float]] = {"bare": [], "ray": []}
+    seconds: dict[str, list[dict[str, float]]] = {"bare": [], "ray": []}
     with tempfile.TemporaryDirectory() as folder:
         workspace = open_study(options, Path(folder))
         workspace.capture()
         workspace.verify()
         workspace.archive()
-        ways = {"ray": lambda: swept(workspace), "bare": lambda: bare(workspace, options.at_once, options.threads)}
+        ways = {
+            "ray": lambda: swept(workspace, options.at_once),
+            "bare": lambda: bare(workspace, options.at_once, options.threads),
+        }
         for number in range(options.rounds):
             for name in sorted(ways, reverse=number % 2 == 0):
                 seconds[name].append(ways[name]())
                 forget(workspace)
         for path in Path(folder).rglob("*"):
             path.chmod(0o700)  # the archive is read-only
-    rows = [ratio("time of a sweep / the same trials bare", seconds["ray"], seconds["bare"], "≤ 1.15")]
+    wholes = ([round_["whole"] for round_ in seconds[way]] for way in ("ray", "bare"))
+    more = [a["trial"] - b["trial"] for a, b in zip(seconds["ray"], seconds["bare"], strict=True)]
+    rows = [
+        ratio("time of a sweep / the same trials bare", *wholes, "≤ 1.15"),
+        value("seconds before the first trial", statistics.median(r["before"] for r in seconds["ray"])),
+        value(
+            "seconds from a trial's end to the next one's start",
+            statistics.median(r["between"] for r in seconds["ray"]),
+        ),
+        value("seconds of a trial on Ray beyond its time bare", statistics.median(more)),
+        value("seconds after the last trial", statistics.median(r["after"] for r in seconds["ray"])),
+        value("seconds of a trial bare", statistics.median(r["trial"] for r in seconds["bare"])),
+    ]
     finish("Ray", rows, options, seconds=seconds, trials=len(options.groups) * options.seeds)
 
 
