@@ -350,8 +350,15 @@ def test_entries_that_share_a_student_id_add_up(mapped):
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_gradient_on_the_spot_is_autograds(temperature, softcap, with_bias):
-    """The fused head's value and gradient are those of the plain twin under autograd, in float64."""
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_gradient_on_the_spot_is_autograds(temperature, softcap, with_bias, in_pieces, monkeypatch):
+    """The fused head's value and gradient are those of the plain twin under autograd, in float64.
+
+    Whole chunks, and in pieces that do not divide them: blocks of 3 rows, slices of 16 of the head's.
+    """
+    if in_pieces:
+        monkeypatch.setattr("stillroom.losses._BLOCK_BYTES", 3 * 4 * 40)
+        monkeypatch.setattr("stillroom.losses.HEAD_SLICE", 16)
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     positions, width, vocabulary = 11, 6, 40

@@ -17,6 +17,12 @@ from torch import Tensor
 HEAD_CHUNK = 512
 """Rows whose logits exist at a time."""
 
+HEAD_SLICE = 4096
+"""Rows of the output head whose gradient is added at a time: it is added to its sum while it is still in a cache."""
+
+_BLOCK_BYTES = 8 * 2**20
+"""Of a block of logits in float32, on a CPU: what goes over them again and again finds them in a cache."""
+
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -59,7 +65,7 @@ def head_losses(
 
     Returns (task_weight·task_sum + kd_weight·kd_sum, task_sum, kd_sum); gradients flow through the first alone.
     Logits are made `chunk` rows at a time and the gradient is taken on the spot (as in Liger's fused linear
-    losses), in the autocast dtype for the products and float32 for the rest.
+    losses), in the autocast dtype for the products and float32 for the rest. The gradient takes the logits' place.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -84,23 +90,26 @@ class _HeadLosses(torch.autograd.Function):
             task_sum, kd_sum = hidden.new_zeros(2, dtype=torch.float32)
             hidden_grad = torch.zeros_like(hidden, dtype=torch.float32) if needs_grad else None
             scale = _narrowing_scale(targets, dtype)
-            weight_grad: Tensor | None = None
+            wanted = needs_grad and ctx.needs_input_grad[1]
+            weight_grad = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
             bias_grad = torch.zeros_like(bias) if needs_grad and bias is not None else None
             for first in range(0, len(hidden), chunk):
-                rows = slice(first, min(first + chunk, len(hidden)))
-                part = hidden[rows].to(dtype)
+                part = hidden[first : first + chunk].to(dtype)
                 raw = F.linear(part, cast, None if bias is None else bias.to(dtype))
-                task, kd, grad = _chunk_losses(raw, _rows_of(targets, rows), needs_grad)
-                task_sum, kd_sum = task_sum + task, kd_sum + kd
-                if hidden_grad is None or grad is None:
+                for place in _blocks(raw):
+                    rows = slice(first + place.start, first + place.stop)
+                    task, kd, grad = _block_losses(raw[place], _rows_of(targets, rows), needs_grad)
+                    task_sum, kd_sum = task_sum + task, kd_sum + kd
+                    if grad is None:
+                        continue
+                    if bias_grad is not None:
+                        bias_grad += grad.sum(0)
+                    raw[place] = grad if scale == 1 else grad.mul_(scale)
+                if hidden_grad is None:
                     continue
-                narrow = (grad if scale == 1 else grad * scale).to(dtype)
-                hidden_grad[rows] = narrow @ cast
-                if ctx.needs_input_grad[1]:
-                    own = narrow.T @ part
-                    weight_grad = own.float() if weight_grad is None else weight_grad.add_(own)
-                if bias_grad is not None:
-                    bias_grad += grad.sum(0)
+                hidden_grad[first : first + chunk] = raw @ cast
+                if weight_grad is not None:
+                    _add_product(weight_grad, raw, part)
         ctx.grads, ctx.scale = (hidden_grad, weight_grad, bias_grad), scale
         total = targets.task_weight * task_sum + targets.kd_weight * kd_sum
         ctx.mark_non_differentiable(task_sum, kd_sum)
@@ -112,6 +121,19 @@ class _HeadLosses(torch.autograd.Function):
         hidden_grad, weight_grad = (None if g is None else g.mul_(upstream / ctx.scale) for g in grads[:2])
         bias_grad = None if grads[2] is None else grads[2].mul_(upstream)
         return hidden_grad, weight_grad, bias_grad, None, None, None, None
+
+
+def _blocks(logits: Tensor) -> list[slice]:
+    """Rows of a chunk to be gone over together: all of them, except on a CPU."""
+    rows, vocabulary = logits.shape
+    size = max(1, _BLOCK_BYTES // (4 * vocabulary)) if logits.device.type == "cpu" else max(1, rows)
+    return [slice(first, min(first + size, rows)) for first in range(0, rows, size)]
+
+
+def _add_product(total: Float[Tensor, "V d"], grad: Float[Tensor, "N V"], hidden: Float[Tensor, "N d"]) -> None:
+    """Add gradᵀ · hidden to `total`; the product, as large as the head, never exists whole."""
+    for own, part in zip(total.split(HEAD_SLICE), grad.split(HEAD_SLICE, 1), strict=True):
+        own.add_(part.T @ hidden)
 
 
 def _narrowing_scale(targets: HeadTargets, dtype: torch.dtype) -> float:
@@ -149,8 +171,8 @@ def _rows_of(targets: HeadTargets, rows: slice) -> HeadTargets:
     )
 
 
-def _chunk_losses(raw: Tensor, targets: HeadTargets, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Sums of one chunk and the gradient of their weighted sum by the raw logits (float32).
+def _block_losses(raw: Tensor, targets: HeadTargets, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sums of one block and the gradient of their weighted sum by the raw logits (float32).
 
     The logits are gone over as seldom as can be: log-softmax, exp in place, a sum, and one product in place.
     """
