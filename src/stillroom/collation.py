@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from stillroom.alignment import Segments, map_vocabulary, same_vocabulary
 from stillroom.batches import Prepared
@@ -258,8 +259,8 @@ def segment_map(triangle: ndarray, segments: Segments, pair_heads: bool, out: nd
     """
     rows, starts = segments.rows.astype(np.int64), segments.starts.astype(np.int64)
     count, offsets = len(rows), rows * (rows + 1) // 2
-    values = _float32(triangle)
-    values = values if pair_heads else values.mean(0, keepdims=True)
+    values = from_dlpack(triangle)  # of read-only memory too; casts float16 ten times as fast as NumPy
+    values = values if pair_heads else torch.from_numpy(values.float().numpy().mean(0, keepdims=True))
     heads, cells = values.shape
     square = np.empty((heads, count, count), np.float32) if out is None else out
     causal = np.tri(count, dtype=bool)
@@ -267,23 +268,14 @@ def segment_map(triangle: ndarray, segments: Segments, pair_heads: bool, out: nd
     row, column = np.nonzero(causal[:, several])
     column = several[column]
     # the square is gathered from the triangle's cells, a zero, and the sums
-    source = np.empty((heads, cells + 1 + len(row)), np.float32)
+    source = torch.empty(heads, cells + 1 + len(row))
     source[:, :cells], source[:, cells] = values, 0.0
     bounds = np.stack([offsets[row] + starts[column], offsets[row] + rows[column] + 1], 1).ravel()
-    source[:, cells + 1 :] = np.add.reduceat(source[:, : cells + 1], bounds, axis=1)[:, ::2]  # the rest lies between
+    sums = np.add.reduceat(source.numpy()[:, : cells + 1], bounds, axis=1)[:, ::2]  # the rest lies between
+    source[:, cells + 1 :] = torch.from_numpy(sums)
     index = np.full(square.shape[1:], cells)
     index[:count, :count][causal] = (offsets[:, None] + starts)[causal]
     index[row, column] = np.arange(cells + 1, source.shape[1])
     flat = torch.from_numpy(square.reshape(heads, -1))
-    torch.index_select(torch.from_numpy(source), 1, torch.from_numpy(index.ravel()), out=flat)
+    torch.index_select(source, 1, torch.from_numpy(index.ravel()), out=flat)
     return square
-
-
-def _float32(values: ndarray) -> ndarray:
-    """The same values; torch casts float16 ten times faster than NumPy."""
-    if values.dtype != np.float16:
-        return values.astype(np.float32, copy=False)
-    half = torch.empty(values.shape, dtype=torch.float16)
-    half.numpy()[...] = values  # a cell is read-only, which torch does not know
-    cast: ndarray = half.float().numpy()
-    return cast
