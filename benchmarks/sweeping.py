@@ -2,8 +2,8 @@
 
     python benchmarks/sweeping.py small --groups black_box --seeds 4 --set teacher.model=DIR ...
 
-Ray comes first, with nothing in the page cache; in a second round, last. Both start from an archived store and end
-with every trial's result; Ray's own start and a new process for each trial are part of the sweep. What each part
+Ray comes first, with nothing in the page cache; in a second round, last. Both start from an archived store, plan,
+and end with every trial's result; Ray's own start and a new process for each trial are part of the sweep. What each part
 takes follows from the sweep's own events, and from each trial's time in a plain process that has imported all.
 """
 
@@ -18,11 +18,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from inputs import open_study, study_arguments
 from ratios import finish, ratio, value
-from stillroom.config import UserError
-from stillroom.experiment import sweep
+from stillroom import stages
+from stillroom.config import Sweep, UserError
+from stillroom.experiment import Watch, sweep
 from stillroom.jobs import TrialPlan, run_trial
 from stillroom.stages import Workspace
 
@@ -40,8 +42,8 @@ def run_share(plans: Sequence[TrialPlan], threads: int, took: Any) -> None:
 
 def bare(workspace: Workspace, at_once: int, threads: int) -> dict[str, float]:
     """Seconds of all trials in so many plain processes, and of a trial (mean)."""
-    plans = workspace.plans()
     started = time.perf_counter()
+    plans = workspace.plans()
     context = multiprocessing.get_context("spawn")
     took: Any = context.SimpleQueue()
     processes = [context.Process(target=run_share, args=(plans[n::at_once], threads, took)) for n in range(at_once)]
@@ -59,13 +61,19 @@ def swept(workspace: Workspace, at_once: int) -> dict[str, float]:
 
     The third and the fourth are means.
     """
-    plans, events = workspace.plans(), []
+    events: list[tuple[str, str, float]] = []
+
+    def timed(plans: Sequence[TrialPlan], settings: Sweep, storage: str, watch: Watch) -> dict[str, str]:
+        def noted(event: str, facts: dict[str, Any]) -> None:
+            events.append((event, facts["trial"], time.perf_counter()))
+            watch(event, facts)
+
+        return sweep(plans, settings, storage, noted)
+
     started = time.perf_counter()
-
-    def watch(event: str, facts: dict[str, Any]) -> None:
-        events.append((event, facts["trial"], time.perf_counter()))
-
-    if errors := sweep(plans, workspace.study.sweep, str(workspace.results.resolve() / "ray"), watch):
+    with mock.patch.object(stages, "sweep", timed):
+        errors = workspace.sweep()
+    if errors:
         raise UserError(f"trials failed: {errors}")
     ended = time.perf_counter()
     begun, done = ({trial: at for kind, trial, at in events if kind == name} for name in ("started", "finished"))
@@ -106,6 +114,8 @@ def main(arguments: list[str] | None = None) -> None:
         "teacher.adapt.method=none",
         *(f"analysis.{kind}=[]" for kind in ("primary", "secondary")),
     ]
+    if options.at_once * options.threads > len(os.sched_getaffinity(0)):
+        raise UserError("--at-once trials of --threads each need more cores than there are")
     seconds: dict[str, list[dict[str, float]]] = {"bare": [], "ray": []}
     with tempfile.TemporaryDirectory() as folder:
         workspace = open_study(options, Path(folder))

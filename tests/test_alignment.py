@@ -236,6 +236,11 @@ def test_aligned_attention_rows_sum_to_one_on_both_sides(tokenizer, text, seed):
         dense = aligned_attention(square[None], rows, torch.from_numpy(member)[None])[0]
         assert np.allclose(packed, dense.numpy(), atol=1e-6)
         assert np.allclose(packed.sum(-1), 1, atol=1e-5)
+        half = square[:, lower[0], lower[1]].half().numpy()
+        half.flags.writeable = False  # as a cell of the store is
+        for pair_heads in (True, False):
+            whole = segment_map(half.astype(np.float32), segments, pair_heads)
+            assert (segment_map(half, segments, pair_heads) == whole).all()
         count = len(segments.rows)
         wider = np.full((2, count + 2, count + 2), np.nan, np.float32)
         segment_map(square[:, lower[0], lower[1]].numpy(), segments, True, wider)
