@@ -2,8 +2,8 @@
 
     python benchmarks/sweeping.py small --groups black_box --seeds 4 --set teacher.model=DIR ...
 
-Ray comes first, with nothing in the page cache; in a second round, last. Both start from an archived store, plan,
-and end with every trial's result; Ray's own start and a new process for each trial are part of the sweep. What each part
+Ray comes first, with nothing in the page cache; in a second round, last. Both start from an archived store, plan, and
+end with every trial's result; Ray's own start and a new process for each trial are part of the sweep. What each part
 takes follows from the sweep's own events, and from each trial's time in a plain process that has imported all.
 """
 
