@@ -33,10 +33,10 @@ def sparse_kl(hidden: Tensor, weight: Tensor, outcomes: Outcomes) -> Tensor:
     return head_losses(hidden, weight, None, HeadTargets(nothing, outcomes, 0.0, 1.0))[0]
 
 
-def products_alone(hidden: Tensor, weight: Tensor, dtype: torch.dtype, chunk: int = HEAD_CHUNK) -> None:
+def products_alone(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
     """The three products that any way must compute: logits and the two gradients, with no loss between."""
     cast = weight.detach().to(dtype)
-    for rows in hidden.detach().to(dtype).split(chunk):
+    for rows in hidden.detach().to(dtype).split(HEAD_CHUNK):
         logits = rows @ cast.T
         logits @ cast  # the shape of the hidden states' gradient
         logits.T @ rows  # and of the output head's
@@ -74,8 +74,7 @@ def main(given: list[str] | None = None) -> None:
 
     dtype = torch.bfloat16 if options.precision == "bfloat16" else torch.float32
     ways: dict[str, Callable[[], Any]] = {"sparse": lambda: step(sparse_kl), "dense": lambda: step(dense_kl)}
-    limit = {"products": lambda: products_alone(hidden, weight, dtype)}
-    seconds = in_turn(ways | limit, options.rounds)
+    seconds = in_turn(ways | {"products": lambda: products_alone(hidden, weight, dtype)}, options.rounds)
     peaks, results = {}, {}
     for name, run in ways.items():
         hidden.grad = weight.grad = None

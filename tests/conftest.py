@@ -179,4 +179,6 @@ def real_tokenizer(name):
     for folder in (SHARED / "models" / name, REAL_MODELS / name):
         if (folder / "tokenizer.json").is_file():
             return load_tokenizer(ModelRef(model=str(folder)))
-    return pytest.skip(f"no {name} tokenizer beside the checkout or in .cache/models")
+    return pytest.skip(
+        f"{name} is a download, and in neither .cache/models nor ../shared/models (docs/how-to/offline.md)"
+    )
