@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 
 import numpy as np
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 import pages
 from conftest import STUDENT_SHAPE, make_store, real_tokenizer, write_model
 from stillroom.cli import app
-from stillroom.config import UserError
+from stillroom.config import ModelRef, UserError
 from stillroom.corpus import Examples, save_corpus
 from stillroom.fonts import escaped, fonts_for
 from stillroom.inspection import attention_figure, describe_example, describe_store, find_example, text_of
@@ -152,6 +153,35 @@ def test_the_command_prints_a_table_or_json_and_writes_a_picture(store, example,
         find_example(store, "zz")
     with pytest.raises(UserError, match="60 examples begin with ''"):
         find_example(store, "")
+
+
+def test_control_characters_of_a_text_never_reach_the_terminal(tmp_path, teacher_ref):
+    """Escape, CSI, bell, a turned line and a lone carriage return are shown as their escapes, on every line."""
+    hostile = "red \x1b[31m, bell \x07, CSI \x9b2J, back\r, turned \u202e, title \x1b]0;owned\x07:"
+    example = Example("quiz", hostile, " A")
+    store = make_store(tmp_path / "store", teacher_ref, Examples([example], [], {}))
+    arguments = ["inspect", str(store.path), example.example_id, "--picture", str(tmp_path / "map.png")]
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 0, shown.output
+    assert not {"\x1b", "\x07", "\x9b", "\r", "\u202e"} & set(shown.output)
+    assert "\\x1b" in shown.output
+    assert "\\u202e" in shown.output
+
+
+def test_a_student_whose_ids_have_a_gap_loses_no_token(store, example, tmp_path, teacher_ref):
+    """The largest id counts, not how many there are: the ghost is that of the same vocabulary without the gap."""
+    gapped = tmp_path / "gapped"
+    shutil.copytree(teacher_ref.model, gapped)
+    described = json.loads((gapped / "tokenizer.json").read_text("utf-8"))
+    vocabulary = described["model"]["vocab"]
+    moved = {token: number + 500 if number >= len(vocabulary) - 100 else number for token, number in vocabulary.items()}
+    described["model"]["vocab"] = moved
+    (gapped / "tokenizer.json").write_text(json.dumps(described), "utf-8")
+    ghosts = [
+        [token["ghost"] for token in describe_example(store, example.example_id, example.text, student)["teacher"]]
+        for student in (teacher_ref, ModelRef(model=str(gapped)))
+    ]
+    assert ghosts[1] == pytest.approx(ghosts[0], abs=1e-6)
 
 
 def test_a_folder_that_is_no_store_is_refused(tmp_path):

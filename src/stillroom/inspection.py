@@ -11,6 +11,7 @@ import numpy as np
 from numpy import ndarray
 
 from stillroom.alignment import Alignment, align_encodings, coverage, token_bytes
+from stillroom.analysis.escaping import control_free
 from stillroom.collation import map_outcomes, segment_map, teacher_to_student_ids
 from stillroom.config import ModelRef, UserError
 from stillroom.corpus import load_corpus
@@ -128,7 +129,8 @@ def _beside_student(
             side[position]["shared"] = True
     assert stored.topk_ids is not None
     assert stored.topk_logprobs is not None
-    mapped = teacher_to_student_ids(tokenizer, student_tokenizer, store.manifest["vocabulary"], len(student_tokenizer))
+    size = max(student_tokenizer.get_vocab().values()) + 1  # its ids may have gaps
+    mapped = teacher_to_student_ids(tokenizer, student_tokenizer, store.manifest["vocabulary"], size)
     *_, ghost = map_outcomes(stored.topk_ids, stored.topk_logprobs, mapped)
     for token, value in zip(teacher, ghost.tolist(), strict=True):
         token["ghost"] = value
@@ -212,8 +214,8 @@ def _segment_map(
 
 
 def visible(text: str) -> str:
-    """Text with its line breaks and tabs shown."""
-    return text.replace("\n", "↵").replace("\t", "⇥")
+    """Text with its line breaks and tabs shown, every other control character as its escape."""
+    return control_free(text.replace("\n", "↵").replace("\t", "⇥"))
 
 
 def print_store(facts: dict[str, Any]) -> None:
@@ -232,7 +234,7 @@ def print_store(facts: dict[str, Any]) -> None:
         *(f"made from {key}: {value}" for key, value in facts["made_from"].items()),
     ]
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(control_free(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def print_example(facts: dict[str, Any]) -> None:
