@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 from scipy import stats
+from statsmodels.stats.power import TTestPower
 
 from stillroom.analysis.statistics import (
     bootstrap_interval,
@@ -64,6 +65,35 @@ def test_detectable_effect_is_that_of_the_published_tables():
     assert seeds_needed(50.0) == 6  # with five seeds no sign-flip test reaches 0.05
     assert seeds_needed(50.0, contrasts=3) == 7  # nor six, Holm-adjusted over three
     assert seeds_needed(math.nan) is None
+
+
+def one_by_one(effect, alpha=0.05, power=0.8, contrasts=1):
+    """Seeds needed by trying each number; where the power function gives up it is 1, since it was near 1 before."""
+    for seeds in itertools.count(math.ceil(math.log2(2 * contrasts / alpha))):
+        reached = TTestPower().power(abs(effect), seeds, alpha)
+        if seeds >= 10_000 or math.isnan(reached) or reached >= power:
+            return seeds
+    raise AssertionError
+
+
+@pytest.mark.parametrize(("alpha", "power", "contrasts"), [(0.05, 0.8, 1), (0.05, 0.8, 3), (0.01, 0.9, 2)])
+def test_seeds_needed_are_those_of_trying_every_number(alpha, power, contrasts):
+    """However few are asked: the first number with enough power, on either side of zero."""
+    for effect in np.concatenate([np.linspace(0.2, 1.5, 18), np.linspace(2, 60, 9)]):
+        expected = one_by_one(effect, alpha, power, contrasts)
+        assert seeds_needed(effect, alpha, power, contrasts) == expected, effect
+        assert seeds_needed(-effect, alpha, power, contrasts) == expected, effect
+
+
+def test_seeds_needed_are_found_in_few_looks(monkeypatch):
+    """A small effect costs tens of looks at the power function, not thousands; so does one that nothing detects."""
+    looks = []
+    real = TTestPower.power
+    monkeypatch.setattr(TTestPower, "power", lambda self, *a, **k: looks.append(a) or real(self, *a, **k))
+    for effect, expected in ((0.03, 8723), (0.05, 3142), (0.0001, 10_000), (10.0, 6)):
+        looks.clear()
+        assert seeds_needed(effect) == expected
+        assert len(looks) < 30
 
 
 def test_holm_is_over_the_declared_family():

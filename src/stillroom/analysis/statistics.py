@@ -5,7 +5,6 @@ Plain functions of arrays. S seeds, T tasks, E examples.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from statsmodels.stats.weightstats import DescrStatsW
 
 _EXACT_LIMIT = 20
 """Seeds up to which all 2ⁿ sign flips are counted."""
+_MOST_SEEDS = 10_000
+"""What `seeds_needed` says at most."""
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,20 @@ def seeds_needed(effect: float, alpha: float = 0.05, power: float = 0.8, contras
     most, None if undefined."""
     if not math.isfinite(effect) or effect == 0:
         return None
-    fewest = fewest_seeds(alpha, contrasts)
     power_of = TTestPower().power
-    enough = (n for n in itertools.count(fewest) if n >= 10_000 or power_of(abs(effect), n, alpha) >= power)
-    return next(enough)
+
+    def lacking(seeds: int) -> bool:
+        # NaN where |effect|·√seeds is large, and so the power 1: no bisection from above, which would meet it
+        return bool(power_of(abs(effect), seeds, alpha) < power)
+
+    fewest = fewest_seeds(alpha, contrasts)
+    short, enough = fewest - 1, fewest
+    while enough < _MOST_SEEDS and lacking(enough):
+        short, enough = enough, min(2 * enough, _MOST_SEEDS)
+    while enough - short > 1:
+        middle = (short + enough) // 2
+        short, enough = (middle, enough) if lacking(middle) else (short, middle)
+    return enough
 
 
 def compare(
