@@ -283,6 +283,10 @@ def _watcher(watch: Watch) -> Any:
     class Watcher(tune.Callback):  # type: ignore[misc]
         """Passes Ray's events on."""
 
+        def __reduce__(self) -> tuple[type, tuple[()]]:
+            """Ray saves a sweep's callbacks, but what is watched with is a terminal's: a copy watches nothing."""
+            return tune.Callback, ()
+
         def on_trial_start(self, iteration: int, trials: Any, trial: Any, **_: Any) -> None:
             watch("started", {"trial": trial.config["trial"]})
 
