@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import yaml
 
@@ -118,6 +120,35 @@ MISTAKES = [
     ("groups=[]", "groups"),
     ("groups=[{name: x}]", "terms"),
     ("groups=[{name: ../x, terms: [task]}]", "name"),
+    (f"groups=[{{name: {'x' * 240}, terms: [task]}}]", "groups.0.name: String should have at most 64"),
+    (f"name={'x' * 65}", "name: String should have at most 64"),
+    (f"corpus.tasks.{'x' * 65}={{dataset: builtin, examples: 9}}", "String should have at most 64"),
+    (f"paths.results=a/{'x' * 256}/b", "paths.results: a path with a part of more than"),
+    (f"paths.store={'é' * 100}", "paths.store: a path with a part of more than"),
+    (f"paths.store={'/x' * 600}", "paths.store: a path of more than"),
+    (f"teacher.model={'x' * 300}", "teacher.model: a path with a part of more than"),
+    (f"corpus.tasks.quiz.dataset=./{'x' * 300}", "corpus.tasks.quiz.dataset: a path with a part of more than"),
+    (f"corpus.tasks.quiz.split={'x' * 300}", "corpus.tasks.quiz.split: String should have at most"),
+    ('paths.results="a\\0b"', "'paths.results': a NUL character"),
+    ('name="\\ud800"', "'name': a NUL character or half of a surrogate pair"),
+    ('corpus.tasks.quiz={"\\udc00": 1}', "half of a surrogate pair"),
+    ("training.epochs=" + "9" * 5000, "is larger than any field holds"),
+    ("training.epochs=0x" + "f" * 5000, "is larger than any field holds"),
+    ("training.epochs=9223372036854775808", "is larger than any field holds"),
+    ("training.epochs=0b_", "0b_ is not a number; quote it"),
+    ("training.epochs=1" + ":1" * 3000, "is larger than any field holds"),
+    ("name=" + "[" * 5000, "nested deeper than 32 levels"),
+    ("name=!!timestamp x", "the tag 'tag:yaml.org,2002:timestamp' is not read"),
+    ("name=!x y", "the tag '!x' is not read"),
+    ('name="\\UFFFFFFFF"', "a number that is too large"),
+    ("name={a: 1, a: 2}", "a twice"),
+    ("name={[a]: 1}", "a key must be a text"),
+    ("name=&a [*a]", "an alias stands inside the value"),
+    ("name=&a {<<: *a}", "an alias stands inside the value"),
+    ("name=[" + "a," * 20000 + "]", "more than the 10,000 values"),
+    ("name=" + "x" * 200_000, "longer than the 100,000 characters"),
+    (".".join("x" * 40) + "=1", "no section is that deep"),
+    ("training.epochs=" + "x" * 5000, "(given 'xxx"),
     ("groups=[{name: x, terms: [logits]}]", "terms"),
     ("corpus.tasks={}", "corpus.tasks"),
     ("corpus.tasks.quiz.examples=1", "corpus.tasks.quiz.examples"),
@@ -147,6 +178,7 @@ def test_a_mistake_is_one_message_that_names_the_field(override, message):
         load_study("quickstart", [override])
     assert message in str(error.value)
     assert "Traceback" not in str(error.value)
+    assert len(str(error.value)) < 2000
 
 
 @pytest.mark.parametrize(
@@ -164,6 +196,72 @@ def test_a_broken_file_is_named(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(UserError, match=message):
         load_study(str(path))
+
+
+LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
+MERGED = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}\n" for n in range(1, 31))
+DEEP = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LAUGHS, "more than the 10,000 values"),
+        (MERGED, "more than the 10,000 values"),
+        (DEEP, "nested deeper than 32"),
+        ("name: x\n" * 20_000, "longer than the 100,000"),
+        ("training: {k: 1, k: 2}", "k twice"),
+        ("".join(f"unknown{n}: 1\n" for n in range(3000)), "and 2986 more"),
+        ("%YAML 99999999999999.1\n--- a", "not valid YAML"),
+        ("name: \x07", "not valid YAML"),
+    ],
+    ids=["laughs", "merges", "deep", "long", "twice", "unknown", "version", "bell"],
+)
+def test_a_file_without_bounds_is_refused_at_once(tmp_path, text, message):
+    """Few lines can stand for billions of values; no file is worth more than a moment."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    began = time.process_time()
+    with pytest.raises(UserError) as error:
+        load_study(str(path))
+    assert time.process_time() - began < 1
+    assert message in str(error.value)
+    assert len(str(error.value)) < 5000
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    """Bytes that are no text, a folder, a name no system can have."""
+    (tmp_path / "mine.yaml").write_bytes(b"name: \xff")
+    for name in (tmp_path / "mine.yaml", tmp_path, tmp_path / ("x" * 300), "a\0b", "\udc80"):
+        with pytest.raises(UserError):
+            load_study(str(name))
+
+
+def test_what_an_alias_stands_for_is_a_copy(tmp_path):
+    """An override of one task leaves another that was written as the same alone; what is merged can be merged again."""
+    text = """
+corpus:
+  tasks:
+    quiz: &task {dataset: builtin, examples: 9}
+    sentiment: *task
+    arithmetic: &own {<<: *task, examples: 8}
+  max_length: 128
+training: &training {epochs: 1}
+teacher: {model: "builtin:teacher", revision: 2024-13-45, adapt: {training: {<<: *training, epochs: 2}}}
+student: {model: "builtin:student"}
+name: x
+groups: [hidden]
+sweep: {seeds: [0]}
+"""
+    (tmp_path / "mine.yaml").write_text(text)
+    study = load_study(str(tmp_path / "mine.yaml"), ["corpus.tasks.quiz.examples=5", "analysis={}"])
+    assert {name: task.examples for name, task in study.corpus.tasks.items()} == {
+        "quiz": 5,
+        "sentiment": 9,
+        "arithmetic": 8,
+    }
+    assert (study.training.epochs, study.teacher.adapt.training.epochs) == (1, 2)
+    assert study.teacher.revision == "2024-13-45"  # no date
 
 
 def test_an_absent_study_lists_those_there_are():

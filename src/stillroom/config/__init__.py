@@ -25,7 +25,7 @@ from stillroom.config.objective import Group as Group
 from stillroom.config.objective import Objective as Objective
 from stillroom.config.objective import StudyGroup
 from stillroom.config.objective import Term as Term
-from stillroom.config.section import NAME, Section
+from stillroom.config.section import Name, PossiblePath, Section
 from stillroom.config.section import UserError as UserError
 
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -61,7 +61,9 @@ UNTOUCHED = {"teacher": "teacher", "student": "untouched student"}
 class ModelRef(Section):
     """A causal language model: a hub id at a revision, a local directory, or a built-in one."""
 
-    model: str = Field(min_length=1, description="hub id, local directory, `builtin:teacher` or `builtin:student`")
+    model: Annotated[str, PossiblePath] = Field(
+        min_length=1, description="hub id, local directory, `builtin:teacher` or `builtin:student`"
+    )
     revision: str | None = Field(None, description="commit of the hub id; ignored for a local directory")
     trust_remote_code: bool = Field(False, description="run code that comes with the model; recorded if on")
 
@@ -107,20 +109,22 @@ class Student(ModelRef):
 class TaskData(TaskColumns):
     """Where a task's rows come from and how many are used."""
 
-    dataset: str = Field(
+    dataset: Annotated[str, PossiblePath] = Field(
         min_length=1,
         description="hub id, local directory of `<split>.parquet`, a `.jsonl` file, or `builtin`",
     )
     subset: str | None = Field(None, description="the hub data set's configuration")
     revision: str | None = Field(None, description="commit of the hub data set")
-    split: str = Field("train", pattern=r"^[^/\\]+$", description="split of the data set; a `.jsonl` file has but one")
+    split: str = Field(
+        "train", pattern=r"^[^/\\]+$", max_length=64, description="split of the data set; a `.jsonl` file has but one"
+    )
     examples: int = Field(ge=2, description="examples used, training and validation part together")
 
 
 class Corpus(Section):
     """The examples of a study."""
 
-    tasks: dict[Annotated[str, Field(pattern=NAME)], TaskData] = Field(min_length=1, description="by task's name")
+    tasks: dict[Name, TaskData] = Field(min_length=1, description="by task's name")
     max_length: int = Field(512, ge=8, description="tokens, under either tokenizer")
     validation_share: float = Field(0.1, gt=0, lt=1, description="share of each task's examples, at least one example")
     sample_seed: int = Field(0, ge=0, description="which examples are drawn of those there are")
@@ -148,12 +152,12 @@ class Signals(Section):
 class OfficialSplit(Section):
     """A split that a task's published figures are on; evaluated once, when training is over."""
 
-    dataset: str | None = Field(
+    dataset: Annotated[str, PossiblePath] | None = Field(
         None, description="default: the task's own in corpus.tasks, its subset and revision too"
     )
     subset: str | None = Field(None, description="the hub data set's configuration")
     revision: str | None = Field(None, description="commit of the hub data set")
-    split: str = Field("test", pattern=r"^[^/\\]+$", description="split of the data set")
+    split: str = Field("test", pattern=r"^[^/\\]+$", max_length=64, description="split of the data set")
     examples: int = Field(ge=2, description="fewer are used where some stand in the corpus or exceed a model's context")
 
     def data(self, task: TaskData) -> TaskData:
@@ -194,7 +198,7 @@ class Sweep(Section):
         None,
         description="Ray cluster, HOST:PORT or `auto`; default: RAY_ADDRESS, else a Ray of its own on this machine",
     )
-    storage: str | None = Field(
+    storage: Annotated[str, PossiblePath] | None = Field(
         None, description="folder or PyArrow URI for Ray's own files, the same on every node; default: `ray` in results"
     )
 
@@ -228,8 +232,12 @@ class Analysis(Section):
 class Paths(Section):
     """Where a study writes."""
 
-    store: Path | None = Field(None, description="teacher data; default: `config.OFFLINE_DATA_PATH`")
-    results: Path = Field(Path("results"), description="all else: corpus, baselines, trials, summary, report")
+    store: Annotated[Path, PossiblePath] | None = Field(
+        None, description="teacher data; default: `config.OFFLINE_DATA_PATH`"
+    )
+    results: Annotated[Path, PossiblePath] = Field(
+        Path("results"), description="all else: corpus, baselines, trials, summary, report"
+    )
 
     @property
     def store_path(self) -> Path:
@@ -240,7 +248,7 @@ class Paths(Section):
 class Study(Section):
     """Everything that a study is."""
 
-    name: str = Field(pattern=NAME, description="names the study in its report and tracker")
+    name: Name = Field(description="names the study in its report and tracker")
     teacher: Teacher
     student: Student
     corpus: Corpus

@@ -57,7 +57,8 @@ class GenerationColumns(_Columns):
 
     answer: Template = Field(description="what the student learns to write: text, with `{column}`")
     pattern: str = Field(
-        description="regular expression; its one group is the answer. Strict reads its first match, flexible its last"
+        max_length=1000,
+        description="regular expression; its one group is the answer. Strict reads its first match, flexible its last",
     )
 
     @field_validator("pattern")
@@ -65,7 +66,7 @@ class GenerationColumns(_Columns):
     def _one_group(cls, value: str) -> str:
         try:
             groups = re.compile(value).groups
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(f"not a regular expression: {error}") from None
         if groups != 1:
             raise ValueError(f"has {groups} groups; put the answer, and nothing else, in ( )")

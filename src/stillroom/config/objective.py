@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from stillroom.config.section import NAME, Section
+from stillroom.config.section import Name, Section
 
 Term = Literal["task", "kd", "hidden", "attention"]
 TERMS: tuple[Term, ...] = ("task", "kd", "hidden", "attention")
@@ -42,7 +42,7 @@ class Objective(Section):
 class Group(Section):
     """One experimental group: the terms that are on, and its own settings where they differ."""
 
-    name: str = Field(pattern=NAME, description="names the group in every table; `config/distill_type` in the summary")
+    name: Name = Field(description="names the group in every table; `config/distill_type` in the summary")
     terms: tuple[Term, ...] = Field(min_length=1, description="the loss terms that are on")
     weights: dict[Term, Annotated[float, Field(ge=0)]] = Field({}, description="those that differ from the objective's")
     temperature: float | None = Field(None, gt=0, description="default: the objective's")

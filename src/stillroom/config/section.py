@@ -1,9 +1,31 @@
 """What every section of a study has in common, and the error that a user can mend."""
 
-from pydantic import BaseModel, ConfigDict
+from pathlib import Path
+from typing import Annotated, TypeVar
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9_\-]*$"
-"""Names of studies, tasks and groups: they become names of folders."""
+from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]*$", max_length=64)]
+"""Names of studies, tasks and groups: they become parts of names of folders."""
+
+TextOrPath = TypeVar("TextOrPath", str, Path)
+_LONGEST_PATH, _LONGEST_PART, _LONGEST_LAST = 1000, 255, 180
+"""Bytes: what every system can have of a path and of a part of it; the last part gets a date or a suffix added."""
+
+
+def _possible_path(path: TextOrPath) -> TextOrPath:
+    parts = str(path).encode("utf-8", "replace").replace(b"\\", b"/").split(b"/")
+    if "\0" in str(path):
+        raise ValueError("a path cannot have a NUL character")
+    if len(b"/".join(parts)) > _LONGEST_PATH:
+        raise ValueError(f"a path of more than {_LONGEST_PATH} bytes; choose a shorter one")
+    if max(map(len, parts)) > _LONGEST_PART or len(parts[-1]) > _LONGEST_LAST:
+        raise ValueError(f"a path with a part of more than {_LONGEST_LAST} bytes; choose a shorter name")
+    return path
+
+
+PossiblePath = AfterValidator(_possible_path)
+"""Marks a text or path that a file or folder of that name can stand at."""
 
 
 class UserError(Exception):
