@@ -10,13 +10,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from transformers import GenerationConfig
 
 from stillroom import __version__
-from stillroom.analysis.frame import PLANNED, read_baselines
+from stillroom.analysis.reading import read_baselines, read_planned, read_result
 from stillroom.checkpoints import STATE, checkpoints
 from stillroom.config import RESULT, ModelRef, UserError
 from stillroom.corpus import load_corpus
 from stillroom.distillation_student import PROJECTOR
 from stillroom.models import load_tokenizer
-from stillroom.provenance import atomic_path, read_json
+from stillroom.provenance import atomic_path
 
 
 def export_trial(trial: Path, target: Path) -> Path:
@@ -59,12 +59,11 @@ def _results(trial: Path) -> Path:
 
 
 def _planned(trial: Path) -> dict[str, Any]:
-    planned: dict[str, Any] = read_json(_results(trial) / PLANNED)
-    return planned
+    return read_planned(_results(trial))
 
 
 def _card(trial: Path, checkpoint: Path) -> str:
-    study, result = _planned(trial)["study"], read_json(trial / RESULT)
+    study, result = _planned(trial)["study"], read_result(trial / RESULT)
     epoch = int(checkpoint.name.split("_")[1])
     examples, _ = load_corpus(_results(trial) / "corpus")
     student, teacher, objective = study["student"], study["teacher"], result["config"]["objective"]

@@ -73,13 +73,16 @@ def study_figures(results: StudyResults, answers: Sequence[Answer], margin: floa
             "Validation accuracy and validation task loss of each group by epoch.",
             lambda: learning_figure(results),
         ),
-        Figure(
-            "losses",
-            "The loss terms over training, unweighted, by epoch: mean over seeds, training part.",
-            "Each loss term by epoch and group.",
-            lambda: losses_figure(results),
-        ),
     ]
+    if _terms(results):
+        figures.append(
+            Figure(
+                "losses",
+                "The loss terms over training, unweighted, by epoch: mean over seeds, training part.",
+                "Each loss term by epoch and group.",
+                lambda: losses_figure(results),
+            )
+        )
     if any(finding.by_seed for answer in answers for finding in answer.findings):
         figures.append(
             Figure(
@@ -198,7 +201,7 @@ def learning_figure(results: StudyResults) -> Any:
 
 def losses_figure(results: StudyResults) -> Any:
     """Every loss term by epoch."""
-    terms = [term for term in TERMS if (results.epochs["metric"] == f"train_{term}_loss").any()]
+    terms = _terms(results)
     figure, axes = plt.subplots(1, len(terms), figsize=(1.4 + 2.5 * len(terms), 3.2), squeeze=False)
     for axis, term in zip(axes[0], terms, strict=True):
         _curves(axis, results.epochs[results.epochs["metric"] == f"train_{term}_loss"], results.groups, seeds=False)
@@ -207,6 +210,11 @@ def losses_figure(results: StudyResults) -> Any:
     axes[0][0].set_ylabel("loss")
     figure.legend(*axes[0][0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right center")
     return figure
+
+
+def _terms(results: StudyResults) -> list[str]:
+    """The loss terms that some trial was trained with."""
+    return [term for term in TERMS if (results.epochs["metric"] == f"train_{term}_loss").any()]
 
 
 def _curves(axis: Any, rows: pd.DataFrame, groups: Sequence[str], seeds: bool) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pandas as pd
 
-from stillroom.config import BASELINES, ERROR, EXPERIMENT, RESULT, UNTOUCHED
-from stillroom.provenance import atomic_path, read_json
+from stillroom.analysis.reading import PLANNED as PLANNED
+from stillroom.analysis.reading import read_planned, read_results
+from stillroom.config import ERROR, EXPERIMENT
+from stillroom.provenance import atomic_path
 
 SUMMARY = "results_summary.csv"
-PLANNED = "planned.json"
-"""The study and every trial it should have: what a report is complete against."""
 
 
 def summary_row(result: dict[str, Any]) -> dict[str, Any]:
@@ -30,22 +30,6 @@ def summary_row(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_results(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """`result.json` of every folder that has one."""
-    return [read_json(folder / RESULT) for folder in folders if (folder / RESULT).is_file()]
-
-
-def read_baselines(results: Path, suffix: str = "") -> dict[str, dict[str, Any]]:
-    """`fingerprint`, `identity`, `metrics`, `answer_nll` by role, of this study alone: an earlier one's are left out.
-
-    `suffix`: "" for the validation part, `_official` for the official splits.
-    """
-    wanted = read_json(results / PLANNED, "baselines")["baselines"]
-    paths = {role: results / BASELINES / f"{role}{suffix}.json" for role in UNTOUCHED}
-    found = {role: read_json(path, "fingerprint", "metrics") for role, path in paths.items() if path.is_file()}
-    return {role: own for role, own in found.items() if own["fingerprint"] == wanted.get(f"{role}{suffix}")}
-
-
 def summary_frame(results: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """A row a trial, in the order given."""
     return pd.DataFrame([summary_row(result) for result in results])
@@ -56,9 +40,10 @@ def write_summary(results: Path) -> None:
 
     `status` is finished, failed or missing; a trial that is not finished has no metrics.
     """
-    trials = read_json(results / PLANNED, "trials")["trials"]
+    planned = read_planned(results)
+    trials = planned["trials"]
     folders = [results / EXPERIMENT / trial["name"] for trial in trials]
-    frame = summary_frame(read_results(folders))
+    frame = summary_frame(read_results(results, planned))
     frame.insert(0, "status", "finished")
     done = set(frame["trial"]) if len(frame) else set()
     absent = [

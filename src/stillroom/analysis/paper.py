@@ -163,9 +163,11 @@ def checklist(results: StudyResults) -> str:
     study, stages = results.study, results.run["stages"]
     latest = max(stages.values(), key=lambda stage: str(stage["finished"]))
     models = [f"- {role}: `{_pinned(study[role])}`" for role in ("teacher", "student")]
-    data = [f"- {name}: `{own['dataset']}`, split `{own['split']}`, revision `{own['revision'] or 'none given'}`, "
-            f"{results.corpus[name]['train']} training and {results.corpus[name]['validation']} validation examples"
-            for name, own in study["corpus"]["tasks"].items()]  # fmt: skip
+    data = [
+        f"- {name}: `{own['dataset']}`, split `{own['split']}`, revision `{own['revision'] or 'none given'}`, "
+        + _drawn(results, name)
+        for name, own in study["corpus"]["tasks"].items()
+    ]
     hours = (results.costs["train_seconds"].sum() + results.costs["evaluation_seconds"].sum()) / 3600
     gpus = ", ".join(latest["hardware"]["gpus"]) or "none"
     state = f"{len(results.finished)} of {len(results.trials)} planned trials are finished"
@@ -197,6 +199,13 @@ def checklist(results: StudyResults) -> str:
         "- per-example predictions of every trial are kept; every figure can be recomputed from them",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _drawn(results: StudyResults, task: str) -> str:
+    if results.other_corpus:
+        return f"{results.study['corpus']['tasks'][task]['examples']} examples asked for; those in this folder are another study's"
+    own = results.corpus[task]
+    return f"{own['train']} training and {own['validation']} validation examples"
 
 
 def _pinned(model: dict[str, Any]) -> str:

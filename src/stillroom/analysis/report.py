@@ -133,6 +133,7 @@ def write_report(folder: Path) -> Path:
     The same folder gives the same bytes. `UserError` if no trial is finished.
     """
     results = StudyResults.read(folder)
+    results.read_all()
     analysis, answers = results.analysis, answers_of(results)
     figures = study_figures(results, answers, analysis.equivalence_margin, analysis.alpha)
     measures = other_measures(results)

@@ -9,11 +9,22 @@ from typing import Any
 
 import pandas as pd
 
-from stillroom.analysis.frame import PLANNED, accuracy_columns, read_baselines, read_results, summary_frame
-from stillroom.config import BASELINES, ERROR, EXPERIMENT, UNTOUCHED, Analysis, UserError
+from stillroom.analysis.frame import accuracy_columns, summary_frame
+from stillroom.analysis.reading import (
+    PREDICTIONS,
+    read_baseline_predictions,
+    read_baselines,
+    read_corpus,
+    read_error,
+    read_examples,
+    read_planned,
+    read_results,
+    read_run,
+    read_trial_predictions,
+)
+from stillroom.config import BASELINES, EXPERIMENT, UNTOUCHED, Analysis, UserError
 from stillroom.corpus import folded
 from stillroom.metrics import agreement
-from stillroom.provenance import read_json
 
 
 @dataclass(frozen=True)
@@ -35,16 +46,17 @@ class StudyResults:
     @classmethod
     def read(cls, folder: Path) -> StudyResults:
         """Read what is in a results folder. `UserError` if there is nothing to report yet."""
-        if not (folder / PLANNED).is_file():
-            raise UserError(f"{folder} holds no {PLANNED}: it is no results folder, or `stillroom sweep` has not begun")
-        planned = read_json(folder / PLANNED)
-        if not {"fingerprint", "corpus", "baselines"} <= set(planned):
-            raise UserError(f"{folder / PLANNED} is another version's: `stillroom run STUDY` brings it up to date")
-        finished = read_results([folder / EXPERIMENT / trial["name"] for trial in planned["trials"]])
+        planned = read_planned(folder)
+        finished = read_results(folder, planned)
         if not finished:
             raise UserError(f"{folder}: no trial is finished yet; run `stillroom sweep`")
         described = (planned["study"], planned["trials"], planned["snapshot"], planned["fingerprint"])
         return cls(folder, *described, planned["corpus"], finished)
+
+    def read_all(self) -> None:
+        """Read every file that a report needs: what is damaged is said before anything is written."""
+        for name in ("run", "examples", "predictions", "untrained_predictions", "official_metrics", "missing"):
+            getattr(self, name)
 
     def trial_folder(self, name: str) -> Path:
         """Where a trial's files are."""
@@ -74,11 +86,11 @@ class StudyResults:
     def missing(self) -> list[dict[str, Any]]:
         """Planned trials without a result, each with `error`: what stopped it, or None."""
         done = {result["trial"] for result in self.finished}
-        return [{**trial, "error": self._error(trial["name"])} for trial in self.trials if trial["name"] not in done]
-
-    def _error(self, name: str) -> str | None:
-        path = self.trial_folder(name) / ERROR
-        return str(read_json(path)["error"]) if path.is_file() else None
+        return [
+            {**trial, "error": read_error(self.trial_folder(trial["name"]))}
+            for trial in self.trials
+            if trial["name"] not in done
+        ]
 
     @cached_property
     def untrained(self) -> dict[str, dict[str, Any]]:
@@ -126,18 +138,42 @@ class StudyResults:
     @cached_property
     def predictions(self) -> dict[tuple[str, int], pd.DataFrame]:
         """Per-example predictions of every finished trial, by group and seed; rows sorted by example."""
-        return {
-            (result["config"]["distill_type"], result["config"]["seed"]): _read_predictions(
-                self.trial_folder(result["trial"]) / "predictions.parquet"
-            )
-            for result in self.finished
-        }
+        found: dict[tuple[str, int], pd.DataFrame] = {}
+        for result in self.finished:
+            folder = self.trial_folder(result["trial"])
+            own = read_trial_predictions(folder, result)
+            self._require_same_examples(own, folder / PREDICTIONS)
+            found[result["config"]["distill_type"], result["config"]["seed"]] = own
+        return found
 
     @cached_property
     def untrained_predictions(self) -> dict[str, pd.DataFrame]:
         """The baselines' predictions on the same examples, by what tables call them, where they were kept."""
-        paths = {UNTOUCHED[role]: self.folder / BASELINES / f"{role}.parquet" for role in self._baselines[""]}
-        return {label: _read_predictions(path) for label, path in paths.items() if path.is_file()}
+        found = {}
+        for role, own in self._baselines[""].items():
+            path = self.folder / BASELINES / f"{role}.parquet"
+            if path.exists():
+                found[UNTOUCHED[role]] = read_baseline_predictions(self.folder, role, own["metrics"])
+                self._require_same_examples(found[UNTOUCHED[role]], path)
+        return found
+
+    def _require_same_examples(self, predictions: pd.DataFrame, path: Path) -> None:
+        if list(predictions["example_id"]) != self._validated[1]:
+            raise UserError(
+                f"{path} has other examples than {self._validated[0]}: one of the two is another study's; delete the "
+                f"folder of the wrong one, {path.parent} or {self._validated[0].parent}, and `stillroom run STUDY` "
+                "makes it anew"
+            )
+
+    @cached_property
+    def _validated(self) -> tuple[Path, list[str]]:
+        """The ids of the validation part, sorted, and the file they are from: one of the trials' own if need be."""
+        if not self.other_corpus:
+            rows = self.examples[self.examples["split"] == "validation"]
+            return self.folder / "corpus" / "corpus.parquet", sorted(rows["example_id"])
+        first = self.finished[0]
+        folder = self.trial_folder(first["trial"])
+        return folder / PREDICTIONS, list(read_trial_predictions(folder, first)["example_id"])
 
     @cached_property
     def measures(self) -> pd.DataFrame:
@@ -165,14 +201,12 @@ class StudyResults:
 
     @cached_property
     def _corpus(self) -> dict[str, Any]:
-        described: dict[str, Any] = read_json(self.folder / "corpus" / "corpus.json")
-        return described
+        return read_corpus(self.folder)
 
     @cached_property
     def run(self) -> dict[str, Any]:
         """`run.json`: each stage's commit, versions and hardware."""
-        log: dict[str, Any] = read_json(self.folder / "run.json")
-        return log
+        return read_run(self.folder)
 
     @cached_property
     def coverage(self) -> dict[str, Any]:
@@ -219,7 +253,7 @@ class StudyResults:
     @cached_property
     def examples(self) -> pd.DataFrame:
         """Every example of the study: example_id, task, split (train, validation, official), prompt, answer, …"""
-        return pd.read_parquet(self.folder / "corpus" / "corpus.parquet")
+        return read_examples(self.folder, self.corpus)
 
     @cached_property
     def shared_prompts(self) -> int:
@@ -238,9 +272,3 @@ class StudyResults:
 def _key(result: dict[str, Any]) -> dict[str, Any]:
     config = result["config"]
     return {"trial": result["trial"], "group": config["distill_type"], "seed": config["seed"]}
-
-
-def _read_predictions(path: Path) -> pd.DataFrame:
-    if not path.is_file():
-        raise UserError(f"{path} is missing: the report needs every finished trial's predictions")
-    return pd.read_parquet(path).sort_values("example_id", ignore_index=True)

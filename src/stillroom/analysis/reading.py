@@ -1,0 +1,344 @@
+"""The files of a results folder, each read and checked in one place: what is not as it was written goes no further.
+
+Every reader raises `UserError`, which names the file, what is wrong with it and the remedy. What is returned is the
+file's own content, unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from stillroom.config import BASELINES, ERROR, EXPERIMENT, RESULT, UNTOUCHED, Analysis, Study, UserError
+from stillroom.provenance import read_json
+
+PLANNED = "planned.json"
+"""The study and every trial it should have: what a report is complete against."""
+PREDICTIONS = "predictions.parquet"
+
+_OUTDATED = "`stillroom run STUDY` brings it up to date"
+_MEASURED = ("train_", "validation_", "official_")
+"""How the name of every number begins that training or evaluation gave."""
+
+
+class _Shape(BaseModel):
+    """What a report reads of a file; other keys are let be."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class _Trial(_Shape):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-]+$")]
+    group: str
+    seed: int
+
+
+class _Planned(_Shape):
+    study: dict[str, Any]
+    snapshot: str
+    fingerprint: str
+    corpus: str
+    baselines: dict[str, str]
+    trials: Annotated[list[_Trial], Field(min_length=1)]
+
+
+class _Objective(_Shape):
+    weights: dict[str, float]
+
+
+class _TrialConfig(_Shape):
+    distill_type: str
+    seed: int
+    objective: _Objective
+
+
+class _Epoch(_Shape):
+    epoch: int
+    step: int
+    validation_accuracy: float
+
+
+class _Gradient(_Shape):
+    step: int
+    norms: dict[str, float]
+    shares: dict[str, float]
+
+
+class _Coverage(_Shape):
+    tokens: int
+    aligned: int
+    predictions: int
+    aligned_predictions: int
+    same_position: int
+    token_coverage: float
+    prediction_coverage: float
+
+
+class _Result(_Epoch):
+    trial: str
+    config: _TrialConfig
+    epochs: Annotated[list[_Epoch], Field(min_length=1)]
+    gradients: list[_Gradient]
+    gradient_shares: dict[str, float]
+    coverage: dict[str, _Coverage]
+
+
+class _Baseline(_Shape):
+    fingerprint: str
+    metrics: dict[str, float]
+
+
+class _Counts(_Shape):
+    source_rows: int
+    train: int
+    validation: int
+    duplicates: int
+    too_long: int
+    unusable: int
+
+
+class _OfficialCounts(_Shape):
+    used: int
+    source_rows: int
+    in_corpus: int
+
+
+class _Corpus(_Shape):
+    fingerprint: str
+    counts: dict[str, _Counts]
+    official_counts: dict[str, _OfficialCounts]
+    faults: dict[str, str] = {}
+
+
+class _Hardware(_Shape):
+    platform: str
+    cores: int | None
+    gpus: list[str]
+
+
+class _Stage(_Shape):
+    finished: str
+    commit: str | None
+    versions: dict[str, str]
+    hardware: _Hardware
+    seconds: float = 0.0
+    gpu_joules: float | None = None
+    fingerprint: str = ""
+    recomputed: dict[str, float] | str | None = None
+    with_output_head: dict[str, float] | str | None = None
+
+
+class _Run(_Shape):
+    stages: Annotated[dict[str, _Stage], Field(min_length=1)]
+
+
+class _Error(_Shape):
+    error: str
+
+
+def _checked(path: Path, shape: type[BaseModel], remedy: str) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = read_json(path)
+        shape.model_validate(value)
+    except ValidationError as error:
+        raise _damaged(path, _first(error), remedy) from None
+    except UserError as error:
+        raise UserError(f"{error}; {remedy}") from None
+    except (ValueError, RecursionError) as error:  # JSON with a number or a depth that no file of ours has
+        raise _damaged(path, str(error), remedy) from None
+    return value
+
+
+def _first(error: ValidationError) -> str:
+    fault = error.errors()[0]
+    where = ".".join(map(str, fault["loc"]))
+    return f"{where}: {fault['msg']}" if where else fault["msg"]
+
+
+def _damaged(path: Path, fault: str, remedy: str) -> UserError:
+    return UserError(f"{path} is damaged, or of another version: {fault}; {remedy}")
+
+
+def read_planned(results: Path) -> dict[str, Any]:
+    """`planned.json`: the study with every field it has, the trials, what teacher data, examples and baselines."""
+    path = results / PLANNED
+    if not path.is_file():
+        raise UserError(f"{results} holds no {PLANNED}: it is no results folder, or `stillroom sweep` has not begun")
+    planned = _checked(path, _Planned, _OUTDATED)
+    try:
+        # contrasts apart: those that a study has by default may name groups that it has not
+        analysis = Analysis.model_validate(planned["study"].get("analysis", {}))
+        study = Study.model_validate({**planned["study"], "analysis": {}}).model_copy(update={"analysis": analysis})
+    except ValidationError as error:
+        raise _damaged(path, f"study.{_first(error)}", _OUTDATED) from None
+    groups = {group.name for group in study.groups}
+    if strange := [trial["name"] for trial in planned["trials"] if trial["group"] not in groups]:
+        raise _damaged(path, f"the trial {strange[0]} is of no group of the study", _OUTDATED)
+    return {**planned, "study": study.model_dump(mode="json")}
+
+
+def read_results(results: Path, planned: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """`result.json` of every planned trial that has one, in the plan's order."""
+    folders = [(results / EXPERIMENT / trial["name"], trial) for trial in planned["trials"]]
+    tasks = list(planned["study"]["corpus"]["tasks"])
+    return [_read_result(folder / RESULT, trial, tasks) for folder, trial in folders if (folder / RESULT).exists()]
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """One trial's `result.json`, by itself."""
+    result = _checked(path, _Result, _again(path.parent))
+    for epoch in (result, *result["epochs"]):
+        if wrong := [name for name, value in epoch.items() if name.startswith(_MEASURED) and not _is_number(value)]:
+            raise _damaged(path, f"{wrong[0]}: Input should be a valid number", _again(path.parent))
+    if wrong := [row["step"] for row in result["gradients"] if row["norms"].keys() != row["shares"].keys()]:
+        raise _damaged(path, f"gradients at step {wrong[0]}: norms and shares name other terms", _again(path.parent))
+    return result
+
+
+def _read_result(path: Path, trial: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
+    result = read_result(path)
+    config = result["config"]
+    if (result["trial"], config["distill_type"], config["seed"]) != (trial["name"], trial["group"], trial["seed"]):
+        raise _damaged(path, f"it is the result of {result['trial']}", _again(path.parent))
+    if lacking := [task for task in tasks if f"validation_accuracy_{task}" not in result]:
+        raise _damaged(path, f"validation_accuracy_{lacking[0]}: Field required", _again(path.parent))
+    return result
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _again(trial: Path) -> str:
+    return f"delete the folder {trial} and run the sweep again (`stillroom run STUDY`), which trains that trial anew"
+
+
+def read_error(trial: Path) -> str | None:
+    """What stopped a trial, as it left it behind; None if it left nothing."""
+    path = trial / ERROR
+    if not path.exists():
+        return None
+    try:
+        return str(_checked(path, _Error, "the sweep writes it anew if the trial fails again")["error"])
+    except UserError as error:
+        return str(error)
+
+
+def read_baselines(results: Path, suffix: str = "") -> dict[str, dict[str, Any]]:
+    """`fingerprint`, `identity`, `metrics`, `answer_nll` by role, of this study alone: an earlier one's are left out.
+
+    `suffix`: "" for the validation part, `_official` for the official splits.
+    """
+    planned = read_planned(results)
+    tasks = [f"validation_accuracy_{task}" for task in planned["study"]["corpus"]["tasks"]]
+    columns = ["official_accuracy"] if suffix else ["validation_accuracy", *tasks]
+    found = {}
+    for role in UNTOUCHED:
+        path = results / BASELINES / f"{role}{suffix}.json"
+        if not path.exists():
+            continue
+        own = _checked(path, _Baseline, _measure_again(path))
+        if own["fingerprint"] != planned["baselines"].get(f"{role}{suffix}"):
+            continue
+        if lacking := [column for column in columns if column not in own["metrics"]]:
+            raise _damaged(path, f"metrics.{lacking[0]}: Field required", _measure_again(path))
+        found[role] = own
+    return found
+
+
+def _measure_again(path: Path) -> str:
+    return f"delete {path.with_suffix('.json')}, and `stillroom evaluate STUDY` measures the {path.stem} again"
+
+
+def read_run(results: Path) -> dict[str, Any]:
+    """`run.json`: each stage's commit, versions and hardware."""
+    return _checked(results / "run.json", _Run, "delete it, and `stillroom run STUDY` writes it anew")
+
+
+def read_corpus(results: Path) -> dict[str, Any]:
+    """`corpus.json`: what the examples are, and what was dropped on the way."""
+    return _checked(results / "corpus" / "corpus.json", _Corpus, _draw_again(results))
+
+
+def _draw_again(results: Path) -> str:
+    return f"delete {results / 'corpus'}, and `stillroom run STUDY` makes it anew"
+
+
+def read_examples(results: Path, counts: Mapping[str, Mapping[str, int]]) -> pd.DataFrame:
+    """Every example of the study: example_id, task, split (train, validation, official), prompt, answer, …
+
+    `counts`: those of `corpus.json`, which the rows must bear out.
+    """
+    path, remedy = results / "corpus" / "corpus.parquet", _draw_again(results)
+    rows = _read_table(path, dict.fromkeys(("example_id", "task", "split", "prompt", "answer"), "text"), remedy)
+    there = rows.groupby(["task", "split"]).size()
+    for task, own in counts.items():
+        for split in ("train", "validation"):
+            if own[split] != (found := int(there.get((task, split), 0))):
+                raise _damaged(path, f"{found} {split} examples of {task}, not {own[split]}", remedy)
+    return rows
+
+
+def _read_predictions(path: Path, metrics: Mapping[str, float], remedy: str) -> pd.DataFrame:
+    """Predictions on the validation part, sorted by example; `metrics` are those that were measured on them."""
+    if not path.exists():
+        raise UserError(f"{path} is missing: the report needs every finished trial's predictions; {remedy}")
+    columns = {"example_id": "text", "task": "text", "prediction": "answer", "gold": "text", "correct": "truth"}
+    rows = _read_table(path, {**columns, "scores": "numbers"}, remedy)
+    found = {"validation_accuracy": rows["correct"].mean()}
+    found |= {f"validation_accuracy_{task}": own["correct"].mean() for task, own in rows.groupby("task")}
+    for name, value in found.items():
+        if not abs(value - metrics.get(name, float("nan"))) < 1e-9:
+            raise _damaged(path, f"{name} is {value:.4f} by its rows, which are others than were measured", remedy)
+    return rows.sort_values("example_id", ignore_index=True)
+
+
+def read_trial_predictions(trial: Path, result: Mapping[str, Any]) -> pd.DataFrame:
+    """A finished trial's predictions on the validation part."""
+    return _read_predictions(trial / PREDICTIONS, result, _again(trial))
+
+
+def read_baseline_predictions(results: Path, role: str, metrics: Mapping[str, float]) -> pd.DataFrame:
+    """An untouched model's predictions on the validation part."""
+    path = results / BASELINES / f"{role}.parquet"
+    return _read_predictions(path, metrics, _measure_again(path))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _is_numbers(kind: pa.DataType) -> bool:
+    return bool((pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_floating(kind.value_type))
+
+
+_KINDS: dict[str, Callable[[pa.DataType], bool]] = {
+    "text": _is_text,
+    "truth": pa.types.is_boolean,
+    "answer": lambda kind: _is_text(kind) or pa.types.is_null(kind),
+    "numbers": lambda kind: _is_numbers(kind) or pa.types.is_null(kind),
+}
+_MAY_LACK_VALUES = {"answer", "numbers"}
+
+
+def _read_table(path: Path, columns: Mapping[str, str], remedy: str) -> pd.DataFrame:
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            table = file.read()
+        for name, kind in columns.items():
+            if table.column_names.count(name) != 1:
+                raise ValueError(f"it has no column {name}")
+            whole = kind in _MAY_LACK_VALUES or not table[name].null_count
+            if not (whole and _KINDS[kind](table.schema.field(name).type)):
+                raise ValueError(f"the column {name} has values that are no {kind}")
+        frame: pd.DataFrame = table.to_pandas()
+    # a torn file shows itself in many ways: as bytes that are no Parquet, no UTF-8, or a size beyond all memory
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, MemoryError, pa.ArrowException) as error:
+        raise _damaged(path, next(iter(str(error).splitlines()), type(error).__name__), remedy) from None
+    return frame
