@@ -2,19 +2,62 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import pytest
 
+from stillroom.analysis import report, verdicts
 from stillroom.analysis.frame import PLANNED, write_summary
-from stillroom.config import EXPERIMENT
+from stillroom.config import EXPERIMENT, RESULT
 from stillroom.corpus import Examples, save_corpus
 from stillroom.metrics import accuracy_metrics, save_predictions
-from stillroom.provenance import record_run, write_json
+from stillroom.provenance import read_json, record_run, write_json
 from stillroom.studies import load_study
 from stillroom.tasks import TASKS
 
 CHANCES = {"task_only": 0.45, "black_box": 0.5, "hidden": 0.65, "attention": 0.52, "combined": 0.7}
 SIZES = {"sentiment": 40, "quiz": 60, "arithmetic": 30}
+
+
+@contextmanager
+def quick_reports(whole=True):
+    """Reports without rendered pictures, which take seconds; if not `whole`, nothing is drawn or resampled either."""
+
+    def save(figure, folder):
+        if whole:
+            plt.close(figure.draw())
+        folder.mkdir(exist_ok=True)
+        (folder / f"{figure.name}.png").write_bytes(b"")
+        return folder / f"{figure.name}.png"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "save_figure", save)
+        if not whole:
+            patch.setattr(verdicts, "bootstrap_interval", lambda *a, **k: (float("nan"), float("nan")))
+        yield
+
+
+def make_identical(folder, first, second, seed, weights=None):
+    """Give the trial of `second` every measured number of the one of `first`, as if its own term were never on.
+
+    `weights`: digests that either trial has of its student after each epoch; default none.
+    """
+    paths = [next((folder / EXPERIMENT).glob(f"trial_*_{group}_seed_{seed}")) for group in (first, second)]
+    one, other = (read_json(path / RESULT) for path in paths)
+    for own, result, digest in zip((one, other), (one, other), weights or (None, None), strict=True):
+        names = [name for name in one["epochs"][0] if not name.endswith("_seconds")]
+        own["epochs"] = [
+            {**after, **{name: before[name] for name in names}, **({"weights": digest} if digest else {})}
+            for before, after in zip(one["epochs"], result["epochs"], strict=True)
+        ]
+        own |= own["epochs"][-1]
+    for path, own in zip(paths, (one, other), strict=True):
+        write_json(path / RESULT, own)
+    save_predictions(pd.read_parquet(paths[0] / "predictions.parquet"), paths[1] / "predictions.parquet")
+    write_summary(folder)
 
 
 def predictions_of(examples, chance, rng):

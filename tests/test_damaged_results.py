@@ -13,9 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from stillroom import cli
-from stillroom.analysis import report, verdicts
 from stillroom.config import EXPERIMENT
-from synthetic import write_results
+from synthetic import quick_reports, write_results
 
 TRIAL = f"{EXPERIMENT}/trial_00000003_combined_seed_1"
 FAILED = f"{EXPERIMENT}/trial_00000002_combined_seed_0"
@@ -46,17 +45,10 @@ def whole(tmp_path_factory):
 
 
 @pytest.fixture
-def results(whole, tmp_path, monkeypatch):
-    """A copy of it to damage; pictures and the bootstrap, which come after all reading, are left out."""
-
-    def draw(figure, folder):
-        folder.mkdir(exist_ok=True)
-        (folder / f"{figure.name}.png").write_bytes(b"")
-        return folder / f"{figure.name}.png"
-
-    monkeypatch.setattr(report, "save_figure", draw)
-    monkeypatch.setattr(verdicts, "bootstrap_interval", lambda *a, **k: (float("nan"), float("nan")))
-    return shutil.copytree(whole, tmp_path / "results")
+def results(whole, tmp_path):
+    """A copy of it to damage; the bootstrap and the pictures, which come after all reading, are left out."""
+    with quick_reports(whole=False):
+        yield shutil.copytree(whole, tmp_path / "results")
 
 
 def told(results, monkeypatch, capsys):

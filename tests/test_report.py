@@ -14,30 +14,51 @@ from recompute_report import check_report
 from stillroom.analysis.paper import latex_escaped
 from stillroom.analysis.report import print_table, write_report
 from stillroom.analysis.results import StudyResults
-from stillroom.config import UserError
+from stillroom.analysis.sameness import identical_groups
+from stillroom.config import EXPERIMENT, UserError
 from stillroom.corpus import folded
 from stillroom.provenance import Meter, read_json, write_json
-from synthetic import write_results
+from synthetic import make_identical, quick_reports, write_results
 
 HOSTILE = '<script>document.title="owned"</script><img src=x onerror="document.title=1"></pre>{{ 7*7 }}'
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def results(tmp_path_factory):
-    """A whole study of seven seeds, reported."""
+    """A whole study of seven seeds, reported; its pictures are drawn, not rendered."""
     folder = tmp_path_factory.mktemp("whole") / "results"
     write_results(folder, seeds=range(7))
-    write_report(folder)
+    with quick_reports():
+        write_report(folder)
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def hostile(tmp_path_factory):
-    """A study with a failed trial whose data and error message try to run as code."""
+    """A study with a failed trial whose data and error message try to run as code, reported likewise."""
     folder = tmp_path_factory.mktemp("hostile") / "results"
     write_results(folder, seeds=range(3), drop=[("hidden", 1)], rename=lambda text: text + HOSTILE)
-    write_report(folder)
+    with quick_reports():
+        write_report(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def whole_pages(results, hostile, tmp_path_factory):
+    """Both reports with all their pictures, by the name of the study; for slow tests alone."""
+    pages = {}
+    for name, folder in (("results", results), ("hostile", hostile)):
+        pages[name] = tmp_path_factory.mktemp("drawn") / name
+        shutil.copytree(folder, pages[name])
+        write_report(pages[name])
+    return pages
+
+
+@pytest.fixture
+def quick():
+    """Reports without pictures and bootstrap: for tests of words."""
+    with quick_reports(whole=False):
+        yield
 
 
 def test_every_figure_is_what_the_raw_rows_give(results, tmp_path):
@@ -64,26 +85,19 @@ def test_an_incomplete_study_says_so_and_shows_the_error(hostile, capsys):
     assert "warning: Incomplete" in capsys.readouterr().out
 
 
-def test_the_same_folder_gives_the_same_bytes(results, tmp_path):
-    """Page, figures and tables; and nothing but the results folder is needed."""
-    moved = tmp_path / "elsewhere"
+@pytest.mark.slow
+def test_the_command_needs_only_the_results_folder_and_gives_the_same_bytes(whole_pages, tmp_path, monkeypatch, capsys):
+    """`stillroom report FOLDER` without study, models or store: page, figures and tables are those made before."""
+    from stillroom.cli import app
+
+    results, moved = whole_pages["results"], tmp_path / "moved"
     shutil.copytree(results, moved, ignore=shutil.ignore_patterns("report.html", "figures", "tables", "paper"))
-    write_report(moved)
+    monkeypatch.chdir(tmp_path)
+    app(["report", "moved"], standalone_mode=False)
+    assert "hidden against black_box" in capsys.readouterr().out
     made = sorted(p.relative_to(moved) for p in moved.rglob("*") if p.is_file())
     assert made == sorted(p.relative_to(results) for p in results.rglob("*") if p.is_file())
     assert [p for p in made if (moved / p).read_bytes() != (results / p).read_bytes()] == []
-
-
-def test_the_command_needs_only_the_results_folder(results, tmp_path, monkeypatch, capsys):
-    """`stillroom report FOLDER` without study, models or store; the page is the same."""
-    from stillroom.cli import app
-
-    moved = tmp_path / "moved"
-    shutil.copytree(results, moved, ignore=shutil.ignore_patterns("report.html"))
-    monkeypatch.chdir(tmp_path)
-    app(["report", "moved"], standalone_mode=False)
-    assert (moved / "report.html").read_bytes() == (results / "report.html").read_bytes()
-    assert "hidden against black_box" in capsys.readouterr().out
 
 
 def test_a_report_without_trials_is_refused(tmp_path):
@@ -118,7 +132,7 @@ def test_a_leak_is_counted_from_the_examples_themselves(results, tmp_path):
     assert StudyResults.read(leaking).shared_prompts == before + 1
 
 
-def test_what_was_measured_for_another_study_is_left_out(results, tmp_path, capsys):
+def test_what_was_measured_for_another_study_is_left_out(results, tmp_path, quick):
     """A teacher of an earlier run is not this one's: its row goes, and the page says which and what to run."""
     copy = tmp_path / "copy"
     shutil.copytree(results, copy)
@@ -133,7 +147,11 @@ def test_what_was_measured_for_another_study_is_left_out(results, tmp_path, caps
     official = copy / "baselines" / "student_official.json"
     write_json(official, {**read_json(official), "fingerprint": "another"})
     described = copy / "corpus" / "corpus.json"
-    write_json(described, {**read_json(described), "fingerprint": "another"})
+    other = {**read_json(described), "fingerprint": "another"}
+    other["counts"] = {f"other_{task}": own for task, own in other["counts"].items()}
+    rows = pd.read_parquet(described.with_suffix(".parquet"))
+    rows.assign(task="other_" + rows["task"]).to_parquet(described.with_suffix(".parquet"))
+    write_json(described, other)
     page = write_report(copy).read_text()
     assert "What was measured of the teacher and the untouched student on official splits belongs" in page
     assert "The examples in this folder are another study" in page
@@ -143,8 +161,49 @@ def test_what_was_measured_for_another_study_is_left_out(results, tmp_path, caps
     assert "the record at hand is of other data" not in (results / "report.html").read_text()
     assert "the record at hand is of other data" in page
     write_json(copy / "planned.json", {k: v for k, v in read_json(copy / "planned.json").items() if k != "baselines"})
-    with pytest.raises(UserError, match="is another version's: `stillroom run STUDY` brings it up to date"):
+    with pytest.raises(UserError, match="of another version: baselines: Field required; `stillroom run STUDY` brings"):
         write_report(copy)
+
+
+@pytest.mark.parametrize("weights", [None, ("a1", "a1")])
+def test_groups_that_were_to_differ_and_do_not_are_an_error(results, tmp_path, capsys, quick, weights):
+    """A term that never reached the student: first on the page and on the terminal, and no verdict between the two."""
+    folder = shutil.copytree(results, tmp_path / "results")
+    make_identical(folder, "attention", "combined", 2, weights)
+    page = write_report(folder).read_text()
+    says = "The trials of attention and combined are identical at every epoch (seed 2), though their objectives differ"
+    assert 0 < page.index(f"Error: {says}") < page.index("In group attention the term")
+    assert page.count("Error: ") == 1
+    print_table(folder)
+    assert f"Error: {says}" in capsys.readouterr().out
+    verdicts = pd.read_csv(folder / "tables" / "comparisons.csv").groupby(["first", "second"])["verdict"].agg(set)
+    assert verdicts["combined", "attention"] == {"undecided"}
+    assert verdicts["combined", "hidden"] != {"undecided"}
+    assert "their trials are identical at seed 2, so the term that tells them apart never took effect" in page
+    assert check_report(folder, bootstrap=False) > 250
+
+
+@pytest.mark.parametrize("weights", [("a1", "b2"), ("a1", "")])
+def test_groups_of_other_weights_or_of_one_objective_are_no_error(tmp_path, weights):
+    """Equal losses with other weights differ, as do groups that one epoch tells apart; equal objectives may agree."""
+    folder = tmp_path / "results"
+    write_results(folder, seeds=(0,))
+    make_identical(folder, "attention", "combined", 0, weights)
+    found = StudyResults.read(folder)
+    assert found.identical == ({} if all(weights) else {("attention", "combined"): [0]})
+    results = [read_json(p) for p in sorted((folder / EXPERIMENT).glob("*/result.json"))]
+    one = next(r for r in results if r["config"]["distill_type"] == "attention")
+    other = next(r for r in results if r["config"]["distill_type"] == "combined")
+    one["epochs"][0]["validation_task_loss"] += 1e-12
+    assert identical_groups([one, other]) == {}
+    same = {**one, "config": {**one["config"], "distill_type": "again"}}
+    assert identical_groups([one, same]) == {}
+    objective = {**one["config"]["objective"], "attention_scale": "row_sum"}
+    scaled = {**one, "config": {**one["config"], "distill_type": "scaled", "objective": objective}}
+    assert identical_groups([one, scaled]) == {("attention", "scaled"): [0]}
+    objective = {**one["config"]["objective"], "hidden_scale": "teacher_rms"}  # of a term that is off
+    scaled = {**one, "config": {**one["config"], "distill_type": "scaled", "objective": objective}}
+    assert identical_groups([one, scaled]) == {}
 
 
 def test_tables_for_a_paper_are_tidy_and_escaped(results):
@@ -203,9 +262,9 @@ def browser():
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "light"), (1280, "dark")])
 @pytest.mark.parametrize("folder", ["results", "hostile"])
-def test_the_page_stands_alone_in_a_browser(browser, request, folder, width, scheme):
+def test_the_page_stands_alone_in_a_browser(browser, whole_pages, folder, width, scheme):
     """No error, nothing from outside, every picture drawn, no sideways scrolling, hostile text inert."""
-    path = request.getfixturevalue(folder) / "report.html"
+    path = whole_pages[folder] / "report.html"
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     errors, requests = [], []
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
@@ -236,8 +295,9 @@ def test_the_page_stands_alone_in_a_browser(browser, request, folder, width, sch
 
 
 @pytest.mark.slow
-def test_downloads_are_the_files_beside_the_page(browser, results):
+def test_downloads_are_the_files_beside_the_page(browser, whole_pages):
     """A data URI's content is the file of that name, byte for byte."""
+    results = whole_pages["results"]
     page = browser.new_page()
     page.goto((results / "report.html").as_uri())
     links = page.locator("a[download]")

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
 from stillroom.analysis.statistics import (
@@ -16,6 +17,7 @@ from stillroom.analysis.statistics import (
     detectable_effect,
     effect_size,
     equivalence_p,
+    holm_adjusted,
     interaction_p,
     mean_interval,
     seeds_needed,
@@ -106,6 +108,13 @@ def test_holm_is_over_the_declared_family():
     assert sorted(row.adjusted_p for row in rows) == pytest.approx(list(expected))
     assert rows[0].difference == 4
     assert rows[0].smallest_p == 2 / 128
+
+
+def test_holm_is_that_of_statsmodels():
+    """To the bit, ties and ones among them."""
+    rng = np.random.default_rng(5)
+    for ps in (rng.random(1), rng.random(6), rng.integers(1, 9, 15) / 128, np.ones(3)):
+        assert holm_adjusted(ps) == list(multipletests(ps, method="holm")[1])
 
 
 def test_tost_is_two_one_sided_tests():

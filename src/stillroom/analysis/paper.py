@@ -203,7 +203,8 @@ def checklist(results: StudyResults) -> str:
 
 def _drawn(results: StudyResults, task: str) -> str:
     if results.other_corpus:
-        return f"{results.study['corpus']['tasks'][task]['examples']} examples asked for; those in this folder are another study's"
+        asked = results.study["corpus"]["tasks"][task]["examples"]
+        return f"{asked} examples asked for; those in this folder are another study's"
     own = results.corpus[task]
     return f"{own['train']} training and {own['validation']} validation examples"
 

@@ -24,7 +24,9 @@ def answers_of(results: StudyResults, bootstrap: bool = True) -> list[Answer]:
     predictions = results.predictions if bootstrap else {}
     seeds = results.study["sweep"]["seeds"]
     both = {group["name"] for group in results.study["groups"] if {"hidden", "attention"} <= set(group["terms"])}
-    return answer_questions(Evidence(results.frame, results.analysis, seeds, results.groups, predictions, both))
+    return answer_questions(
+        Evidence(results.frame, results.analysis, seeds, results.groups, predictions, both, results.identical)
+    )
 
 
 def gradient_rows(results: StudyResults) -> list[dict[str, Any]]:
@@ -41,6 +43,16 @@ def gradient_rows(results: StudyResults) -> list[dict[str, Any]]:
         weak = [term for term, share in shares.items() if term != "task" and share < WEAK_SIGNAL]
         rows.append({"group": group, "shares": shares, "weak": weak})
     return rows
+
+
+def errors_of(results: StudyResults) -> list[str]:
+    """What makes numbers worthless, each a sentence: groups that were to differ and are the same."""
+    return [
+        f"The trials of {first} and {second} are identical at every epoch (seed {', '.join(map(str, seeds))}), though "
+        "their objectives differ: the term that tells these groups apart never took effect. No number here compares "
+        "them. Look whether the teacher's data reach that term, then train both groups again."
+        for (first, second), seeds in results.identical.items()
+    ]
 
 
 def warnings_of(results: StudyResults) -> list[str]:
@@ -148,6 +160,7 @@ def write_report(folder: Path) -> Path:
             study=results.study,
             answers=answers,
             analysis=analysis,
+            errors=errors_of(results),
             warnings=warnings_of(results),
             accuracy=group_table(results.frame, results.groups, results.untrained_metrics),
             measures=list(measures),
@@ -224,6 +237,8 @@ def print_table(folder: Path) -> None:
     console.print(table)
     for answer in answers_of(results, bootstrap=False):
         console.print(f"{answer.question} {answer.answer}", markup=False, highlight=False, soft_wrap=True)
+    for error in errors_of(results):
+        console.print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True, style="bold red")
     for warning in warnings_of(results):
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
 

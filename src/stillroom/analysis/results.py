@@ -22,6 +22,7 @@ from stillroom.analysis.reading import (
     read_run,
     read_trial_predictions,
 )
+from stillroom.analysis.sameness import identical_groups
 from stillroom.config import BASELINES, EXPERIMENT, UNTOUCHED, Analysis, UserError
 from stillroom.corpus import folded
 from stillroom.metrics import agreement
@@ -134,6 +135,11 @@ class StudyResults:
             return {}
         tasks = accuracy_columns(self.frame, "official_accuracy_")
         return {"all": "official_accuracy", **tasks}
+
+    @cached_property
+    def identical(self) -> dict[tuple[str, str], list[int]]:
+        """Seeds at which two groups are alike to the last bit though their objectives differ; see `sameness`."""
+        return identical_groups(self.finished)
 
     @cached_property
     def predictions(self) -> dict[tuple[str, int], pd.DataFrame]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,6 @@ from jaxtyping import Float
 from numpy import ndarray
 from scipy import stats
 from statsmodels.stats.anova import AnovaRM
-from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.weightstats import DescrStatsW
 
@@ -81,6 +81,7 @@ def effect_size(differences: Float[ndarray, "S"]) -> float:
     return float(values.mean() / values.std(ddof=1))
 
 
+@cache
 def detectable_effect(seeds: int, alpha: float = 0.05, power: float = 0.8) -> float:
     """Smallest |d_z| a paired t-test of so many seeds detects with the given power; NaN for fewer than two."""
     return float(TTestPower().solve_power(nobs=seeds, alpha=alpha, power=power)) if seeds > 1 else math.nan
@@ -112,6 +113,18 @@ def seeds_needed(effect: float, alpha: float = 0.05, power: float = 0.8, contras
     return enough
 
 
+def holm_adjusted(ps: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment (Scandinavian Journal of Statistics 6, 1979), in the order given.
+
+    The smallest of m times m, the next times m − 1, …; never falling, at most 1.
+    """
+    order = np.argsort(ps, kind="stable")
+    stepped = np.asarray(ps, dtype=np.float64)[order] * np.arange(len(ps), 0, -1)
+    adjusted = np.empty(len(ps))
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(stepped))
+    return [float(p) for p in adjusted]
+
+
 def compare(
     pairs: Sequence[tuple[str, str]],
     scores: dict[str, Float[ndarray, "S"]],
@@ -124,7 +137,7 @@ def compare(
     """
     differences = [scores[first] - scores[second] for first, second in pairs]
     raw = [sign_flip_p(own) for own in differences]
-    adjusted = multipletests(raw, method="holm")[1] if all(math.isfinite(p) for p in raw) else raw
+    adjusted = holm_adjusted(raw) if all(math.isfinite(p) for p in raw) else raw
     rows = []
     for (first, second), own, p, adjusted_p in zip(pairs, differences, raw, adjusted, strict=True):
         low, high = mean_interval(own, alpha)

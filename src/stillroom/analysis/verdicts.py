@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -68,6 +68,12 @@ class Evidence:
     """By group and seed, rows sorted by example; may be empty."""
     combining: Set[str] = frozenset({"combined"})
     """Groups that have both signals: a secondary contrast with one of them is about combining."""
+    identical: Mapping[Pair, Sequence[int]] = field(default_factory=dict)
+    """Seeds at which two groups are the same though their objectives differ: a fault, so there is no verdict."""
+
+    def alike(self, pair: Pair) -> Sequence[int]:
+        """Seeds at which these two, in either order, are identical."""
+        return self.identical.get(pair) or self.identical.get(pair[::-1]) or ()
 
     @property
     def columns(self) -> dict[str, str]:
@@ -104,8 +110,12 @@ class Evidence:
     ) -> Finding:
         by_seed = {seed: scores[row.first][seed] - scores[row.second][seed] for seed in scores[row.first]}
         equivalence = equivalence_p(np.array(list(by_seed.values())), self.analysis.equivalence_margin)
-        verdict = _verdict(row, family, equivalence, self.analysis)
-        sentence = _sentence(row, family, verdict, equivalence, self.analysis, missing)
+        if alike := self.alike((row.first, row.second)):
+            verdict = "undecided"
+            sentence = f"{row.first} against {row.second} on {row.measure}: undecided{_never_took_effect(alike)}"
+        else:
+            verdict = _verdict(row, family, equivalence, self.analysis)
+            sentence = _sentence(row, family, verdict, equivalence, self.analysis, missing)
         bootstrap = self._bootstrap(row, list(by_seed))
         return Finding(row, equivalence, verdict, sentence, by_seed, bootstrap)
 
@@ -198,6 +208,14 @@ def _verdict(row: Comparison, family: int, equivalence: float, analysis: Analysi
     return "undecided" if family * row.smallest_p > analysis.alpha else "no evidence of a difference"
 
 
+def _never_took_effect(seeds: Sequence[int]) -> str:
+    listed = ", ".join(map(str, seeds))
+    return (
+        f": their trials are identical at seed{'s' if len(seeds) != 1 else ''} {listed}, so the term that tells them "
+        "apart never took effect"
+    )
+
+
 def _why(row: Comparison, family: int, analysis: Analysis, missing: list[tuple[str, int]]) -> str:
     if missing and analysis.incomplete == "refuse":
         listed = ", ".join(f"{group} seed {seed}" for group, seed in missing[:5])
@@ -229,7 +247,9 @@ def _task_dependence(evidence: Evidence, pairs: Sequence[Pair], findings: Sequen
     brief, sentences = [], []
     for (first, second), (p, seeds) in evidence.interactions(pairs).items():
         name = f"{first} against {second}"
-        if not math.isfinite(p) or (p > alpha and 2 / 2**seeds > alpha):
+        if alike := evidence.alike((first, second)):
+            verdict, more = "undecided", _never_took_effect(alike)
+        elif not math.isfinite(p) or (p > alpha and 2 / 2**seeds > alpha):
             verdict, more = "undecided", f" with {seeds} seed{'s' if seeds != 1 else ''}"
         elif p <= alpha:
             verdict, more = "the benefit differs between tasks", f" (interaction p = {p:.3g})"
