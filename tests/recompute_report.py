@@ -177,7 +177,7 @@ def check_report(results, bootstrap=True):
 
 
 def check_accuracy(rows, results, trials, tasks, suffix=""):
-    """Means and standard deviations over seeds; the untrained models."""
+    """Means and standard deviations over seeds; the baselines."""
     done = 0
     groups = {group for group, _ in trials}
     for name, count, *cells in rows[1:]:
@@ -188,8 +188,8 @@ def check_accuracy(rows, results, trials, tasks, suffix=""):
                 assert same(cell, 100 * statistics.mean(values), 1), (name, measure, cell)
                 if len(values) > 1:
                     assert same(cell.split("±")[1], 100 * statistics.stdev(values), 1), (name, measure, cell)
-            elif name in ("teacher", "untouched student"):
-                file = results / "baselines" / f"{'teacher' if name == 'teacher' else 'student'}{suffix}.parquet"
+            elif count == "baseline":
+                file = results / "baselines" / f"{name.split()[0]}{suffix}.parquet"
                 assert same(cell, 100 * accuracy(pd.read_parquet(file), measure), 1), (name, measure, cell)
             done += cell != "–"
     return done

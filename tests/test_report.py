@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from recompute_report import check_report
-from stillroom.analysis.paper import latex_escaped
+from stillroom.analysis.escaping import latex_escaped
 from stillroom.analysis.report import print_table, write_report
 from stillroom.analysis.results import StudyResults
 from stillroom.analysis.sameness import identical_groups
@@ -143,7 +143,7 @@ def test_what_was_measured_for_another_study_is_left_out(results, tmp_path, quic
     log["stages"]["verify"]["fingerprint"] = "another"
     write_json(copy / "run.json", log)
     page = write_report(copy).read_text()
-    assert "What was measured of the teacher belongs to another study and is left out: `stillroom run STUDY`" in page
+    assert "What was measured of the teacher (fine-tuned) belongs to another study and is left out: `stillroom run STUDY`" in page
     official = copy / "baselines" / "student_official.json"
     write_json(official, {**read_json(official), "fingerprint": "another"})
     described = copy / "corpus" / "corpus.json"
@@ -153,10 +153,10 @@ def test_what_was_measured_for_another_study_is_left_out(results, tmp_path, quic
     rows.assign(task="other_" + rows["task"]).to_parquet(described.with_suffix(".parquet"))
     write_json(described, other)
     page = write_report(copy).read_text()
-    assert "What was measured of the teacher and the untouched student on official splits belongs" in page
+    assert "What was measured of the teacher (fine-tuned) and the student before training on official splits belongs" in page
     assert "The examples in this folder are another study" in page
     read = StudyResults.read(copy)
-    assert list(read.untrained) == list(read.untrained_predictions) == ["untouched student"]
+    assert list(read.baselines) == list(read.baseline_predictions) == ["student before training"]
     assert [name for name in read.measures if name.startswith("agreement_")] == []
     assert "the record at hand is of other data" not in (results / "report.html").read_text()
     assert "the record at hand is of other data" in page

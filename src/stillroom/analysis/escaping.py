@@ -28,7 +28,7 @@ def fence(text: str) -> str:
 
 def markdown_plain(text: object) -> str:
     """The text as Markdown shows it letter by letter, in a paragraph or in a table's cell: no markup, link or tag."""
-    return re.sub(r"([\\`*_{}\[\]()<>#!|~&$:@])", r"\\\1", control_free(str(text)))
+    return re.sub(r"([\\`*_{}\[\]()<>#!|~&])", r"\\\1", control_free(str(text)))
 
 
 def latex_escaped(text: str) -> str:

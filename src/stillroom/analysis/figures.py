@@ -62,7 +62,7 @@ def study_figures(results: StudyResults, answers: Sequence[Answer], margin: floa
         Figure(
             "accuracy",
             f"Validation accuracy after the last epoch. Every seed a mark, the mean a bar, its {level} interval "
-            "(Student's t over seeds) a line; horizontal lines are the untrained models.",
+            f"(Student's t over seeds) a line; horizontal lines are the {' and the '.join(results.labels.values())}.",
             "Validation accuracy of each group, over all examples and by task.",
             lambda: accuracy_figure(results, alpha),
         ),
@@ -126,7 +126,7 @@ def study_figures(results: StudyResults, answers: Sequence[Answer], margin: floa
 
 
 def accuracy_figure(results: StudyResults, alpha: float) -> Any:
-    """Accuracy by task and group: every seed a mark, the mean a bar with its interval; untrained models as lines."""
+    """Accuracy by task and group: every seed a mark, the mean a bar with its interval; baselines as lines."""
     columns = {"all": "validation_accuracy", **accuracy_columns(results.frame)}
     colours = group_colours(results.groups)
     figure, axes = plt.subplots(1, len(columns), figsize=(2.6 * len(columns), 3.6), sharey=True, squeeze=False)
@@ -139,9 +139,9 @@ def accuracy_figure(results: StudyResults, alpha: float) -> Any:
                 axis.hlines(values.mean(), place - 0.32, place + 0.32, color=colours[group], lw=2.2, zorder=4)
                 low, high = mean_interval(values, alpha)
                 axis.vlines(place, low, high, color=colours[group], lw=1.2, zorder=4)
-        for name, style in (("teacher", "-"), ("untouched student", ":")):
-            if column in results.untrained_metrics.get(name, {}):
-                axis.axhline(results.untrained_metrics[name][column], color="0.35", ls=style, lw=1, label=name)
+        for name, style in zip(results.labels.values(), ("-", ":"), strict=True):
+            if column in results.baseline_metrics.get(name, {}):
+                axis.axhline(results.baseline_metrics[name][column], color="0.35", ls=style, lw=1, label=name)
         axis.set_title(task)
         axis.set_xticks(range(len(results.groups)), results.groups, rotation=60, ha="right")
         axis.yaxis.set_major_formatter(PercentFormatter(1))

@@ -67,7 +67,7 @@ def accuracy_columns(frame: pd.DataFrame, prefix: str = "validation_accuracy_") 
 
 
 def worse_or_equal(teacher: dict[str, float], student: dict[str, float]) -> list[str]:
-    """Tasks on which the teacher's accuracy is no better than the untouched student's."""
+    """Tasks on which the teacher's accuracy is no better than the student's before training."""
     columns = accuracy_columns(pd.DataFrame([teacher]))
     return [task for task, column in columns.items() if teacher[column] <= student[column]]
 
@@ -75,17 +75,17 @@ def worse_or_equal(teacher: dict[str, float], student: dict[str, float]) -> list
 def group_table(
     frame: pd.DataFrame,
     groups: Sequence[str],
-    untrained: dict[str, dict[str, float]],
+    baselines: dict[str, dict[str, float]],
     columns: dict[str, str] | None = None,
 ) -> pd.DataFrame:
-    """Mean and standard deviation of accuracy by group, over all and per task; the untrained rows beside them.
+    """Mean and standard deviation of accuracy by group, over all and per task; the baselines beside them.
 
     Index: row name. Columns: seeds, then for `accuracy` and each task `<name>_mean` and `<name>_std`; `columns` asks
-    for others, by name. A group with one seed has no standard deviation (NaN), an untrained row neither.
+    for others, by name. A group with one seed has no standard deviation (NaN), a baseline neither.
     """
     columns = columns or {"accuracy": "validation_accuracy", **accuracy_columns(frame)}
     rows: dict[str, dict[str, float]] = {}
-    for name, metrics in untrained.items():
+    for name, metrics in baselines.items():
         rows[name] = {"seeds": 0} | {f"{k}_mean": metrics.get(c, float("nan")) for k, c in columns.items()}
     for group in groups:
         own = frame[frame["config/distill_type"] == group]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from stillroom.analysis.escaping import latex_escaped
 from stillroom.analysis.frame import group_table
 from stillroom.analysis.results import StudyResults
 from stillroom.analysis.verdicts import Answer, Finding
@@ -16,9 +17,9 @@ from stillroom.provenance import atomic_path, write_text
 
 
 def accuracy_rows(results: StudyResults) -> pd.DataFrame:
-    """Tidy: group, seed, task, examples, correct, accuracy; from the predictions alone. Untrained rows have no seed."""
+    """Tidy: group, seed, task, examples, correct, accuracy; from the predictions alone. Baselines have no seed."""
     parts = [(group, str(seed), own) for (group, seed), own in results.predictions.items()]
-    parts += [(label, "", own) for label, own in results.untrained_predictions.items()]
+    parts += [(label, "", own) for label, own in results.baseline_predictions.items()]
     rows = []
     for group, seed, own in parts:
         for task, part in [("all", own), *own.groupby("task")]:
@@ -72,13 +73,6 @@ def study_tables(results: StudyResults, answers: Sequence[Answer]) -> dict[str, 
     return {name: table for name, table in tables.items() if len(table)}
 
 
-def latex_escaped(text: str) -> str:
-    """Text with LaTeX's special characters made plain."""
-    special = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    special |= {character: "\\" + character for character in "&%$#_{}"}
-    return "".join(special.get(character, character) for character in text)
-
-
 def latex_table(caption: str, label: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A booktabs table: the first column left, the others right; cells are LaTeX already."""
     lines = [
@@ -100,7 +94,7 @@ def latex_table(caption: str, label: str, headings: Sequence[str], rows: Sequenc
 
 def accuracy_latex(results: StudyResults) -> str:
     """Accuracy by group and task, mean ± standard deviation over seeds, in percent."""
-    table = group_table(results.frame, results.groups, results.untrained_metrics)
+    table = group_table(results.frame, results.groups, results.baseline_metrics)
     keys = ["accuracy", *results.tasks]
     rows = []
     for name, row in table.iterrows():
@@ -108,9 +102,11 @@ def accuracy_latex(results: StudyResults) -> str:
         rows.append([latex_escaped(str(name)), str(int(row["seeds"])) if row["seeds"] else "--", *cells])
     headings = ["Group", "Seeds", "All", *(latex_escaped(task) for task in results.tasks)]
     incomplete = f" Incomplete: {len(results.missing)} trials are missing." if results.missing else ""
+    tuned = results.study["teacher"]["adapt"]["method"] != "none"
+    teacher = "the teacher, fine-tuned on the training part" if tuned else "the teacher, as it was published"
     caption = (
-        f"Validation accuracy (\\%), mean $\\pm$ standard deviation over seeds; teacher and untouched student "
-        f"were not trained by the study.{incomplete}"
+        f"Validation accuracy (\\%), mean $\\pm$ standard deviation over seeds. Baselines: {teacher}, and the student "
+        f"before training.{incomplete}"
     )
     return latex_table(caption, "tab:accuracy", headings, rows)
 

@@ -33,8 +33,12 @@ class _Shape(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
+_Plain = Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-]+$")]
+"""Names that become parts of paths, and stand on pages."""
+
+
 class _Trial(_Shape):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_\-]+$")]
+    name: _Plain
     group: str
     seed: int
 
@@ -53,7 +57,7 @@ class _Objective(_Shape):
 
 
 class _TrialConfig(_Shape):
-    distill_type: str
+    distill_type: _Plain
     seed: int
     objective: _Objective
 
@@ -62,6 +66,11 @@ class _Epoch(_Shape):
     epoch: int
     step: int
     validation_accuracy: float
+    skipped_steps: int = 0
+    tokens: int = 0
+    train_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    data_wait_seconds: float = 0.0
 
 
 class _Gradient(_Shape):
@@ -81,7 +90,7 @@ class _Coverage(_Shape):
 
 
 class _Result(_Epoch):
-    trial: str
+    trial: _Plain
     config: _TrialConfig
     epochs: Annotated[list[_Epoch], Field(min_length=1)]
     gradients: list[_Gradient]

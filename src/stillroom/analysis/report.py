@@ -15,7 +15,7 @@ from stillroom.analysis.frame import group_table, worse_or_equal
 from stillroom.analysis.paper import study_tables, write_paper
 from stillroom.analysis.results import StudyResults
 from stillroom.analysis.verdicts import Answer, Evidence, answer_questions
-from stillroom.config import TERMS, UNTOUCHED, WEAK_SIGNAL
+from stillroom.config import TERMS, WEAK_SIGNAL
 from stillroom.provenance import write_text
 
 
@@ -74,11 +74,11 @@ def warnings_of(results: StudyResults) -> list[str]:
             "The examples in this folder are another study's than the trials': what is said of them is not what "
             "the trials saw. `stillroom run STUDY` brings both to one study."
         )
-    if len(results.untrained_metrics) == 2:
-        teacher, student = (results.untrained_metrics[label] for label in UNTOUCHED.values())
+    if len(results.baseline_metrics) == 2:
+        teacher, student = (results.baseline_metrics[label] for label in results.labels.values())
         for task in worse_or_equal(teacher, student):
             found.append(
-                f"On {task} the teacher is no better than the untouched student: it has nothing to give there."
+                f"On {task} the teacher is no better than the student before training: it has nothing to give there."
             )
     for row in gradient_rows(results):
         if row["weak"]:
@@ -162,9 +162,9 @@ def write_report(folder: Path) -> Path:
             analysis=analysis,
             errors=errors_of(results),
             warnings=warnings_of(results),
-            accuracy=group_table(results.frame, results.groups, results.untrained_metrics),
+            accuracy=group_table(results.frame, results.groups, results.baseline_metrics),
             measures=list(measures),
-            others=group_table(results.measures, results.groups, results.untrained_metrics, measures),
+            others=group_table(results.measures, results.groups, results.baseline_metrics, measures),
             official=group_table(results.frame, results.groups, results.official_metrics, results.official_columns),
             gradients=gradient_rows(results),
             integrity=integrity_rows(results),
@@ -230,9 +230,9 @@ def print_table(folder: Path) -> None:
     table = Table(title=f"{results.study['name']}: validation accuracy, mean ± standard deviation over seeds")
     for heading in ("group", "seeds", "all", *results.tasks):
         table.add_column(heading, justify="left" if heading == "group" else "right")
-    for name, row in group_table(results.frame, results.groups, results.untrained_metrics).iterrows():
+    for name, row in group_table(results.frame, results.groups, results.baseline_metrics).iterrows():
         cells = [_cell(row, key) for key in ("accuracy", *results.tasks)]
-        table.add_row(str(name), str(int(row["seeds"])) if row["seeds"] else "untrained", *cells)
+        table.add_row(str(name), str(int(row["seeds"])) if row["seeds"] else "baseline", *cells)
     console = Console()
     console.print(table)
     for answer in answers_of(results, bootstrap=False):

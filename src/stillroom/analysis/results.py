@@ -23,7 +23,7 @@ from stillroom.analysis.reading import (
     read_trial_predictions,
 )
 from stillroom.analysis.sameness import identical_groups
-from stillroom.config import BASELINES, EXPERIMENT, UNTOUCHED, Analysis, UserError
+from stillroom.config import BASELINES, EXPERIMENT, Analysis, UserError
 from stillroom.corpus import folded
 from stillroom.metrics import agreement
 
@@ -56,7 +56,7 @@ class StudyResults:
 
     def read_all(self) -> None:
         """Read every file that a report needs: what is damaged is said before anything is written."""
-        for name in ("run", "examples", "predictions", "untrained_predictions", "official_metrics", "missing"):
+        for name in ("run", "examples", "predictions", "baseline_predictions", "official_metrics", "missing"):
             getattr(self, name)
 
     def trial_folder(self, name: str) -> Path:
@@ -94,12 +94,18 @@ class StudyResults:
         ]
 
     @cached_property
-    def untrained(self) -> dict[str, dict[str, Any]]:
-        """Baselines by what tables call them; see `read_baselines`."""
-        return {UNTOUCHED[role]: own for role, own in self._baselines[""].items()}
+    def labels(self) -> dict[str, str]:
+        """What tables call the two models that no trial trains, by role; a fine-tuned teacher is called so."""
+        tuned = self.study["teacher"]["adapt"]["method"] != "none"
+        return {"teacher": "teacher (fine-tuned)" if tuned else "teacher", "student": "student before training"}
 
     @cached_property
-    def _baselines(self) -> dict[str, dict[str, dict[str, Any]]]:
+    def baselines(self) -> dict[str, dict[str, Any]]:
+        """Baselines by what tables call them; see `read_baselines`."""
+        return {self.labels[role]: own for role, own in self._measured[""].items()}
+
+    @cached_property
+    def _measured(self) -> dict[str, dict[str, dict[str, Any]]]:
         """By suffix of their files, by role."""
         return {suffix: read_baselines(self.folder, suffix) for suffix in ("", "_official")}
 
@@ -109,8 +115,8 @@ class StudyResults:
         return [
             label + where
             for suffix, where in (("", ""), ("_official", " on official splits"))
-            for role, label in UNTOUCHED.items()
-            if role not in self._baselines[suffix] and (self.folder / BASELINES / f"{role}{suffix}.json").is_file()
+            for role, label in self.labels.items()
+            if role not in self._measured[suffix] and (self.folder / BASELINES / f"{role}{suffix}.json").is_file()
         ]
 
     @cached_property
@@ -119,14 +125,14 @@ class StudyResults:
         return bool(self._corpus["fingerprint"] != self.corpus_fingerprint)
 
     @cached_property
-    def untrained_metrics(self) -> dict[str, dict[str, float]]:
+    def baseline_metrics(self) -> dict[str, dict[str, float]]:
         """Metrics of the baselines."""
-        return {label: own["metrics"] for label, own in self.untrained.items()}
+        return {label: own["metrics"] for label, own in self.baselines.items()}
 
     @cached_property
     def official_metrics(self) -> dict[str, dict[str, float]]:
         """Metrics of the baselines on the official evaluation splits, if the study evaluates any."""
-        return {UNTOUCHED[role]: own["metrics"] for role, own in self._baselines["_official"].items()}
+        return {self.labels[role]: own["metrics"] for role, own in self._measured["_official"].items()}
 
     @cached_property
     def official_columns(self) -> dict[str, str]:
@@ -153,14 +159,14 @@ class StudyResults:
         return found
 
     @cached_property
-    def untrained_predictions(self) -> dict[str, pd.DataFrame]:
+    def baseline_predictions(self) -> dict[str, pd.DataFrame]:
         """The baselines' predictions on the same examples, by what tables call them, where they were kept."""
         found = {}
-        for role, own in self._baselines[""].items():
+        for role, own in self._measured[""].items():
             path = self.folder / BASELINES / f"{role}.parquet"
             if path.exists():
-                found[UNTOUCHED[role]] = read_baseline_predictions(self.folder, role, own["metrics"])
-                self._require_same_examples(found[UNTOUCHED[role]], path)
+                found[self.labels[role]] = read_baseline_predictions(self.folder, role, own["metrics"])
+                self._require_same_examples(found[self.labels[role]], path)
         return found
 
     def _require_same_examples(self, predictions: pd.DataFrame, path: Path) -> None:
@@ -184,7 +190,7 @@ class StudyResults:
     @cached_property
     def measures(self) -> pd.DataFrame:
         """`frame` with `agreement_<task>`: share of a choice task's examples on which the teacher chooses the same."""
-        teacher = self.untrained_predictions.get("teacher")
+        teacher = self.baseline_predictions.get(self.labels["teacher"])
         if teacher is None:
             return self.frame
         rows = [
