@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from transformers import GenerationConfig
 
 from stillroom import __version__
+from stillroom.analysis.escaping import control_free, fence, markdown_plain
 from stillroom.analysis.reading import read_baselines, read_planned, read_result
 from stillroom.checkpoints import STATE, checkpoints
 from stillroom.config import RESULT, ModelRef, UserError
@@ -82,18 +84,33 @@ def _card(trial: Path, checkpoint: Path) -> str:
         "datasets": sorted({d["dataset"] for d in study["corpus"]["tasks"].values() if not _is_file(d["dataset"])}),
         "data": _data_rows(study, examples.counts),
         "max_length": study["corpus"]["max_length"],
-        "prompt": examples.train[0].prompt,
+        "prompt": control_free(examples.train[0].prompt, keep="\n\t"),
         "group": result["config"]["distill_type"],
         "seed": result["config"]["seed"],
         "terms": _term_rows(result),
         "distilled": any(weight > 0 for term, weight in objective["weights"].items() if term != "task"),
+        "projected": objective["weights"].get("hidden", 0) > 0,
         "training": study["training"],
         "epoch": epoch,
-        "metrics": _metric_rows(trial, result["epochs"][epoch - 1], examples.counts),
+        "metrics": _metric_rows(trial, _of_epoch(trial, result, epoch), examples.counts),
         "trained_on": len(examples.train),
     }
     environment = Environment(loader=PackageLoader("stillroom", "templates"), undefined=StrictUndefined)
+    # a folder or a stranger's data set may be called anything: nothing of it is markup, nor more than one YAML text
+    environment.filters |= {"plain": markdown_plain, "fence": fence, "yaml": _quoted}
     return environment.get_template("model_card.md.j2").render(**facts) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """One line of text as YAML reads it, and JSON writes it."""
+    return json.dumps(control_free(text), ensure_ascii=False)
+
+
+def _of_epoch(trial: Path, result: dict[str, Any], epoch: int) -> dict[str, Any]:
+    for own in result["epochs"]:
+        if own["epoch"] == epoch:
+            return dict(own)
+    raise UserError(f"{trial / RESULT} says nothing of epoch {epoch}, whose checkpoint is there; train the trial anew")
 
 
 def _is_file(name: str) -> bool:
