@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -10,9 +12,11 @@ from dataclasses import replace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import normalizers
 
 from stillroom.config import ChoiceColumns, Corpus, OfficialSplit, TaskColumns, TaskData, UserError
 from stillroom.corpus import (
+    Examples,
     _read_lines,
     build_corpus,
     check_leaks,
@@ -138,7 +142,10 @@ def test_a_leak_is_named():
     ("rows", "message"),
     [
         ([{"text": "x", "label": 0}] * 3, r"lacks the columns \['sentence'\]"),
-        ([{"sentence": "x", "label": 7}] * 3, "no row can be used; row 2 .*label must be 0 or 1, not 7"),
+        (
+            [{"sentence": "x", "label": 7}] * 3,
+            "no row can be used; .*row 0 .*'label' must be a whole number from 0 to 1, not 7",
+        ),
         ([{"sentence": None, "label": None}] * 3, "no row can be used"),
     ],
 )
@@ -175,7 +182,7 @@ def test_no_choice_is_read_as_the_word_none():
         with pytest.raises(ValueError, match="every one must be a text"):
             get_task(name).build(row)
     columns = TaskColumns(choice=ChoiceColumns(prompt="{question}", choices="choices", label="answer"))
-    with pytest.raises(ValueError, match="choices must be two or more different texts"):
+    with pytest.raises(ValueError, match="column 'choices' is empty or no text: None"):
         get_task("own", columns).build(row)
 
 
@@ -184,13 +191,106 @@ def test_no_choice_is_read_as_the_word_none():
     [
         ({"sst3": TaskData(dataset="builtin", examples=5)}, r"corpus.tasks.sst3: unknown task"),
         ({"sst2": TaskData(dataset="builtin", examples=5)}, "no built-in rows"),
-        ({"sst2": TaskData(dataset="/no/such/folder", examples=5)}, "cannot be loaded"),
+        ({"sst2": TaskData(dataset="/no/such/folder", examples=5)}, "'/no/such/folder' is not there; give a"),
     ],
 )
 def test_unknown_sources_are_named(tasks, message, tokenizers):
     """A task, or a data set, that is not there."""
     with pytest.raises(UserError, match=message):
         build_corpus(Corpus(tasks=tasks), tokenizers)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "data.csv",
+        "there.csv",
+        "there.txt",
+        "there",
+        "sub/data.parquet",
+        "/no/rows",
+        "./rows",
+        "../rows",
+        "~/rows",
+        "r.JSONL",
+    ],
+)
+def test_a_file_that_is_not_read_is_never_looked_up(tmp_path, tokenizers, monkeypatch, name):
+    """What can only be a file, or is one of another kind, is no name on the hub; the message says what is read."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.load_dataset", None)
+    for there in ("there.csv", "there.txt", "there", "r.JSONL"):
+        (tmp_path / there).write_text("sentence,label")
+    settings = Corpus(tasks={"sst2": TaskData(dataset=name, examples=5)})
+    with pytest.raises(
+        UserError, match=r"corpus.tasks.sst2.dataset: .* give a `.jsonl` file, a folder of `<split>.par"
+    ):
+        build_corpus(settings, tokenizers)
+
+
+def test_a_table_is_read_as_it_is_now(tmp_path, tokenizers, monkeypatch):
+    """Rewritten with its old modification time (`cp -p`, `rsync -a`), in any folder, with any columns beside."""
+    monkeypatch.setattr("datasets.load_dataset", None)  # whose cache goes by the time
+    folder = tmp_path / "a [b] *?" / "x=1"
+    folder.mkdir(parents=True)
+    settings = local(folder, ROWS, 40)
+    build_corpus(settings, tokenizers)
+    file = folder / "sst2" / "train.parquet"
+    before = file.stat()
+    local(folder, [{**row, "sentence": f"play number {row['idx']}", "other.sentence": {"a": [1]}} for row in ROWS], 40)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert all(example.prompt.startswith("play number") for example in build_corpus(settings, tokenizers).all)
+
+
+def test_rows_that_change_while_they_are_read_are_refused(tmp_path, monkeypatch):
+    """What is read is what is digested: a corpus never bears the digest of other rows."""
+    lines = [json.dumps({"sentence": f"film number {n}", "label": n % 2}) for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    tasks = json.dumps({"sst2": {"dataset": str(tmp_path / "rows.jsonl"), "examples": 10}})
+    given = [f"paths.results={tmp_path / 'results'}", f"corpus.tasks={tasks}", "analysis={}", "evaluation.official={}"]
+
+    def build(*arguments):
+        built = build_corpus(*arguments)
+        (tmp_path / "rows.jsonl").write_text("\n".join(lines[1:]))
+        return built
+
+    monkeypatch.setattr("stillroom.sources.build_corpus", build)
+    with pytest.raises(UserError, match="changed while it was read"):
+        _ = Sources(load_study("quickstart", given)).examples
+    assert not (tmp_path / "results" / "corpus" / "corpus.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("normaliser", "choices", "message"),
+    [
+        (
+            normalizers.Replace(" nothing", ""),
+            ["dog", "nothing", "fox"],
+            "the choice ' nothing' has no token of its own",
+        ),
+        (normalizers.Lowercase(), ["dog", "fox", "Dog"], "the choice ' Dog' has the same tokens as ' dog'"),
+    ],
+    ids=["none", "same"],
+)
+def test_a_choice_without_tokens_of_its_own_is_refused(
+    tmp_path, teacher_ref, student_ref, normaliser, choices, message
+):
+    """It would have the score 0, which is the highest, or that of another choice; under any tokenizer, by name."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"x": f"number {n}", "y": n % 2}) for n in range(8)))
+    columns = ChoiceColumns(prompt="{x}:", choices=choices, label="y")
+    settings = Corpus(tasks={"own": TaskData(dataset=str(file), examples=6, choice=columns)})
+    plain, strange = load_tokenizer(teacher_ref), load_tokenizer(student_ref)
+    assert build_corpus(settings, [plain, strange])
+    before = strange.backend_tokenizer.normalizer
+    own = [normaliser] if before is None else [normaliser, before]
+    strange.backend_tokenizer.normalizer = normalizers.Sequence(own)
+    name = re.escape(f"{message} under the tokenizer of {student_ref.model}")
+    with pytest.raises(UserError, match=f"corpus.tasks.own: {name}"):
+        build_corpus(settings, [plain, strange])
+    official = {"own": settings.tasks["own"]}
+    with pytest.raises(UserError, match=f"evaluation.official.own: {name}"):
+        with_official(Examples([], [], {}), official, settings, [plain, strange], 256)
 
 
 def test_a_missing_split_lists_those_there_are(tmp_path, tokenizers):

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from stillroom.config import Corpus, Evaluation, TaskData, UserError
-from stillroom.corpus import build_corpus, load_corpus, save_corpus
+from stillroom.config import ChoiceColumns, Corpus, Evaluation, TaskColumns, TaskData, UserError
+from stillroom.corpus import build_corpus, load_corpus, save_corpus, with_official
 from stillroom.evaluation import evaluate
 from stillroom.metrics import accuracy_metrics
 from stillroom.models import load_model, load_tokenizer
@@ -17,7 +17,7 @@ from stillroom.tasks import get_task, task_of
 
 CHOICE = {"prompt": "Is {thing} an animal?\nAnswer:", "choices": ["no", "yes"], "label": "animal"}
 GENERATION = {"prompt": "{a} and {b} make", "answer": "a total of {sum}.", "pattern": r"total of (-?\d+)"}
-THINGS = [("a dog", 1), ("a saw", 0), ("a cat", "yes"), ("iron", "no"), ("a horse", True), ("a fig", 0)]
+THINGS = [("a dog", 1), ("a saw", 0), ("a cat", "yes"), ("iron", "no"), ("a horse", 1.0), ("a fig", 0)]
 
 
 def lines(path, rows):
@@ -47,7 +47,7 @@ def tokenizers(teacher_ref, student_ref):
 
 
 def test_columns_become_the_examples_that_one_would_write_by_hand(files, tokenizers):
-    """Prompt, answer, choices, gold, from an index, a text or a truth value; and back from disk."""
+    """Prompt, answer, choices, gold, from an index, whole or as a float, or a text; and back from disk."""
     built = build_corpus(corpus_of(files), tokenizers)
     by_prompt = {example.prompt: example for example in built.all}
     for thing, animal in THINGS:
@@ -126,6 +126,11 @@ def test_an_edited_file_is_read_again(files, tmp_path, teacher_ref, student_ref)
         ({"choice": {**CHOICE, "prompt": "{thing}: "}}, "ends in white space"),
         ({"choice": {**CHOICE, "prompt": "{thing.__class__}"}}, "not the name of a column"),
         ({"choice": {**CHOICE, "choices": ["one"]}}, "choice.choices"),
+        ({"choice": {**CHOICE, "choices": ["one", " "]}}, "must be different texts, none of them empty"),
+        ({"choice": {**CHOICE, "choices": ["one", " one"]}}, "must be different texts, none of them empty"),
+        ({"choice": {**CHOICE, "label_is": "number"}}, "choice.label_is"),
+        ({"generation": {**GENERATION, "pattern": "(" * 900}}, "not a regular expression"),
+        ({"generation": {**GENERATION, "pattern": "(a{1,99999999999})"}}, "not a regular expression"),
         ({"choice": {**CHOICE, "lable": "x"}}, "choice.lable: unknown key"),
         ({"generation": {**GENERATION, "pattern": r"\d+"}}, "has 0 groups"),
         ({"generation": {**GENERATION, "pattern": "(("}}, "not a regular expression"),
@@ -149,6 +154,10 @@ def test_a_faulty_definition_is_named_by_its_field(task, message):
         ('{"thing": "a"}\n', "lacks the columns ['animal']"),
         ('{"thing": "a", "animal": "perhaps"}\n', "label 'perhaps' is neither"),
         ('{"thing": null, "animal": 1}\n', "column 'thing' is empty"),
+        ('{"thing": "\\ud800", "animal": 1}\n', "'thing' holds half of a surrogate pair: '\\ud800'"),
+        ('{"thing": ' + "9" * 5000 + ', "animal": 1}\n', "things.jsonl, line 1: a number has too many digits"),
+        ('{"thing": ' + "[" * 50000 + ', "animal": 1}\n', "things.jsonl, line 1: nested too deep"),
+        ('{"thing": "a", "animal": 1}\n{"other": ' + '{"a":' * 50000, "things.jsonl, line 2: nested too deep"),
     ],
 )
 def test_a_faulty_file_is_named_by_its_line_or_column(files, tmp_path, tokenizers, content, message):
@@ -157,6 +166,156 @@ def test_a_faulty_file_is_named_by_its_line_or_column(files, tmp_path, tokenizer
     with pytest.raises(UserError) as error:
         build_corpus(corpus_of(files), tokenizers)
     assert message in str(error.value)
+
+
+STARS = ("1", "2", "3", "4", "5")
+BOOLS, WORDS = ("True", "False"), ("no", "yes")
+
+
+@pytest.mark.parametrize(
+    ("choices", "label", "label_is", "gold"),
+    [
+        *((STARS, n, None, n - 1) for n in range(1, 6)),  # 16 of 20 were off by one
+        *((STARS, n, "index", n) for n in range(5)),
+        *((STARS, f"{n}", None, n - 1) for n in range(1, 6)),
+        (STARS, 3.0, None, 2),
+        (STARS, 0, "text", "neither"),
+        (STARS, 0, None, "label_is"),
+        (STARS, 9, None, "neither"),
+        (("1.0", "2.0"), 1, None, 0),
+        (("1", "0"), 1, None, 0),
+        (BOOLS, True, None, 0),
+        (BOOLS, False, None, 1),
+        (("true", "false"), True, None, 0),
+        (WORDS, True, None, "neither"),
+        (WORDS, True, "index", "neither"),
+        (WORDS, 1, None, 1),
+        (WORDS, 1.0, None, 1),
+        (WORDS, 1.5, None, "neither"),
+        (WORDS, float("nan"), None, "neither"),
+        (WORDS, -1, None, "neither"),
+        (WORDS, 1, "text", "neither"),
+        (WORDS, "1", None, "set label_is: index"),
+        (WORDS, "1", "index", 1),
+        (WORDS, "yes", "index", "neither"),
+        (WORDS, " yes", None, 1),
+        (WORDS, None, None, "neither"),
+        ([4, 7, 0, 2], 0, None, "label_is"),  # a row's own: nothing is known of the column
+        ([4, 7, 0, 2], 0, "text", 2),
+        ([4, 7, 0, 2], 0, "index", 0),
+        ([12, 70, 30, 20], 1, None, 1),
+        ([0, 1], 1, None, 1),
+    ],
+)
+def test_a_label_is_read_as_what_it_is(choices, label, label_is, gold):
+    """Its text first, a truth value never as an index, and no index where it could be a text."""
+    own = isinstance(choices, list)
+    columns = ChoiceColumns(prompt="{x}", choices="own" if own else choices, label="y", label_is=label_is)
+    build = get_task("stars", TaskColumns(choice=columns)).build
+    row = {"x": "a", "y": label, "own": choices}
+    if isinstance(gold, int):
+        example = build(row)
+        assert (example.gold, example.answer) == (gold, f" {choices[gold]}")
+    else:
+        with pytest.raises(UserError if gold == "label_is" else ValueError, match=gold) as error:
+            build(row)
+        assert gold != "label_is" or "corpus.tasks.stars.choice.label_is: label 0 could be" in str(error.value)
+
+
+def test_a_registered_tasks_label_is_an_index_alone():
+    """A truth value, a text or -1 (the hub's hidden labels) is none."""
+    for name, row in (("sst2", {"sentence": "x"}), ("sentiment", {"sentence": "x"})):
+        assert get_task(name).build({**row, "label": 1.0}).gold == 1
+        for label in (True, "1", -1, 0.5, None, float("nan"), [1]):
+            with pytest.raises(ValueError, match="'label' must be a whole number from 0 to 1"):
+                get_task(name).build({**row, "label": label})
+    for name in ("mmlu", "quiz"):
+        row = {"question": "?", "subject": None, "choices": list("abcd"), "answer": -1}
+        with pytest.raises(ValueError, match="'answer' must be a whole number from 0 to 3"):
+            get_task(name).build(row)
+        with pytest.raises(ValueError, match="every one must be a text"):
+            get_task(name).build({**row, "choices": "abcd", "answer": 1})
+
+
+NO_TEXTS = [
+    [{"role": "user", "content": "x" * 500}],
+    {"a": 1},
+    float("nan"),
+    float("inf"),
+    True,
+    b"bytes",
+    None,
+    "",
+    " \n",
+    "half \ud800",
+    [],
+]
+
+
+@pytest.mark.parametrize("value", NO_TEXTS, ids=lambda value: repr(value)[:20])
+def test_what_is_no_text_is_never_trained_on(value):
+    """A value that Python alone would write so makes a row unusable, in a template, a choice or a registered task."""
+    own = TaskColumns(choice=ChoiceColumns(prompt="{x}", choices="own", label="y", label_is="index"))
+    wrote = TaskColumns(generation={"prompt": "{x}", "answer": "{y}", "pattern": "(.+)"})
+    good = {"x": "a", "own": ["b", 2], "y": 1}
+    assert get_task("own", own).build(good).choices == (" b", " 2")
+    tries = [("own", own, {**good, "x": value}), ("own", own, {**good, "own": ["b", value]})]
+    tries += [("wrote", wrote, {**good, "x": value}), ("wrote", wrote, {**good, "y": value})]
+    tries += [(name, None, {"sentence": value, "label": 1}) for name in ("sst2", "sentiment")]
+    tries += [(name, None, {"question": value, "answer": "#### 4"}) for name in ("gsm8k", "arithmetic")]
+    for name, columns, row in tries:
+        with pytest.raises(ValueError, match=r"column '\w+' (is empty or no text|holds half of a surrogate)") as error:
+            get_task(name, columns).build(row)
+        assert len(str(error.value)) < 400
+        assert str(error.value).encode()
+
+
+def test_unusable_rows_are_counted_and_the_first_is_shown(tmp_path, files, tokenizers):
+    """Whoever reads the counts sees what is wrong with the first; of official splits too, and back from disk."""
+    rows = [json.loads(line) for line in (tmp_path / "things.jsonl").read_text().splitlines()]
+    chat = [{"role": "user", "content": "a dog"}]
+    odd = lines(
+        tmp_path / "odd.jsonl", [rows[0], {"thing": chat, "animal": 1}, {"thing": None, "animal": 1}, *rows[1:]]
+    )
+    settings = corpus_of((odd, files[1]))
+    built = build_corpus(settings, tokenizers)
+    fault = f"row 1 of {odd}/train: column 'thing' is empty or no text: [{{'content': 'a dog', 'role': 'user'}}]"
+    assert built.counts["animals"]["unusable"] == 2
+    assert built.faults == {"animals": fault}
+    other = lines(tmp_path / "other.jsonl", [{"thing": "an ox", "animal": 7}, {"thing": "an owl", "animal": 1}])
+    data = settings.tasks["animals"].model_copy(update={"dataset": other, "examples": 2})
+    built = with_official(built, {"animals": data}, settings, tokenizers, 256)
+    assert (built.official_counts["animals"]["unusable"], built.faults) == (1, {"animals": fault})
+    assert built.official_faults["animals"].startswith(f"row 0 of {other}/train: label 7 is neither")
+    save_corpus(built, tmp_path / "corpus", "x")
+    assert load_corpus(tmp_path / "corpus")[0] == built
+    more = settings.model_copy(
+        update={"tasks": {"animals": settings.tasks["animals"].model_copy(update={"examples": 9})}}
+    )
+    with pytest.raises(
+        UserError, match=r"9 asked for, but only 6 can be used .*; the first that is unusable: row 1 of"
+    ):
+        build_corpus(more, tokenizers)
+
+
+def test_an_answer_with_a_space_of_its_own_gets_no_second():
+    """White space separates it from the prompt once, whoever wrote it."""
+    wrote = get_task("own", TaskColumns(generation={"prompt": "{x}", "answer": "{y}", "pattern": "(.+)"}))
+    for given, answer in (("a", " a"), (" a", " a"), ("\na", "\na")):
+        assert wrote.build({"x": "?", "y": given}).answer == answer
+    chosen = TaskColumns(choice=ChoiceColumns(prompt="{x}", choices=[" a", "b"], label="y"))
+    example = get_task("chosen", chosen).build({"x": "?", "y": "a"})
+    assert (example.choices, example.gold) == ((" a", " b"), 0)
+
+
+def test_a_definitions_identity_stands():
+    """A field that is not given changes no store that exists: definition and id as they were before it."""
+    columns = TaskColumns(choice=CHOICE)
+    assert columns.definition == (
+        '{"choice":{"prompt":"Is {thing} an animal?\\nAnswer:","choices":["no","yes"],"label":"animal"}}'
+    )
+    example = get_task("animals", columns).build({"thing": "a dog", "animal": 1})
+    assert example.example_id == "94908612177075ef"
 
 
 def test_a_registered_tasks_name_is_not_taken(tmp_path):

@@ -12,11 +12,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stillroom.config import Corpus, TaskData, UserError
-from stillroom.encoding import encode_many, ending_tokens, fits
+from stillroom.encoding import encode_many, ending_tokens, fits, in_answer
 from stillroom.provenance import atomic_path, file_sha256, read_json, read_text, write_json
 from stillroom.tasks import Example, Task, get_task
 
@@ -35,6 +36,10 @@ class Examples:
     """Of the official evaluation splits; the teacher's data does not cover them."""
     official_counts: dict[str, dict[str, int]] = field(default_factory=dict)
     """Per task: used, source_rows, unusable, in_corpus, too_long."""
+    faults: dict[str, str] = field(default_factory=dict)
+    """Per task with unusable rows: the first of them, and what is wrong with it."""
+    official_faults: dict[str, str] = field(default_factory=dict)
+    """The same of the official evaluation splits."""
 
     @property
     def all(self) -> list[Example]:
@@ -50,30 +55,32 @@ def build_corpus(corpus: Corpus, tokenizers: Sequence[Any]) -> Examples:
     train: list[Example] = []
     validation: list[Example] = []
     counts: dict[str, dict[str, int]] = {}
+    faults: dict[str, str] = {}
     for name, data in corpus.tasks.items():
-        chosen, count = _draw(get_task(name, data), data, corpus, tokenizers)
+        chosen, count = _draw(get_task(name, data), data, corpus, tokenizers, faults)
         parts = split(chosen, corpus.validation_share, corpus.split_seed)
         counts[name] = {"used": len(chosen), "train": len(parts[0]), "validation": len(parts[1]), **count}
         train += parts[0]
         validation += parts[1]
     check_leaks(train, validation)
-    return Examples(train, validation, counts)
+    return Examples(train, validation, counts, faults=faults)
 
 
 def _draw(
-    task: Task, data: TaskData, corpus: Corpus, tokenizers: Sequence[Any]
+    task: Task, data: TaskData, corpus: Corpus, tokenizers: Sequence[Any], faults: dict[str, str]
 ) -> tuple[list[Example], dict[str, int]]:
     place = f"corpus.tasks.{task.name}"
     rows = load_rows(task, data, corpus.sample_seed, place)
     dropped = Counter({"source_rows": len(rows), "unusable": 0, "duplicates": 0, "too_long": 0})
-    unique = _unique(_usable(task, data, rows, dropped, place), dropped)
+    unique = _unique(_usable(task, data, rows, dropped, faults, place), dropped)
     ordered = sorted(unique, key=lambda example: _rank(example.example_id, f"sample{corpus.sample_seed}"))
     chosen = list(islice(_fitting(ordered, corpus.max_length, tokenizers, dropped), data.examples))
     if len(chosen) < data.examples:
         raise UserError(
             f"{place}.examples: {data.examples} asked for, but only {len(chosen)} can be used "
-            f"({dict(dropped)}); ask for fewer, or raise corpus.max_length"
+            f"({dict(dropped)}); ask for fewer, or raise corpus.max_length{_first(task, faults)}"
         )
+    _require_choices(chosen, tokenizers, place)
     return chosen, dict(dropped)
 
 
@@ -88,22 +95,25 @@ def with_official(
     known = {folded(example.prompt) for example in examples.all}
     official: list[Example] = []
     counts: dict[str, dict[str, int]] = {}
+    faults: dict[str, str] = {}
     for name, data in splits.items():
         task, place = get_task(name, data), f"evaluation.official.{name}"
         rows = load_rows(task, data, corpus.sample_seed + 1, place)  # built-in rows: others than the corpus's
         if len(rows) < data.examples:
             raise UserError(f"{place}.examples: {data.examples} asked for, but the split has {len(rows)} rows")
         dropped = Counter({"source_rows": len(rows), "unusable": 0, "in_corpus": 0, "too_long": 0})
-        usable = list(_usable(task, data, rows, dropped, place))
+        usable = list(_usable(task, data, rows, dropped, faults, place))
         unseen = [example for example in usable if folded(example.prompt) not in known]
         dropped["in_corpus"] = len(usable) - len(unseen)
         ordered = sorted(unseen, key=lambda example: _rank(example.example_id, f"official{corpus.sample_seed}"))
         chosen = list(islice(_fitting(ordered, max_length, tokenizers, dropped), data.examples))
         if not chosen:
-            raise UserError(f"{place}: no example of {data.dataset}/{data.split} can be used ({dict(dropped)})")
+            source = f"{data.dataset}/{data.split}"
+            raise UserError(f"{place}: no example of {source} can be used ({dict(dropped)}){_first(task, faults)}")
+        _require_choices(chosen, tokenizers, place)
         counts[name] = {"used": len(chosen), **dropped}
         official += chosen
-    return replace(examples, official=official, official_counts=counts)
+    return replace(examples, official=official, official_counts=counts, official_faults=faults)
 
 
 def load_rows(task: Task, data: TaskData, seed: int, place: str) -> Sequence[dict[str, Any]]:
@@ -117,6 +127,47 @@ def load_rows(task: Task, data: TaskData, seed: int, place: str) -> Sequence[dic
         read = _read_lines(local)
         _require_columns(task, data, list(dict.fromkeys(name for row in read for name in row)), place)
         return [{column: row.get(column) for column in task.columns} for row in read]
+    if local.is_dir():
+        return _read_table(task, data, place)
+    if local.exists() or data.dataset.startswith(("/", ".", "~")) or local.suffix.lower() in _FILE_KINDS:
+        what = "is of a kind that is not read" if local.exists() else "is not there"
+        raise UserError(
+            f"{place}.dataset: {data.dataset!r} {what}; give a `.jsonl` file, a folder of `<split>.parquet`, "
+            "the id of a data set on the hub, or `builtin`"
+        )
+    return _load_from_hub(task, data, place)
+
+
+_FILE_KINDS = {
+    *(".csv", ".tsv", ".json", ".ndjson", ".parquet", ".pq", ".arrow", ".feather", ".avro", ".orc", ".txt", ".xml"),
+    *(".xls", ".xlsx", ".ods", ".db", ".sqlite", ".npy", ".npz", ".pkl", ".pickle", ".h5", ".yaml", ".yml"),
+    *(".zip", ".gz", ".bz2", ".xz", ".zst", ".tar", ".tgz"),
+}
+"""Ends of names that are a file's, and of no data set on the hub."""
+
+
+def _read_table(task: Task, data: TaskData, place: str) -> list[dict[str, Any]]:
+    """The file itself, its task's columns alone: the data set library would give older rows from its cache."""
+    file = Path(data.dataset) / f"{data.split}.parquet"
+    if not file.is_file():
+        raise UserError(f"{place}: {file} is missing; splits there: {_splits(file.parent)}")
+    try:
+        with pq.ParquetFile(file, page_checksum_verification=True) as table:
+            _require_columns(task, data, table.schema_arrow.names, place)
+            rows = table.read(columns=list(task.columns)).select(list(task.columns)).to_pylist()
+    except (OSError, KeyError, pa.ArrowException, ValueError, OverflowError) as error:
+        raise UserError(f"{place}.dataset: {file} cannot be loaded: {_reason(error)}") from error
+    if not rows:
+        raise UserError(f"{place}.dataset: {file} cannot be loaded: it has no rows")
+    listed: list[dict[str, Any]] = rows
+    return listed
+
+
+def _reason(error: BaseException) -> str:
+    return next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
+
+
+def _load_from_hub(task: Task, data: TaskData, place: str) -> list[dict[str, Any]]:
     from datasets import disable_progress_bars, load_dataset
     from datasets.exceptions import DatasetsError
     from datasets.utils.logging import CRITICAL, set_verbosity
@@ -124,16 +175,9 @@ def load_rows(task: Task, data: TaskData, seed: int, place: str) -> Sequence[dic
     disable_progress_bars()
     set_verbosity(CRITICAL)  # what goes wrong is in the exception
     try:
-        if local.is_dir():
-            file = local / f"{data.split}.parquet"
-            if not file.is_file():
-                raise UserError(f"{place}: {file} is missing; splits there: {_splits(local)}")
-            rows = load_dataset("parquet", data_files={data.split: str(file)}, split=data.split)
-        else:
-            rows = load_dataset(data.dataset, data.subset, revision=data.revision, split=data.split)
+        rows = load_dataset(data.dataset, data.subset, revision=data.revision, split=data.split)
     except (DatasetsError, ValueError, OSError) as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise UserError(f"{place}.dataset: {data.dataset!r} cannot be loaded: {reason}") from error
+        raise UserError(f"{place}.dataset: {data.dataset!r} cannot be loaded: {_reason(error)}") from error
     _require_columns(task, data, rows.column_names, place)
     listed: list[dict[str, Any]] = rows.select_columns(list(task.columns)).to_list()
     return listed
@@ -154,6 +198,10 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{file}, line {number}: not valid JSON: {error}") from None
+        except RecursionError:
+            raise UserError(f"{file}, line {number}: nested too deep to be read; take the line out") from None
+        except ValueError:  # Python's limit, which is no fault of the JSON
+            raise UserError(f"{file}, line {number}: a number has too many digits; write it as a text") from None
         if not isinstance(row, dict):
             raise UserError(f'{file}, line {number}: expected an object, one a line, as in {{"question": "…"}}')
         rows.append(row)
@@ -169,22 +217,59 @@ def source_digest(data: TaskData) -> str | None:
     return file_sha256(file) if file.is_file() else None
 
 
+def require_unchanged(sources: Sequence[TaskData], digests: Sequence[str | None]) -> None:
+    """`UserError` unless every source still has its digest, so that it is of the rows that were read since."""
+    for data, digest in zip(sources, digests, strict=True):
+        if source_digest(data) != digest:
+            raise UserError(f"{data.dataset}: changed while it was read; run the command again when it is complete")
+
+
 def _splits(folder: Path) -> str:
-    return ", ".join(sorted(p.stem for p in folder.glob("*.parquet"))) or "none"
+    return ", ".join(sorted(p.stem for p in folder.iterdir() if p.suffix == ".parquet")) or "none"
 
 
 def _usable(
-    task: Task, data: TaskData, rows: Iterable[dict[str, Any]], dropped: Counter[str], place: str
+    task: Task,
+    data: TaskData,
+    rows: Iterable[dict[str, Any]],
+    dropped: Counter[str],
+    faults: dict[str, str],
+    place: str,
 ) -> Iterator[Example]:
-    fault = None
+    """The rows' examples; rows of which there is none are counted in `dropped`, the first kept in `faults`."""
     for number, row in enumerate(rows):
         try:
             yield task.build(row)
         except (ValueError, TypeError, IndexError, AttributeError) as error:
             dropped["unusable"] += 1
-            fault = f"row {number} of {data.dataset}/{data.split}: {error}"
-    if fault and dropped["unusable"] == dropped["source_rows"]:
-        raise UserError(f"{place}: no row can be used; {fault}")
+            faults.setdefault(task.name, f"row {number} of {data.dataset}/{data.split}: {error}")
+    if dropped["unusable"] == dropped["source_rows"]:
+        raise UserError(f"{place}: no row can be used{_first(task, faults)}")
+
+
+def _first(task: Task, faults: Mapping[str, str]) -> str:
+    return f"; the first that is unusable: {faults[task.name]}" if task.name in faults else ""
+
+
+def _require_choices(examples: Sequence[Example], tokenizers: Sequence[Any], place: str) -> None:
+    """`UserError` unless every choice has tokens of its own, of each list of choices under each tokenizer.
+
+    A choice without one has nothing to be scored by, and two of the same tokens are one.
+    """
+    first = list({example.choices: example for example in examples if example.choices is not None}.values())
+    options = [(example, choice) for example in first for choice in example.choices or ()]
+    for tokenizer in tokenizers:
+        encodings = encode_many(tokenizer, [example.prompt + choice for example, choice in options])
+        seen: dict[tuple[Example, bytes], str] = {}
+        for (example, choice), encoding in zip(options, encodings, strict=True):
+            own = np.flatnonzero(in_answer(encoding, len(example.prompt)))
+            same = seen.setdefault((example, encoding.ids.tobytes()), choice)
+            if not len(own) or same != choice:
+                what = f"has the same tokens as {same!r}" if len(own) else "has no token of its own"
+                raise UserError(
+                    f"{place}: the choice {choice!r} {what} under the tokenizer of {tokenizer.name_or_path}, as after "
+                    f"{example.prompt[-60:]!r}; reword the choices or leave such rows out"
+                )
 
 
 def folded(prompt: str) -> str:
@@ -253,6 +338,10 @@ _SCHEMA = pa.schema(
 )
 
 
+_DROPPED = ("counts", "official_counts", "faults", "official_faults")
+"""What `corpus.json` says of how the examples were drawn."""
+
+
 def save_corpus(examples: Examples, folder: Path, fingerprint: str) -> None:
     """Write `corpus.parquet` and `corpus.json` into `folder`."""
     rows = [
@@ -272,14 +361,14 @@ def save_corpus(examples: Examples, folder: Path, fingerprint: str) -> None:
     with atomic_path(folder / "corpus.parquet") as path:
         (folder / "corpus.json").unlink(missing_ok=True)  # it says what the other file is: it goes first, comes last
         pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), path, write_page_checksum=True)
-    counts = {"counts": examples.counts, "official_counts": examples.official_counts}
-    write_json(folder / "corpus.json", {"fingerprint": fingerprint, **counts})
+    dropped = {name: getattr(examples, name) for name in _DROPPED}
+    write_json(folder / "corpus.json", {"fingerprint": fingerprint, **dropped})
 
 
 def load_corpus(folder: Path) -> tuple[Examples, str]:
     """Read what `save_corpus` wrote: the examples and their fingerprint."""
-    described = read_json(folder / "corpus.json", "fingerprint", "counts", "official_counts")
-    parts: dict[str, list[Example]] = {"train": [], "validation": [], "official": []}
+    described = read_json(folder / "corpus.json", "fingerprint", *_DROPPED)
+    parts: dict[str, Any] = {"train": [], "validation": [], "official": []}
     try:
         rows = pq.read_table(folder / "corpus.parquet", schema=_SCHEMA, page_checksum_verification=True).to_pylist()
     except (OSError, pa.ArrowException) as error:
@@ -290,7 +379,7 @@ def load_corpus(folder: Path) -> tuple[Examples, str]:
         choices = tuple(row["choices"]) if row["choices"] is not None else None
         example = Example(row["task"], row["prompt"], row["answer"], choices, row["gold"], row.get("definition", ""))
         parts[row["split"]].append(example)
-    examples = Examples(**parts, counts=described["counts"], official_counts=described["official_counts"])
+    examples = Examples(**parts, **{name: described[name] for name in _DROPPED})
     return examples, described["fingerprint"]
 
 

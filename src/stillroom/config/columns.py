@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import string
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -49,7 +49,19 @@ class ChoiceColumns(_Columns):
     choices: str | Annotated[tuple[str, ...], Field(min_length=2)] = Field(
         description="the answers, or the name of the column that lists a row's own"
     )
-    label: str = Field(min_length=1, description="column of the right choice: its index, from 0, or its text")
+    label: str = Field(min_length=1, description="column of the right choice: its text, or its index, from 0")
+    label_is: Literal["text", "index"] | None = Field(
+        None,
+        description="which of them a label is; default: its text, else its index if no choice looks like an index",
+    )
+
+    @field_validator("choices")
+    @classmethod
+    def _different(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        own = (value,) if isinstance(value, str) else value
+        if any(not choice.strip() for choice in own) or len({choice.lstrip() for choice in own}) < len(own):
+            raise ValueError("must be different texts, none of them empty")
+        return value
 
 
 class GenerationColumns(_Columns):

@@ -65,7 +65,8 @@ class _Loader(yaml.SafeLoader):
             raise _fault(f"the tag {event.tag!r} is not read; write the plain value", event)
         self._level, self._count = self._level + 1, self._count + 1
         self._require(self._count, self._level, event)
-        node: yaml.Node = super().compose_node(parent, index)
+        node = super().compose_node(parent, index)
+        assert node is not None
         self._level -= 1
         if is_alias and node not in self._measured:
             raise _fault("an alias stands inside the value that it stands for", event)
@@ -123,5 +124,6 @@ def _require_keys(node: yaml.MappingNode) -> None:
             seen.add(key.value)
 
 
-def _fault(message: str, place: yaml.Node | yaml.Event) -> yaml.constructor.ConstructorError:
+def _fault(message: str, place: Any) -> yaml.constructor.ConstructorError:
+    """The error at a node or event."""
     return yaml.constructor.ConstructorError(None, None, message, place.start_mark)

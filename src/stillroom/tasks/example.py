@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -43,21 +46,60 @@ class Example:
 
 Row = Mapping[str, Any]
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: on one line, and shortened if it is long or deep."""
+    return _SHORT.repr(value)
+
 
 def text_of(row: Row, column: str) -> str:
     """The column's text; ValueError if it is empty or none, as a null is."""
     value = row[column]
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"column {column!r} is empty or no text: {value!r}")
-    return value
+        raise ValueError(f"column {column!r} is empty or no text: {shown(value)}")
+    return _whole(value, column)
 
 
 def texts_of(row: Row, column: str) -> list[str]:
     """The column's texts, empty ones among them; ValueError if one is none."""
-    values = list(row[column])
-    if not all(isinstance(value, str) for value in values):
-        raise ValueError(f"column {column!r}: every one must be a text: {values!r}")
-    return values
+    values = row[column]
+    if not isinstance(values, list | tuple) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"column {column!r}: every one must be a text: {shown(values)}")
+    return [_whole(value, column) for value in values]
+
+
+def written(value: object, column: str) -> str:
+    """A text or finite number as text; ValueError for what is neither, which only Python would write so."""
+    if isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool)):
+        text = value if isinstance(value, str) else str(value)
+        if text.strip() and (isinstance(value, str | int) or math.isfinite(value)):
+            return _whole(text, column)
+    raise ValueError(f"column {column!r} is empty or no text: {shown(value)}")
+
+
+def _whole(text: str, column: str) -> str:
+    if _SURROGATE.search(text):  # no tokenizer and no file can take it
+        raise ValueError(f"column {column!r} holds half of a surrogate pair: {shown(text)}")
+    return text
+
+
+def whole_number(value: object) -> int | None:
+    """The integer that a label is, as an integral float is one too; None for all else, truth values among it."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def index_of(row: Row, column: str, count: int) -> int:
+    """The column's index of one of `count` choices; ValueError for anything else."""
+    index = whole_number(row[column])
+    if index is None or not 0 <= index < count:
+        raise ValueError(f"column {column!r} must be a whole number from 0 to {count - 1}, not {shown(row[column])}")
+    return index
 
 
 @dataclass(frozen=True)

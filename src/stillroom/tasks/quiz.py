@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from stillroom.tasks.example import Example, Row, Task, text_of, texts_of
+from stillroom.tasks.example import Example, Row, Task, index_of, text_of, texts_of
 
 CHOICES = (" A", " B", " C", " D")
 _KINDS = {
@@ -33,9 +33,8 @@ def _question(rng: random.Random) -> dict[str, Any]:
 def build(row: Row) -> Example:
     """`question`, `choices` (four), `answer` (index)."""
     options = "".join(f"\n{letter}. {choice}" for letter, choice in zip("ABCD", texts_of(row, "choices"), strict=True))
-    return Example(
-        "quiz", f"{text_of(row, 'question')}{options}\nAnswer:", CHOICES[row["answer"]], CHOICES, row["answer"]
-    )
+    gold = index_of(row, "answer", 4)
+    return Example("quiz", f"{text_of(row, 'question')}{options}\nAnswer:", CHOICES[gold], CHOICES, gold)
 
 
 TASK = Task("quiz", "choice", ("question", "choices", "answer"), build, generate_rows=generate_rows)

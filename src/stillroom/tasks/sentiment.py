@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from stillroom.tasks.example import Example, Row, Task, text_of
+from stillroom.tasks.example import Example, Row, Task, index_of, text_of
 
 CHOICES = (" negative", " positive")
 _THINGS = ("plot", "film", "ending", "music", "cast", "script")
@@ -37,9 +37,8 @@ def _review(rng: random.Random) -> dict[str, Any]:
 
 def build(row: Row) -> Example:
     """`sentence`, `label` (0 negative, 1 positive)."""
-    return Example(
-        "sentiment", f"Review: {text_of(row, 'sentence')}\nMood:", CHOICES[row["label"]], CHOICES, row["label"]
-    )
+    gold = index_of(row, "label", 2)
+    return Example("sentiment", f"Review: {text_of(row, 'sentence')}\nMood:", CHOICES[gold], CHOICES, gold)
 
 
 TASK = Task("sentiment", "choice", ("sentence", "label"), build, generate_rows=generate_rows)
