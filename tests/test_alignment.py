@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import unicodedata
 
 import numpy as np
@@ -10,10 +11,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from conftest import SHARED, real_tokenizer
-from stillroom.alignment import align, align_encodings, compare_vocabularies, coverage, map_vocabulary
+from stillroom.alignment import align, align_encodings, compare_vocabularies, coverage, map_vocabulary, token_bytes
 from stillroom.collation import segment_map
 from stillroom.encoding import encode, ending_tokens, supervised_predictions
 from stillroom.losses import aligned_attention
@@ -316,3 +318,87 @@ def test_coverage_on_real_text_is_that_of_the_specification(tokenizer, teacher, 
             totals = {key: value + own[key] for key, value in totals.items()}
         assert 100 * totals["aligned"] / totals["tokens"] == pytest.approx(tokens, abs=0.5)
         assert 100 * totals["aligned_predictions"] / totals["predictions"] == pytest.approx(predictions, abs=0.5)
+
+
+def trained(pre_tokenizer, post_processor=None, decoder=None, texts=("the cat sat on the mat",) * 20, model=None):
+    """A small BPE tokenizer of the given parts."""
+    backend = Tokenizer(model or models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizer, decoder or decoders.ByteLevel()
+    if post_processor is not None:
+        backend.post_processor = post_processor
+    trainer = trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+
+
+def test_trimmed_offsets_do_not_move_an_end():
+    """A byte-level tokenizer that trims white space from its offsets had `\\n` and seven spaces end at 3, not at 10."""
+    code = ["def f(x):\n    return x\n\nclass A:\n    def g(self):\n        pass\n"] * 20
+    trims = trained(
+        pre_tokenizers.ByteLevel(add_prefix_space=False), processors.ByteLevel(trim_offsets=True), texts=code
+    )
+    text = "f:\n        return x"
+    encoding = encode(trims, text)
+    assert encoding.ids.tolist() == trims(text)["input_ids"]
+    tokens = trims.convert_ids_to_tokens(encoding.ids.tolist())
+    assert dict(zip(tokens, encoding.ends.tolist(), strict=True))["Ċ" + 7 * "Ġ"] == 10
+    assert encoding.ends.tolist() == np.cumsum([len(token) for token in tokens]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("family", "text", "expected"),
+    [
+        *(
+            ("prepend", text, ends)
+            for text, ends in (("中文好", [0, 2, 3]), ("x y", [0, 1, 2, 3]), ("  x", [0, 1, 2, 3]))
+        ),
+        *(("metaspace", text, ends) for text, ends in (("中文好", [0, 2, 3]), ("x y", [0, 1, 2, 3]), (" x", [1, 2]))),
+        *(("byte-level", text, ends) for text, ends in (("é", [0, 1, 1]), ("x y", [0, 1, 2, 3]), (" x", [1, 2]))),
+    ],
+)
+def test_a_prefix_that_the_tokenizer_invents_has_read_nothing(family, text, expected):
+    """`▁` alone before `中文` ended at 1, as if a character had been read."""
+    if family == "byte-level":
+        tokenizer = trained(pre_tokenizers.ByteLevel(add_prefix_space=True), texts=["q"])
+    else:
+        vocabulary = {"<unk>": 0, "</s>": 1, "▁": 2, "中": 3, "文": 4, "中文": 5, "好": 6, "x": 7, "y": 8}
+        backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("中", "文")], unk_token="<unk>"))
+        if family == "prepend":
+            backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        else:
+            backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    encoding = encode(tokenizer, text)
+    assert encoding.ends.tolist() == expected
+    assert not any(encoding.ends[j] == 0 for j, _ in align_encodings(encoding, encoding).pairs)
+
+
+def test_wordpiece_tokens_are_words_after_a_space_or_the_rest_of_one():
+    """`the` stands for ` the` within a text, and `##ing` for `ing`: read as spelt, neither maps to anything."""
+    vocabulary = {"[UNK]": 0, "[SEP]": 1, "the": 2, "sing": 3, "##ing": 4}
+    backend = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[SEP]", unk_token="[UNK]")
+    assert token_bytes(tokenizer) == {2: (b" the", False), 3: (b" sing", False), 4: (b"ing", False)}
+
+
+def test_a_vocabulary_with_a_gap_maps_on_either_side(byte_level):
+    """Its largest id, not its length, says how long the map is: a teacher's gap ended in an IndexError."""
+    described = json.loads(byte_level.backend_tokenizer.to_str())
+    vocabulary = described["model"]["vocab"]
+    moved = max(vocabulary, key=vocabulary.get)
+    vocabulary[moved] += 10
+    gapped = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(described)), eos_token="<|endoftext|>"
+    )
+    there, back = map_vocabulary(gapped, byte_level), map_vocabulary(byte_level, gapped)
+    plain = byte_level.get_vocab()
+    assert len(there) == vocabulary[moved] + 1
+    assert there[vocabulary[moved]] == plain[moved]
+    assert back[plain[moved]] == vocabulary[moved]
+    assert (there[len(plain) : vocabulary[moved]] == -1).all()

@@ -6,17 +6,19 @@ import copy
 
 import pytest
 import torch
+from tokenizers import processors
 from transformers import AutoModelForCausalLM
 
 from conftest import SHARED, STUDENT_SHAPE, real_tokenizer, write_model
 from stillroom.analysis.frame import worse_or_equal
-from stillroom.config import Evaluation, ModelRef, TaskData
+from stillroom.config import Evaluation, ModelRef, TaskData, UserError
 from stillroom.corpus import load_rows
-from stillroom.encoding import encode
+from stillroom.encoding import encode, encode_prompts
 from stillroom.evaluation import answer_scores, evaluate
 from stillroom.generation import _NextQuestion, generate
 from stillroom.models import DTYPES, load_model, scoring_copy
-from stillroom.tasks import TASKS
+from stillroom.tasks import TASKS, Example
+from stillroom.teacher_signals import padded
 
 
 def log_likelihood(ref, tokenizer, prompt, answer):
@@ -147,3 +149,43 @@ def test_what_is_scored_is_what_is_saved(student_ref, examples, tokenizer, tmp_p
     with torch.no_grad():
         assert torch.equal(scored(ids).logits, loaded(ids).logits)
     assert all(p.dtype == DTYPES[dtype] for p in scored.parameters())
+
+
+def appending(tokenizer, content):
+    """The tokenizer with a template that ends every text in EOS."""
+    twin = copy.deepcopy(tokenizer)
+    twin.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=content, special_tokens=[(t, tokenizer.convert_tokens_to_ids(t)) for t in ("<s>", "</s>")]
+    )
+    return twin
+
+
+def test_a_tokenizer_that_appends_eos_is_continued_where_the_prompt_ends(model, tokenizer):
+    """Generation began after EOS, and said something else."""
+    settings = Evaluation(max_new_tokens=8)
+    prompts = ["Review: the film was fresh\nMood:", "Which is a fruit?"]
+    appended = appending(tokenizer, "<s> $A </s>")
+    assert encode(appended, prompts[0]).ids[-1] == tokenizer.eos_token_id
+    assert generate(model, appended, prompts, settings) == generate(model, tokenizer, prompts, settings)
+
+
+def test_a_generation_stops_at_every_eos_that_the_model_names(student_ref, tokenizer):
+    """` 5` and then `<|eot|>` gave ` 5 7`: only the tokenizer's own EOS ended a text."""
+    model, prompts, settings = load_model(student_ref), ["Which is a fruit?"], Evaluation(max_new_tokens=12)
+    (plain,) = generate(model, tokenizer, prompts, settings)
+    made = tokenizer(plain, add_special_tokens=False)["input_ids"]
+    ids, mask = padded(encode_prompts(tokenizer, prompts))
+    greedy = model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :].tolist()
+    other = next(i for i in greedy[2:] if i not in greedy[:2])
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, other]
+    (cut,) = generate(model, tokenizer, prompts, settings)
+    assert cut == tokenizer.decode(greedy[: greedy.index(other)], skip_special_tokens=True)
+    assert len(cut) < len(plain)
+    assert made
+
+
+def test_an_answer_without_a_token_of_its_own_is_refused(model, sentencepiece):
+    """It scored 0.0, as if certain, and won: a tokenizer that strips leaves nothing of an empty choice."""
+    example = Example("animals", "Name one:", " dog", (" dog", "", " fox"), 0)
+    with pytest.raises(UserError, match=r"\(animals\): the tokenizer has no token of its own for the answer ''"):
+        answer_scores(model, sentencepiece, [example], 1000)

@@ -334,7 +334,8 @@ def random_outcomes(rng, positions, vocabulary, k, mapped):
 def test_entries_that_share_a_student_id_add_up(mapped):
     """By a dictionary, in rows where ids repeat and in rows where none do; what maps nowhere is the ghost's."""
     teacher_ids, logprobs, vocabulary_map = random_outcomes(np.random.default_rng(mapped), 30, 40, 12, mapped)
-    ids, valid, probs, ghost = map_outcomes(teacher_ids, logprobs, vocabulary_map)
+    tail = np.log1p(-np.exp(logprobs).sum(1))
+    ids, valid, probs, ghost = map_outcomes(teacher_ids, logprobs, tail, vocabulary_map)
     for row in range(30):
         expected: dict[int, float] = {}
         for teacher_id, logprob in zip(teacher_ids[row], logprobs[row], strict=True):
@@ -362,7 +363,8 @@ def test_gradient_on_the_spot_is_autograds(temperature, softcap, with_bias, in_p
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     positions, width, vocabulary = 11, 6, 40
-    arrays = map_outcomes(*random_outcomes(rng, 7, vocabulary, 20, vocabulary))
+    teacher_ids, logprobs, vocabulary_map = random_outcomes(rng, 7, vocabulary, 20, vocabulary)
+    arrays = map_outcomes(teacher_ids, logprobs, np.log1p(-np.exp(logprobs).sum(1)), vocabulary_map)
     rows = torch.tensor([0, 2, 3, 5, 6, 8, 10])
     ids, valid, probs, ghost = (torch.from_numpy(a) for a in arrays)
     outcomes = Outcomes(rows, ids, valid, probs, ghost)
@@ -408,7 +410,7 @@ def plain_kl(logits, outcomes, temperature):
 def test_teacher_ids_that_share_a_student_id_add_up():
     """Two spellings of the same bytes are one outcome with both probabilities."""
     ids, valid, probs, ghost = map_outcomes(
-        np.array([[0, 1, 2, 3]]), np.log([[0.4, 0.3, 0.2, 0.05]]), np.array([7, -1, 7, 2])
+        np.array([[0, 1, 2, 3]]), np.log([[0.4, 0.3, 0.2, 0.05]]), np.log([0.05]), np.array([7, -1, 7, 2])
     )
     found = {int(i): float(p) for i, p, v in zip(ids[0], probs[0], valid[0], strict=True) if v}
     assert found == pytest.approx({7: 0.6, 2: 0.05})

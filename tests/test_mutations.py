@@ -81,11 +81,13 @@ def test_entries_of_a_head_beyond_its_tokenizer_map_only_where_both_have_them(by
     assert teacher_to_student_ids(byte_level, sentencepiece, size, 300).max() < 300
 
 
-def test_rounded_probabilities_over_one_leave_no_ghost():
-    """A float16 store's top-k can sum to a little more than 1; a negative ghost would be NaN at another temperature."""
+def test_rounded_probabilities_over_one_are_divided_by_their_sum():
+    """A float16 store's top-k can sum to a little more than 1: the rounding is nobody's probability."""
     logprobs = np.log([[0.7, 0.3005]]).astype(np.float16)
     assert np.exp(logprobs.astype(np.float64)).sum() > 1
-    assert map_outcomes(np.array([[0, 1]]), logprobs, np.arange(2))[3].tolist() == [0.0]
+    _, _, probs, ghost = map_outcomes(np.array([[0, 1]]), logprobs, np.array([-np.inf]), np.arange(2))
+    assert ghost.tolist() == [0.0]
+    assert probs.sum() == pytest.approx(1)
 
 
 def test_positions_without_a_mapped_entry_count_with_a_kl_of_nought(student_ref, teacher_ref, store, some):

@@ -182,7 +182,7 @@ def set_values(column, dtype, change):
         (set_values("hidden", "float32", lambda a: a.__setitem__(3, np.nan)), "hidden has NaN"),
         (set_values("attention", "float32", lambda a: a.__setitem__(0, 0.5)), "attention rows sum to"),
         (set_values("topk_logprobs", "float32", lambda a: a.__setitem__(0, -50)), "not sorted"),
-        (set_values("topk_logprobs", "float32", lambda a: a.__iadd__(3)), "sum to more than 1"),
+        (set_values("topk_logprobs", "float32", lambda a: a.__iadd__(3)), "top-k and tail sum to"),
         (set_values("topk_ids", "uint16", lambda a: a.__setitem__(1, a[0])), "ids repeat"),
         (set_values("ends", "int32", lambda a: a.__setitem__(-1, 0)), "ends decrease"),
         (lambda c: c.update(hidden=[cell[:-8] for cell in c["hidden"]]), "hidden: holds"),

@@ -53,8 +53,8 @@ def test_imports_go_up_the_list_only(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_modules_are_small(path):
-    """A file under 300 lines can be read in one sitting."""
-    assert len(path.read_text("utf-8").splitlines()) <= 300
+    """A file of over 400 lines has, more often than not, two subjects."""
+    assert len(path.read_text("utf-8").splitlines()) <= 400
 
 
 def test_ray_is_imported_in_one_module():

@@ -18,11 +18,11 @@ from transformers import (
     Qwen2Config,
 )
 
-from stillroom.attention_capture import ATTENTION, check_capture
+from stillroom.attention_capture import check_capture
 from stillroom.baselines import Baseline
 from stillroom.config import GROUPS, Evaluation, ModelRef, Objective, Training, UserError
 from stillroom.encoding import Encoding
-from stillroom.models import load_model, load_tokenizer, output_logits
+from stillroom.models import load_model, load_tokenizer
 from stillroom.teacher_signals import compute_signals
 from stillroom.train_student import Trial, train
 
@@ -77,7 +77,7 @@ def encodings():
 def build(config):
     """The same weights twice: captured by us, and plain eager."""
     torch.manual_seed(0)
-    ours = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=ATTENTION).eval()
+    ours = AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
     eager = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager").eval()
     eager.load_state_dict(ours.state_dict())
     return ours, eager
@@ -120,7 +120,7 @@ def test_a_window_shorter_than_the_text_hides_what_is_behind_it():
 def test_supported_architectures_pass_the_check(name):
     """The check before work starts accepts what is captured rightly."""
     ours, _ = build(CONFIGS[name])
-    check_capture(ours, torch.randint(3, 90, (1, 20)), lambda hidden: output_logits(ours, hidden))
+    check_capture(ours, torch.randint(3, 90, (1, 20)))
 
 
 def test_an_architecture_that_cannot_be_captured_is_refused_by_name():
@@ -128,18 +128,22 @@ def test_an_architecture_that_cannot_be_captured_is_refused_by_name():
     config = BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4)
     model = AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(UserError, match="BloomForCausalLM"):
-        check_capture(model, torch.randint(3, 90, (1, 20)), lambda hidden: output_logits(model, hidden))
+        check_capture(model, torch.randint(3, 90, (1, 20)))
 
 
-def test_a_head_that_misses_the_models_logits_is_refused_by_name():
+def test_a_head_that_misses_the_models_logits_is_refused_by_name(monkeypatch):
     """A model that does something to its logits that we do not know of is not distilled wrongly in silence."""
     ours, _ = build(CONFIGS["gemma2"])
+    monkeypatch.setattr("stillroom.models.logit_softcap", lambda config: None)
     with pytest.raises(UserError, match=r"Gemma2ForCausalLM.*logits"):
-        check_capture(ours, torch.randint(3, 90, (1, 20)), ours.get_output_embeddings())
+        check_capture(ours, torch.randint(3, 90, (1, 20)))
 
 
-def test_a_model_that_scales_its_logits_is_refused_before_it_is_scored_or_trained(tmp_path, student_ref, examples):
-    """Granite divides them: without the check its losses and its choices would be wrong in silence."""
+def test_an_unknown_scale_of_the_logits_is_refused_before_a_model_is_scored_or_trained(
+    tmp_path, student_ref, examples, monkeypatch
+):
+    """Granite divides them: were that not known, its losses and its choices would be wrong in silence."""
+    monkeypatch.setattr("stillroom.models.logit_scale", lambda config: 1.0)
     tokenizer = load_tokenizer(student_ref)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = GraniteConfig(vocab_size=len(tokenizer), num_key_value_heads=2, logits_scaling=4.0, **shape)

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from stillroom.checkpoints import checkpoints
-from stillroom.config import GROUPS, Adaptation, Evaluation, ModelRef, Objective
+from stillroom.checkpoints import checkpoints, require_whole
+from stillroom.config import GROUPS, RESULT, Adaptation, Evaluation, ModelRef, Objective
 from stillroom.corpus import Examples
 from stillroom.progress import Progress, silent
-from stillroom.provenance import write_json
+from stillroom.provenance import read_json, write_json
 from stillroom.train_student import Trial, train
 
 ADAPTED = "adapted.json"
@@ -27,21 +27,39 @@ def adapt_teacher(
 ) -> ModelRef:
     """Train the teacher by the project's own trainer and return it as a local model under `folder`."""
     trial = Trial(origin, GROUPS["task_only"], adaptation.seed)
-    result = train(
-        trial,
-        teacher,
-        adaptation.training,
-        Objective(),
-        evaluation,
-        examples,
-        None,
-        folder / trial.name,
-        adapter=_lora(adaptation) if adaptation.method == "lora" else None,
-        progress=progress,
+    kept = checkpoints(folder / trial.name)
+    finished = (folder / trial.name / RESULT).is_file() and bool(kept)
+    result = (
+        read_json(folder / trial.name / RESULT, "epochs")
+        if finished
+        else train(
+            trial,
+            teacher,
+            adaptation.training,
+            Objective(),
+            evaluation,
+            examples,
+            None,
+            folder / trial.name,
+            adapter=_lora(adaptation) if adaptation.method == "lora" else None,
+            progress=progress,
+        )
     )
-    final = checkpoints(folder / trial.name)[-1]
+    final = checkpoints(folder / trial.name)[-1].relative_to(folder)  # a results folder may be moved
     write_json(folder / ADAPTED, {"origin": origin, "model": str(final), "epochs": result["epochs"]})
-    return ModelRef(model=str(final), trust_remote_code=teacher.trust_remote_code)
+    return ModelRef(model=str(folder / final), trust_remote_code=teacher.trust_remote_code)
+
+
+def adapted_teacher(folder: Path, origin: str) -> Path | None:
+    """The teacher that was made from `origin`, if it is there; `UserError` if its files are damaged."""
+    if not (folder / ADAPTED).is_file():
+        return None
+    adapted = read_json(folder / ADAPTED, "origin", "model")
+    model = folder / str(adapted["model"])
+    if adapted["origin"] != origin or not model.is_dir():
+        return None
+    require_whole(model)
+    return model
 
 
 def _lora(adaptation: Adaptation) -> Callable[[Any], Any]:

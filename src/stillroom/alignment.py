@@ -96,7 +96,7 @@ def map_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any) -> Int32[ndar
     Equal vocabularies map by the identity. Otherwise specials map from EOS to EOS only; where the student has
     several ids for the same bytes (`A` and `<0x41>`), the one spelt as the teacher's is preferred.
     """
-    size = len(teacher_tokenizer)
+    size = largest_id(teacher_tokenizer) + 1
     if same_vocabulary(teacher_tokenizer, student_tokenizer):
         return np.arange(size, dtype=np.int32)
     plain: dict[bytes, int] = {}
@@ -111,12 +111,22 @@ def map_vocabulary(teacher_tokenizer: Any, student_tokenizer: Any) -> Int32[ndar
     return mapped
 
 
+def largest_id(tokenizer: Any) -> int:
+    """The largest id of a vocabulary, which may have gaps."""
+    return int(max(tokenizer.get_vocab().values()))
+
+
 def token_bytes(tokenizer: Any) -> dict[int, tuple[bytes, bool]]:
-    """Bytes of text each id stands for, in id order, and whether it is a byte-fallback token; no specials."""
+    """Bytes of text each id stands for, in id order, and whether it is a byte-fallback token; no specials.
+
+    A WordPiece token is a word after a space, unless it begins with the prefix of those that continue one.
+    """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     added = {token["id"]: token for token in backend.get("added_tokens") or []}
     special = set(tokenizer.all_special_ids) | {i for i, token in added.items() if token["special"]}
     byte_level = _mentions(backend.get("decoder"), "ByteLevel") or _mentions(backend.get("pre_tokenizer"), "ByteLevel")
+    model = backend["model"]
+    wordpiece = model["continuing_subword_prefix"] if model.get("type") == "WordPiece" else None
     result = {}
     for token, token_id in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         if token_id in special:
@@ -127,6 +137,9 @@ def token_bytes(tokenizer: Any) -> dict[int, tuple[bytes, bool]]:
             content = _byte_level_bytes(token)
             if content is not None:
                 result[token_id] = (content, False)
+        elif wordpiece is not None:
+            continued = token.startswith(wordpiece)
+            result[token_id] = ((token.removeprefix(wordpiece) if continued else f" {token}").encode(), False)
         elif found := _BYTE_TOKEN.match(token):
             result[token_id] = (bytes([int(found.group(1), 16)]), True)
         else:

@@ -1,14 +1,16 @@
 """The last layer's attention map, at the speed of sdpa in every other layer.
 
-One attention function is registered under `ATTENTION`, with sdpa's mask. It calls sdpa; in the last layer, and
-only inside `capture_attention`, it also keeps softmax(q·kᵀ·scale + mask). `check_capture` compares it and the
-output head with the architecture's own eager path, so an architecture that differs is refused by name.
+A model runs as Transformers loads it. Inside `capture_attention` alone, one attention function of ours stands in:
+it calls sdpa and, in the last layer, also keeps softmax(q·kᵀ·scale + mask). `check_model` and `check_capture` compare
+what we compute with the architecture's own path on a real text, so that one that differs is refused by name.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,11 +21,14 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from stillroom.config import UserError
+from stillroom.models import output_logits
 
 ATTENTION = "stillroom"
 
 # what sdpa and eager layers may differ by after a whole forward pass; a wrong mask or scale is far beyond it
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2}
+# what a text's beginning may differ by when its end is another: the same kernels on the same values, so less
+_OWN_ROUNDING = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
 
 
 class _Capture:
@@ -104,12 +109,23 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 @contextmanager
 def capture_attention(model: PreTrainedModel) -> Iterator[_Capture]:
-    """Keep the last layer's attention of the forward pass inside: `.map`, float32 (B, H, T, T)."""
+    """Keep the last layer's attention of the forward pass inside: `.map`, float32 (B, H, T, T).
+
+    Raises `UserError` for an architecture whose attention function cannot be exchanged.
+    """
+    native = model.config._attn_implementation
+    if not model._can_set_attn_implementation():
+        raise UserError(f"{_CANNOT.format(type(model).__name__)}: it does not let its attention function be exchanged")
+    model.set_attn_implementation(ATTENTION)
     _Capture.layer, _Capture.map = model.config.get_text_config().num_hidden_layers - 1, None
     try:
         yield _Capture()
     finally:
         _Capture.layer, _Capture.map = None, None
+        model.set_attn_implementation(native)
+
+
+_CANNOT = "{}: its last layer's attention cannot be captured"
 
 
 def position_ids(mask: Tensor) -> Tensor:
@@ -117,64 +133,107 @@ def position_ids(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def last_hidden_state(model: PreTrainedModel, ids: Tensor, mask: Tensor, **options: Any) -> Tensor:
+@cache
+def _takes_positions(base: Any) -> bool:
+    """Whether an architecture is told positions; others count for themselves, or know none (ALiBi)."""
+    return "position_ids" in inspect.signature(base.forward).parameters
+
+
+def last_hidden_state(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     """The final layer's hidden state after the final norm, (B, T, D)."""
-    output = model.base_model(
-        input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False, **options
-    )
+    base = model.base_model if model.base_model is not model else getattr(model, "model", model)
+    positions = {"position_ids": position_ids(mask)} if _takes_positions(type(base)) else {}  # type: ignore[arg-type]
+    output = base(input_ids=ids, attention_mask=mask, use_cache=False, **positions)
     hidden: Tensor = output.last_hidden_state
     return hidden
 
 
 @torch.no_grad()
-def check_head(model: PreTrainedModel, ids: Tensor, head: Any) -> None:
-    """Compare `head` on the last hidden state of a text `ids` (1, T) with the model's own logits.
+def check_model(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Compare what every stage computes of a model with its own path, on a text `ids` (1, T); its hidden state.
 
-    Some architectures scale their logits. Raises `UserError` naming the architecture.
-    """
-    mask = torch.ones_like(ids)
-    own = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    _require_close(model, _HEAD, head(last_hidden_state(model, ids, mask)), own)
-
-
-@torch.no_grad()
-def check_capture(model: PreTrainedModel, ids: Tensor, head: Any) -> None:
-    """Compare the captured attention, and `head` on the hidden state, with the model's own eager path.
-
-    `ids` (1, T): any text long enough to show a difference. Raises `UserError` naming the architecture.
+    The output head on the last hidden state must give the model's logits, and neither what follows a text nor
+    padding may change what the model says of it. Raises `UserError` naming the architecture.
     """
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise UserError(f"{name} is an encoder-decoder; stillroom distils causal language models")
     mask = torch.ones_like(ids)
-    with capture_attention(model) as capture:
+    half = (ids.shape[1] + 1) // 2
+    try:
+        own = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         hidden = last_hidden_state(model, ids, mask)
-        found = capture.map
+        shorter = mask.clone()
+        shorter[:, half:] = 0
+        both = last_hidden_state(model, torch.cat([ids, ids * shorter]), torch.cat([mask, shorter]))
+        logits = output_logits(model, hidden)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever an architecture's own code raises, the user is to read it as a line
+        raise UserError(
+            f"{name}: a plain forward pass fails ({type(error).__name__}: {_first_line(error)}); "
+            "this architecture is not supported"
+        ) from error
     if not torch.isfinite(hidden).all():
         raise UserError(
             f"{name} gives NaN or infinite values: its weights are damaged, or too large for {model.dtype}; "
             "try another dtype"
         )
-    if found is None:
-        raise UserError(f"{name}: its last layer's attention cannot be captured; this architecture is not supported")
+    if logits.shape != own.shape:
+        raise UserError(f"{name}: its output head does not read its last hidden state; not supported")
+    _require_close(model, "last hidden state × output head misses its logits", logits, own)
+    told = "what follows a text, or padding, changes what it says of the text (it is not causal)"
+    _require_close(model, told, both[1, :half], both[0, :half], _OWN_ROUNDING)
+    _require_close(model, "its hidden state depends on the batch", both[:1], hidden, _OWN_ROUNDING)
+    return hidden
+
+
+@torch.no_grad()
+def check_capture(model: PreTrainedModel, ids: Tensor) -> None:
+    """`check_model`, and compare the captured attention with the model's own eager path.
+
+    `ids` (1, T): any text long enough to show a difference. Raises `UserError` naming the architecture.
+    """
+    name = type(model).__name__
+    expected = check_model(model, ids)
+    mask = torch.ones_like(ids)
+    native = model.config._attn_implementation
     try:
+        with capture_attention(model) as capture:
+            hidden = last_hidden_state(model, ids, mask)
+            found = capture.map
         model.set_attn_implementation("eager")
-        own = model(input_ids=ids, attention_mask=mask, output_attentions=True, use_cache=False)
+        own = model(input_ids=ids, attention_mask=mask, output_attentions=True, use_cache=False).attentions
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # as in check_model
+        raise UserError(
+            f"{_CANNOT.format(name)} ({type(error).__name__}: {_first_line(error)}); this architecture is not supported"
+        ) from error
     finally:
-        model.set_attn_implementation(ATTENTION)
-    attention = own.attentions[-1] if own.attentions else None
+        model.set_attn_implementation(native)
+    if found is None:
+        raise UserError(f"{_CANNOT.format(name)}; this architecture is not supported")
+    attention = own[-1] if own else None
     if attention is None or attention.shape != found.shape:
         shape = None if attention is None else tuple(attention.shape)
         raise UserError(f"{name}: captured attention has shape {tuple(found.shape)}, its own {shape}; not supported")
+    _require_close(model, "capturing its attention changes its hidden state", hidden, expected)
     _require_close(model, "captured attention differs from its eager attention", found, attention)
-    _require_close(model, _HEAD, head(hidden), own.logits)
 
 
-_HEAD = "last hidden state × output head misses its logits"
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0][:200]
 
 
-def _require_close(model: PreTrainedModel, what: str, found: Tensor, expected: Tensor) -> None:
-    if not (difference := relative_error(found, expected)) <= _TOLERANCE[model.dtype]:
+def _require_close(
+    model: PreTrainedModel,
+    what: str,
+    found: Tensor,
+    expected: Tensor,
+    tolerance: dict[torch.dtype, float] = _TOLERANCE,
+) -> None:
+    if not (difference := relative_error(found, expected)) <= tolerance[model.dtype]:
         raise UserError(
             f"{type(model).__name__}: {what} by {difference:.2g} of their norm; this architecture is not supported"
         )

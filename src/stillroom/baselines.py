@@ -9,12 +9,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from stillroom.attention_capture import check_head
+from stillroom.attention_capture import check_model
 from stillroom.config import Evaluation, Precision, fingerprint
 from stillroom.encoding import encode_many
 from stillroom.evaluation import evaluate
 from stillroom.metrics import accuracy_metrics, nll_metrics, save_predictions
-from stillroom.models import output_logits
 from stillroom.progress import Progress, silent
 from stillroom.provenance import read_json, write_json
 from stillroom.tasks import Example
@@ -62,7 +61,7 @@ class Baseline:
     def measure(self, model: PreTrainedModel, tokenizer: Any, progress: Progress = silent) -> dict[str, Any]:
         """Accuracy and answer likelihood; kept in `path`, predictions beside it."""
         ids, _ = padded(encode_many(tokenizer, [self.examples[0].text]), device=model.device)
-        check_head(model, ids, lambda hidden: output_logits(model, hidden))
+        check_model(model, ids)
         predictions = evaluate(model, tokenizer, self.examples, self.settings, progress)
         save_predictions(predictions, self.path.with_suffix(".parquet"))
         result = {

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 from numpy import ndarray
 
-COLUMNS = ("ids", "ends", "special", "topk_ids", "topk_logprobs", "hidden", "attention")
+COLUMNS = ("ids", "ends", "special", "topk_ids", "topk_logprobs", "tail_logprobs", "hidden", "attention")
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Layout:
             "special": ("bool", (tokens,)),
             "topk_ids": (self.id_dtype, (tokens, self.top_k)),
             "topk_logprobs": (self.dtype, (tokens, self.top_k)),
+            "tail_logprobs": ("float32", (tokens,)),
             "hidden": (self.dtype, (tokens, self.width)),
             "attention": ("uint8" if self.attention_dtype else self.dtype, (self.heads, tokens * (tokens + 1) // 2)),
         }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +10,14 @@ from typing import Any
 import torch
 
 from stillroom.collation import Batch
-from stillroom.config import Retention, Training, UserError
-from stillroom.distillation_student import DistillationStudent, load_projector, save_student
+from stillroom.config import Retention, Training, UserError, fingerprint
+from stillroom.distillation_student import PROJECTOR, DistillationStudent, save_student
 from stillroom.models import DTYPES
-from stillroom.provenance import atomic_path, remove_tree
+from stillroom.provenance import atomic_path, file_sha256, read_json, remove_tree, write_json
 
 STATE = "trainer_state.pt"
+DIGESTS = "digests.json"
+"""SHA-256 of every file of a checkpoint, by name: what is read back is checked against it."""
 
 
 @dataclass
@@ -44,6 +45,13 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.split("_")[1]))
 
 
+def drop_unusable(folder: Path, last: Path | None) -> None:
+    """Drop what an earlier training left that this one, which resumes from `last` or starts, would take for newer."""
+    whole = checkpoints(folder)
+    for old in whole[whole.index(last) + 1 :] if last else whole:
+        remove_tree(old)
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that a trial can go on from."""
     whole = [p for p in checkpoints(folder) if (p / STATE).is_file()]
@@ -69,11 +77,40 @@ def save_checkpoint(
     with atomic_path(target) as building:
         building.mkdir()
         save_student(student, tokenizer, building, DTYPES[training.precision])
+        digests = _digests(building)
+        weights = sorted(item for item in digests.items() if item[0].endswith(".safetensors") and item[0] != PROJECTOR)
+        state.epochs[-1]["weights"] = fingerprint(weights)
         whole = {"student": student.state_dict(), "state": {**vars(state)}}
         if not final:
             whole |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         with (building / STATE).open("wb") as handle:  # a full disk is an OSError only through a handle of ours
             torch.save(whole, handle)
+        write_json(building / DIGESTS, {**digests, STATE: file_sha256(building / STATE)})
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def require_whole(checkpoint: Path) -> None:
+    """Raise `UserError` unless every file of a checkpoint has the bytes that were written.
+
+    What resuming alone needs may be gone: a finished trial has dropped it.
+    """
+    digests = read_json(checkpoint / DIGESTS)
+    for name, digest in digests.items() if isinstance(digests, dict) else ():
+        path = checkpoint / name
+        if name == STATE and not path.exists():
+            continue
+        if not path.is_file():
+            raise UserError(f"{path} is missing; {_REMEDY.format(checkpoint)}")
+        if file_sha256(path) != digest:
+            raise UserError(
+                f"{path} is damaged: its bytes are not those that were written; {_REMEDY.format(checkpoint)}"
+            )
+
+
+_REMEDY = "delete {} and run the same command: the trial resumes from the checkpoint before it, or from the start"
 
 
 def drop_superseded(folder: Path, keep: Retention, epochs: Sequence[dict[str, Any]], finished: bool) -> None:
@@ -106,14 +143,8 @@ def restore_checkpoint(
     scaler: torch.amp.GradScaler,
 ) -> TrainingState:
     """Load weights, optimizer and scaler in place; returns what the trial had done."""
-    load_projector(checkpoint)
-    try:
-        saved = torch.load(checkpoint / STATE, map_location=student.model.device, weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"{checkpoint / STATE} is damaged: {str(error).splitlines()[0]}; delete {checkpoint} to train from the "
-            "checkpoint before it, or from the start"
-        ) from error
+    require_whole(checkpoint)
+    saved = torch.load(checkpoint / STATE, map_location=student.model.device, weights_only=True)
     student.load_state_dict(saved["student"])
     if "optimizer" in saved:
         optimizer.load_state_dict(saved["optimizer"])

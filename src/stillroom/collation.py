@@ -153,13 +153,13 @@ class Collator:
     ) -> Outcomes:
         assert self.map is not None
         at = [item.kd_pairs[:, 0] for item in items if item.kd_pairs is not None]
-        teacher_ids = np.concatenate([s.topk_ids[j] for s, j in zip(stored, at, strict=True) if s.topk_ids is not None])
-        logprobs = np.concatenate(
-            [s.topk_logprobs[j] for s, j in zip(stored, at, strict=True) if s.topk_logprobs is not None]
-        )
+        topk = [
+            np.concatenate([getattr(s, column)[j] for s, j in zip(stored, at, strict=True)])
+            for column in ("topk_ids", "topk_logprobs", "tail_logprobs")
+        ]
         rows = np.searchsorted(head_rows, self._kd_rows(items, longest))
         counts["kd"] = len(rows)
-        ids, valid, probs, ghost = map_outcomes(teacher_ids, logprobs, self.map)
+        ids, valid, probs, ghost = map_outcomes(topk[0], topk[1], topk[2], self.map)
         some = valid.any(1)  # with no entry at all the ghost is the only outcome: KL is 0, exactly
         return Outcomes(*(torch.from_numpy(a[some]) for a in (rows, ids, valid, probs, ghost)))
 
@@ -220,20 +220,23 @@ def teacher_to_student_ids(
 
 
 def map_outcomes(
-    teacher_ids: ndarray, logprobs: ndarray, vocabulary_map: ndarray
+    teacher_ids: ndarray, logprobs: ndarray, tail_logprobs: ndarray, vocabulary_map: ndarray
 ) -> tuple[ndarray, ndarray, ndarray, ndarray]:
-    """Teacher top-k (M, K) in student ids: (ids, valid, probs, ghost).
+    """Teacher top-k (M, K) and tail (M) in student ids: (ids, valid, probs, ghost), which sum to 1.
 
-    Teacher ids that share a student id add up in one entry; unmapped ones and the tail go to the ghost.
+    Teacher ids that share a student id add up in one entry; unmapped ones and the tail go to the ghost. What storing
+    has rounded is divided by its sum, so that a student that equals its teacher has a KL of 0.
     """
     ids = vocabulary_map[teacher_ids.astype(np.int64)]
     probs = np.exp(logprobs.astype(np.float32))
     valid = ids >= 0
+    ghost = np.exp(tail_logprobs.astype(np.float64)) + np.where(valid, 0.0, probs).sum(1, dtype=np.float64)
     shared = np.bincount(vocabulary_map[vocabulary_map >= 0], minlength=1) > 1
     some = (shared[ids] & valid).sum(1) > 1  # the other rows need no sorting
     ids[some], valid[some], probs[some] = _merge_repeated(ids[some], valid[some], probs[some])
-    probs = np.where(valid, probs, 0.0).astype(np.float32)
-    ghost = np.clip(1.0 - probs.sum(1, dtype=np.float64), 0.0, 1.0).astype(np.float32)
+    probs = np.where(valid, probs, 0.0)
+    whole = probs.sum(1, dtype=np.float64) + ghost
+    probs, ghost = (probs / whole[:, None]).astype(np.float32), (ghost / whole).astype(np.float32)
     first = np.take_along_axis(ids, valid.argmax(1)[:, None], 1)
     return np.where(valid, ids, first), valid, probs, ghost
 

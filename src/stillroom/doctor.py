@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,24 @@ from typing import Any
 from stillroom.alignment import compare_vocabularies
 from stillroom.builtin_pair import materialise
 from stillroom.config import ModelRef, Study, UserError
+from stillroom.encoding import encode
 from stillroom.jobs import trial_resources
-from stillroom.models import is_local, load_config, load_tokenizer
+from stillroom.models import (
+    DTYPES,
+    default_device,
+    is_local,
+    load_config,
+    load_tokenizer,
+    require_embedded,
+    resolve_precision,
+)
 from stillroom.planning import plan_study
 from stillroom.provenance import hardware, package_versions
 
 SAMPLE = 50
 """Examples a task on which coverage is measured."""
+_EMULATED = 3.0
+"""How many times slower than float32 a dtype is that the device has no instructions for, at least."""
 _KEPT_ON_CPU = 2.0
 """What a trial's process holds of what the plan estimates: a CPU's allocator keeps part of what is given back."""
 
@@ -38,7 +49,9 @@ class Finding:
 
 def examine(study: Study) -> list[Finding]:
     """Everything that can be known without loading weights; Ray and the tracker are started and stopped."""
-    findings = [_packages(), *_models(study), *_tokenizers(study)]
+    findings = [_packages(), *_precision(study)]
+    study = resolve_precision(study)
+    findings += [*_models(study), *_tokenizers(study)]
     try:
         plan = plan_study(study)
     except UserError as error:
@@ -55,6 +68,38 @@ def _packages() -> Finding:
     return Finding("packages", not absent, f"missing: {', '.join(absent)}; run make install" if absent else listed)
 
 
+def _precision(study: Study) -> Lines:
+    """What `auto` stands for here, and whether a dtype that the study names is emulated by this device."""
+    device = default_device()
+    rates = {dtype: _products(DTYPES[dtype], device) for dtype in ("float32", "bfloat16", "float16")}
+    measured = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
+    chosen = resolve_precision(study).training.precision
+    asked = {"teacher.dtype": study.teacher.dtype, "training.precision": study.training.precision}
+    asked["evaluation.dtype"] = study.evaluation.dtype
+    if study.teacher.adapt.method != "none":
+        asked["teacher.adapt.training.precision"] = study.teacher.adapt.training.precision
+    slow = [f"{field}={d}" for field, d in asked.items() if d != "auto" and rates[d] < rates["float32"] / _EMULATED]
+    says = f"matrix products on this device, GFLOP/s: {measured}"
+    if slow:
+        yield Finding("precision", False, f"{says}; emulated: {', '.join(slow)}; set auto, or float32")
+    else:
+        yield Finding("precision", True, f"{says}; training in {chosen}")
+
+
+def _products(dtype: Any, device: Any) -> float:
+    """Billions of floating-point operations a second in a matrix product: the best of a few short tries."""
+    import torch
+
+    size, best = 384, 0.0
+    left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    for _ in range(4):
+        started = time.perf_counter()
+        product = left @ right
+        float(product[0, 0])  # waits for a GPU
+        best = max(best, 2e-9 * size**3 / (time.perf_counter() - started))
+    return best
+
+
 def _models(study: Study) -> Lines:
     for role, ref in (("teacher", study.teacher), ("student", study.student)):
         if ref.model.startswith("builtin:"):
@@ -68,7 +113,7 @@ def _models(study: Study) -> Lines:
         where = "local directory" if is_local(ref) else f"hub id, revision {ref.revision or 'not pinned'}"
         yield Finding(role, True, f"{ref.model}: {config.model_type}, {where}")
         yield _weights(role, ref)
-        yield _architecture(role, config)
+        yield _architecture(role, config, role == "teacher" or any("attention" in g.terms for g in study.groups))
 
 
 def _weights(role: str, ref: ModelRef) -> Finding:
@@ -97,50 +142,28 @@ def _weights(role: str, ref: ModelRef) -> Finding:
         return Finding(subject, False, says)
 
 
-def _architecture(role: str, config: Any) -> Finding:
-    """Whether attention is captured rightly: by the very check that stands before a capture, on a model in little."""
+def _architecture(role: str, config: Any, captured: bool) -> Finding:
+    """Runs the check that stands before a capture or a trial, on a miniature of the architecture."""
     from transformers import AutoModelForCausalLM
+
+    from stillroom.attention_capture import check_capture, check_model
+    from stillroom.miniature import PROBE, miniature
 
     subject = f"{role}'s architecture"
     if type(config) not in AutoModelForCausalLM._model_mapping:
         return Finding(subject, False, f"{config.model_type} is no causal language model; choose another model")
     try:
         model = miniature(config)
-    except Exception as error:  # any architecture's own constructor
-        says = (
-            f"{config.model_type}: could not be tried in little ({_first_line(error)}); checked when the stage starts"
-        )
-        return Finding(subject, True, says)
-    import torch
-
-    from stillroom.attention_capture import check_capture
-    from stillroom.models import output_logits
-
+    except UserError as error:
+        return Finding(subject, True, f"{error}; checked when the stage starts")
     try:
-        check_capture(model, torch.arange(3, 23)[None], lambda hidden: output_logits(model, hidden))
+        (check_capture if captured else check_model)(model, PROBE)
     except UserError as error:
         return Finding(subject, False, f"{error}; choose another model")
-    return Finding(subject, True, f"{config.model_type}: its attention is captured as its own code computes it")
-
-
-def miniature(config: Any) -> Any:
-    """A small random model of an architecture: two layers, narrow, as many heads a key-value head."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from stillroom.attention_capture import ATTENTION
-
-    small = copy.deepcopy(config)
-    text = small.get_text_config()
-    groups = text.num_attention_heads // (getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-    text.num_hidden_layers, text.vocab_size, text.hidden_size = 2, 64, 8 * 2 * groups
-    text.num_attention_heads, text.num_key_value_heads, text.head_dim = 2 * groups, 2, 8
-    text.intermediate_size, text.pad_token_id, text.bos_token_id, text.eos_token_id = 32, None, 1, 2
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[-2:]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(small, dtype=torch.float32, attn_implementation=ATTENTION).eval()
+    says = (
+        "its attention is captured as its own code computes it" if captured else "computed as its own code computes it"
+    )
+    return Finding(subject, True, f"{config.model_type}: {says}")
 
 
 def _tokenizers(study: Study) -> Lines:
@@ -149,6 +172,13 @@ def _tokenizers(study: Study) -> Lines:
             teacher, student = (load_tokenizer(materialise(r, Path(folder))) for r in (study.teacher, study.student))
         except UserError:
             return  # the models' own lines say why
+        try:
+            for ref, tokenizer in ((study.teacher, teacher), (study.student, student)):
+                if not ref.model.startswith("builtin:"):
+                    require_embedded(ref, tokenizer, [*encode(tokenizer, "a").ids.tolist(), tokenizer.eos_token_id])
+        except UserError as error:
+            yield Finding("tokenizers", False, str(error))
+            return
         yield _vocabularies(teacher, student)
         yield _coverage(study, teacher, student)
 

@@ -3,18 +3,24 @@
 A token's start is unreliable across tokenizer families (some leave the leading space out); its end is reliable.
 Where a tokenizer normalises, the offsets it gives inside a rewritten cluster are not: `e` + combining acute
 becomes one character with end 1, although two were read. There, every end inside moves to the cluster's end.
+Nor are they where a byte-level tokenizer trims white space from them: it is asked not to. A token for a space that
+the tokenizer itself put before the text has read nothing: its end is 0.
 """
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import regex
 from jaxtyping import Bool, Int32
 from numpy import ndarray
+from tokenizers import Tokenizer
 
 _CLUSTER = regex.compile(r"\X")
 
@@ -44,12 +50,52 @@ def encode(tokenizer: Any, text: str, *, add_eos: bool = False) -> Encoding:
 def encode_many(tokenizer: Any, texts: Sequence[str], *, add_eos: bool = False) -> list[Encoding]:
     """As `encode`, for many texts at once."""
     encodings = []
+    reader = _untrimmed(tokenizer)
     for first in range(0, len(texts), _TEXTS):
         part = list(texts[first : first + _TEXTS])
-        batch = tokenizer(part, return_offsets_mapping=True, return_special_tokens_mask=True)
+        batch = reader(part, return_offsets_mapping=True, return_special_tokens_mask=True)
         rows = zip(part, batch["input_ids"], batch["offset_mapping"], batch["special_tokens_mask"], strict=True)
         encodings += [_encoding(tokenizer, *row, add_eos) for row in rows]
     return encodings
+
+
+def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[Encoding]:
+    """As `encode_many`, to be continued: without what a tokenizer puts after a text, such as EOS."""
+    return [_without_trailing_specials(encoding) for encoding in encode_many(tokenizer, prompts)]
+
+
+def _without_trailing_specials(encoding: Encoding) -> Encoding:
+    text = np.flatnonzero(~encoding.special)
+    length = int(text[-1]) + 1 if len(text) else len(encoding)
+    return Encoding(encoding.ids[:length], encoding.ends[:length], encoding.special[:length])
+
+
+_UNTRIMMED: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+def _untrimmed(tokenizer: Any) -> Any:
+    """The tokenizer, or a copy of the same ids whose offsets leave no white space out."""
+    if tokenizer not in _UNTRIMMED:
+        described = json.loads(tokenizer.backend_tokenizer.to_str())
+        if _trim_no_offsets(described):
+            twin = copy.deepcopy(tokenizer)
+            twin._tokenizer = Tokenizer.from_str(json.dumps(described))
+            _UNTRIMMED[tokenizer] = twin
+        else:
+            _UNTRIMMED[tokenizer] = None
+    return _UNTRIMMED[tokenizer] or tokenizer
+
+
+def _trim_no_offsets(part: Any) -> bool:
+    """Switch the trimming of offsets off in a description's post-processors; whether any had it on."""
+    parts, found = [part], False
+    while parts:
+        inner = parts.pop() or {}
+        if inner.get("trim_offsets"):
+            inner["trim_offsets"], found = False, True
+        parts += [inner.get("post_processor"), *inner.get("processors", [])]
+        parts = [p for p in parts if p]
+    return found
 
 
 def _encoding(
@@ -65,8 +111,30 @@ def _encoding(
     is_special = np.array(special, dtype=bool)
     ends = np.array([end for _, end in offsets], dtype=np.int32)
     ends[is_special] = 0
+    if len(first := np.flatnonzero(~is_special)) and _is_invented(tokenizer, ids, first, text):
+        ends[first[0]] = 0
     ends = _ends_in_original(tokenizer, text, ends)
     return Encoding(np.array(ids, dtype=np.int32), np.maximum.accumulate(ends), is_special)
+
+
+def _is_invented(tokenizer: Any, ids: list[int], positions: Int32[ndarray, "N"], text: str) -> bool:
+    """Whether the first token of text is a space alone that the tokenizer put before it: `▁` of `▁中文`.
+
+    It is where the tokens begin with more spaces than the text does.
+    """
+    if tokenizer.convert_ids_to_tokens(ids[positions[0]]) not in _SPACE:
+        return False
+    spaces = 0
+    for position in positions:
+        token = tokenizer.convert_ids_to_tokens(ids[position])
+        bare = token.lstrip("▁Ġ ")
+        spaces += len(token) - len(bare)
+        if bare:
+            break
+    return spaces > len(text) - len(text.lstrip(" "))
+
+
+_SPACE = {"▁", "Ġ", " "}
 
 
 def _ends_in_original(tokenizer: Any, text: str, ends: Int32[ndarray, "T"]) -> Int32[ndarray, "T"]:

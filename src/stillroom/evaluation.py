@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from stillroom.attention_capture import last_hidden_state
-from stillroom.config import Evaluation
+from stillroom.config import Evaluation, UserError
 from stillroom.encoding import Encoding, encode_many, in_answer
 from stillroom.generation import generate
 from stillroom.models import output_logits
@@ -131,9 +131,20 @@ def _scoring_rows(tokenizer: Any, examples: Sequence[Example]) -> tuple[list[_Ro
     rows, lengths = [], []
     for number, example in enumerate(examples):
         own = [next(encodings) for _ in example.choices or (1,)]
+        _require_tokens(example, own)
         lengths.append(int(in_answer(own[example.gold or 0], len(example.prompt)).sum()))
         rows += _rows_of_example(number, own, len(example.prompt))
     return rows, lengths
+
+
+def _require_tokens(example: Example, encodings: Sequence[Encoding]) -> None:
+    """`UserError` where an answer has no token: its likelihood would be 1, and no other could win."""
+    for answer, encoding in zip(example.choices or (example.answer,), encodings, strict=True):
+        if not (in_answer(encoding, len(example.prompt)).nonzero()[0] > 0).any():
+            raise UserError(
+                f"example {example.example_id} ({example.task}): the tokenizer has no token of its own for the answer "
+                f"{answer!r}, so it cannot be scored; leave the row out or write that answer in another way"
+            )
 
 
 def _rows_of_example(number: int, encodings: Sequence[Encoding], prompt_length: int) -> list[_Row]:

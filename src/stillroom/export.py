@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from stillroom import __version__
 from stillroom.analysis.escaping import control_free, fence, markdown_plain
 from stillroom.analysis.reading import read_baselines, read_planned, read_result
-from stillroom.checkpoints import STATE, checkpoints
+from stillroom.checkpoints import DIGESTS, STATE, checkpoints, require_whole
 from stillroom.config import RESULT, ModelRef, UserError
 from stillroom.corpus import load_corpus
 from stillroom.distillation_student import PROJECTOR
@@ -34,9 +34,10 @@ def export_trial(trial: Path, target: Path) -> Path:
         raise UserError(f"{trial} has no checkpoint left to export; delete {trial / RESULT} and run the sweep again")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists; name a new folder")
+    require_whole(kept[-1])
     card = _card(trial, kept[-1])
     with atomic_path(target) as building:
-        shutil.copytree(kept[-1], building, ignore=shutil.ignore_patterns(PROJECTOR, STATE))
+        shutil.copytree(kept[-1], building, ignore=shutil.ignore_patterns(PROJECTOR, STATE, DIGESTS))
         _generation_config(trial, building).save_pretrained(building)
         (building / "README.md").write_text(card, "utf-8")
     return target

@@ -96,6 +96,7 @@ def describe_example(
     stored = store.read(example_id)
     assert stored.topk_ids is not None
     assert stored.topk_logprobs is not None
+    assert stored.tail_logprobs is not None
     assert stored.hidden is not None
     tokenizer = load_tokenizer(ModelRef(model=str(store.path / "tokenizer")))
     words = _words(tokenizer)
@@ -104,7 +105,7 @@ def describe_example(
     for row, token in enumerate(teacher):
         best = zip(stored.topk_ids[row, :top].tolist(), probabilities[row, :top].tolist(), strict=True)
         token["predictions"] = [{"token": words.get(i, f"<{i}>"), "probability": p} for i, p in best]
-        token["tail"] = max(0.0, 1 - float(probabilities[row].sum()))
+        token["tail"] = float(np.exp(stored.tail_logprobs[row]))
         token["hidden_norm"] = float(np.linalg.norm(stored.hidden[row].astype(np.float64)))
     facts: dict[str, Any] = {"example_id": example_id, "task": stored.task, "text": text, "teacher": teacher}
     if student is not None:
@@ -129,9 +130,10 @@ def _beside_student(
             side[position]["shared"] = True
     assert stored.topk_ids is not None
     assert stored.topk_logprobs is not None
+    assert stored.tail_logprobs is not None
     size = max(student_tokenizer.get_vocab().values()) + 1  # its ids may have gaps
     mapped = teacher_to_student_ids(tokenizer, student_tokenizer, store.manifest["vocabulary"], size)
-    *_, ghost = map_outcomes(stored.topk_ids, stored.topk_logprobs, mapped)
+    *_, ghost = map_outcomes(stored.topk_ids, stored.topk_logprobs, stored.tail_logprobs, mapped)
     for token, value in zip(teacher, ghost.tolist(), strict=True):
         token["ghost"] = value
     covered = counts["aligned"] / counts["tokens"]

@@ -6,8 +6,11 @@ import copy
 import gc
 import hashlib
 import json
+import platform
 import socket
 import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,12 +20,13 @@ from urllib.request import getproxies
 import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub import errors as hub_errors
-from safetensors import SafetensorError, safe_open
+from jaxtyping import Float
+from safetensors import safe_open
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from stillroom.attention_capture import ATTENTION
-from stillroom.config import ModelRef, Precision, UserError
+from stillroom.config import ModelRef, Precision, Study, Training, UserError
 from stillroom.provenance import file_sha256, read_json
 
 DTYPES: dict[Precision, torch.dtype] = {
@@ -30,6 +34,40 @@ DTYPES: dict[Precision, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+
+def native_bfloat16(device: torch.device | None = None) -> bool:
+    """Whether a device has instructions that multiply bfloat16; without, a CPU is many times slower in it."""
+    device = device or default_device()
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    try:
+        described = Path("/proc/cpuinfo").read_text("utf-8", "replace")
+    except OSError:
+        return device.type != "cpu" or platform.machine() == "arm64"  # Apple's processors have them
+    flags = {word for line in described.splitlines() if line.startswith(("flags", "Features")) for word in line.split()}
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16", "svebf16"})
+
+
+def resolve_precision(study: Study) -> Study:
+    """The study with a dtype for each `auto`: bfloat16 where this machine multiplies it natively, else float32."""
+    chosen: Precision = "bfloat16" if native_bfloat16() else "float32"
+
+    def training(given: Training) -> Training:
+        return given.model_copy(update={"precision": chosen}) if given.precision == "auto" else given
+
+    teacher, evaluation = study.teacher, study.evaluation
+    adapt = teacher.adapt.model_copy(update={"training": training(teacher.adapt.training)})
+    dtype = chosen if teacher.dtype == "auto" else teacher.dtype
+    scored = chosen if evaluation.dtype == "auto" else evaluation.dtype
+    return study.model_copy(
+        update={
+            "teacher": teacher.model_copy(update={"dtype": dtype, "adapt": adapt}),
+            "training": training(study.training),
+            "evaluation": evaluation.model_copy(update={"dtype": scored}),
+        }
+    )
+
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -60,8 +98,20 @@ def load_tokenizer(ref: ModelRef) -> Any:
     return tokenizer
 
 
+def require_embedded(ref: ModelRef, tokenizer: Any, ids: Iterable[int]) -> None:
+    """Raise `UserError` unless the model has an embedding for each of the ids that its tokenizer gives."""
+    size = getattr(load_config(ref).get_text_config(), "vocab_size", None)
+    beyond = [i for i in ids if isinstance(size, int) and i >= size]
+    if beyond:
+        token = tokenizer.convert_ids_to_tokens(beyond[0])
+        raise UserError(
+            f"{ref.model}: its tokenizer gives the id {beyond[0]} ({token!r}), but the model has {size} embeddings; "
+            "use the tokenizer that belongs to the weights, or resize the model's embeddings and save it again"
+        )
+
+
 def load_model(ref: ModelRef, dtype: Precision = "float32", device: Any = None) -> PreTrainedModel:
-    """The model in evaluation mode, its last layer's attention ready for capture.
+    """The model in evaluation mode, as Transformers loads it.
 
     `device`: one device, or "auto" to spread the layers over the GPUs found.
     """
@@ -73,7 +123,6 @@ def load_model(ref: ModelRef, dtype: Precision = "float32", device: Any = None) 
         AutoModelForCausalLM,
         ref,
         dtype=DTYPES[dtype],
-        attn_implementation=ATTENTION,
         use_safetensors=True,
         output_loading_info=True,
         **placement,
@@ -112,7 +161,9 @@ def _from_hub(kind: Any, ref: ModelRef, **options: Any) -> Any:
             local_files_only=not is_local(ref) and _without_network(),
             **options,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a plain Exception of a Rust library, a missing package, a config's own checks: all
         raise UserError(_explain(ref, error)) from error
 
 
@@ -184,8 +235,24 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(backend, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load_output_head(ref: ModelRef) -> torch.Tensor | None:
-    """The output head (V, D) of a checkpoint on this disk, read alone; None where it is not found by its usual names.
+@dataclass(frozen=True)
+class OutputHead:
+    """What makes next-token logits of the last hidden state, apart from its model."""
+
+    weight: Float[Tensor, "V D"]
+    bias: Float[Tensor, "V"] | None
+    scale: float
+    softcap: float | None
+
+    def logits(self, hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T V"]:
+        """Next-token logits in float32."""
+        bias = None if self.bias is None else self.bias.float()
+        logits = torch.nn.functional.linear(hidden.float() * self.scale, self.weight.float(), bias)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def load_output_head(ref: ModelRef) -> OutputHead | None:
+    """The output head of a checkpoint on this disk, read alone; None where its files do not show which it is.
 
     A hub model is looked for in the hub's cache.
     """
@@ -195,34 +262,70 @@ def load_output_head(ref: ModelRef) -> torch.Tensor | None:
         )
     except (OSError, ValueError):
         return None
-    folder = Path(found)
-    index = folder / "model.safetensors.index.json"
-    files = read_json(index, "weight_map")["weight_map"] if index.is_file() else {}
-    for name in ("lm_head.weight", "model.embed_tokens.weight", "transformer.wte.weight"):
-        path = folder / files.get(name, "model.safetensors")
-        if path.is_file():
-            with safe_open(path, "pt") as tensors:
-                if name in tensors.keys():  # noqa: SIM118 - not a mapping
-                    head: torch.Tensor = tensors.get_tensor(name)
-                    return head
+    folder, config = Path(found), load_config(ref)
+    with torch.device("meta"):  # the architecture's own names, without its weights; GPT-NeoX's files have another
+        model = _from_hub(_Skeleton, ref, config=config)
+    names = {id(module): name for name, module in model.named_modules()}
+    head = model.get_output_embeddings()
+    inputs = names[id(model.get_input_embeddings())]
+    places = [names[id(head)], "embed_out", *([inputs] if config.get_text_config().tie_word_embeddings else [])]
+    prefix = f"{model.base_model_prefix}."
+    places += [place.removeprefix(prefix) for place in places if place.startswith(prefix)]
+    for place in places:
+        weight = _read_tensor(folder, f"{place}.weight")
+        if weight is not None and weight.shape == head.weight.shape:
+            bias = _read_tensor(folder, f"{place}.bias") if getattr(head, "bias", None) is not None else None
+            return OutputHead(weight, bias, logit_scale(config), logit_softcap(config))
     return None
 
 
+class _Skeleton:
+    """Builds a model of its configuration alone, by the interface that `_from_hub` calls."""
+
+    @staticmethod
+    def from_pretrained(_: str, config: Any, trust_remote_code: bool, **__: Any) -> PreTrainedModel:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return model
+
+
+def _read_tensor(folder: Path, name: str) -> Tensor | None:
+    """One tensor of a checkpoint's safetensors files, if it is there."""
+    index = folder / "model.safetensors.index.json"
+    files = read_json(index, "weight_map")["weight_map"] if index.is_file() else {}
+    path = folder / files.get(name, "model.safetensors")
+    if not path.is_file():
+        return None
+    with safe_open(path, "pt") as tensors:
+        found: Tensor | None = tensors.get_tensor(name) if name in tensors.keys() else None  # noqa: SIM118 - no mapping
+        return found
+
+
 def output_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-    """Next-token logits (..., V) from the last hidden state (..., D), soft-capped where the model does so."""
-    logits: torch.Tensor = model.get_output_embeddings()(hidden)
-    cap = logit_softcap(model)
+    """Next-token logits (..., V) from the last hidden state (..., D); scaled, soft-capped where the model's are."""
+    logits: torch.Tensor = model.get_output_embeddings()(scaled_for_head(model, hidden))
+    cap = logit_softcap(model.config)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def logit_softcap(model: PreTrainedModel) -> float | None:
+def logit_softcap(config: Any) -> float | None:
     """The cap c of `c·tanh(logits / c)`, or None (Gemma 2 is the known case)."""
-    return softcap_of(model.config)
-
-
-def softcap_of(config: Any) -> float | None:
-    """As `logit_softcap`, from the architecture alone."""
     return getattr(config.get_text_config(), "final_logit_softcapping", None)
+
+
+def scaled_for_head(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+    """What the output head is to read: the hidden state times the factor that the model puts on its logits.
+
+    A head without bias is linear, so the factor may stand before it.
+    """
+    scale = logit_scale(model.config)
+    return hidden if scale == 1 else hidden * scale
+
+
+def logit_scale(config: Any) -> float:
+    """The factor that an architecture multiplies its logits by (Granite and Cohere are the known cases)."""
+    text = config.get_text_config()
+    factor, divisor = getattr(text, "logit_scale", None), getattr(text, "logits_scaling", None)
+    return float(factor if isinstance(factor, int | float) else 1) / float(divisor or 1)
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
@@ -238,13 +341,21 @@ def release_memory() -> None:
 
 
 def width(config: Any) -> int:
-    """Dimensions of the hidden state."""
-    return int(config.get_text_config().hidden_size)
+    """Dimensions of the last hidden state, which the output head reads; OPT may project it to others."""
+    text = config.get_text_config()
+    return int(getattr(text, "word_embed_proj_dim", None) or _required(text, "hidden_size"))
 
 
 def heads(config: Any) -> int:
     """Attention heads of a layer."""
-    return int(config.get_text_config().num_attention_heads)
+    return int(_required(config.get_text_config(), "num_attention_heads"))
+
+
+def _required(config: Any, name: str) -> Any:
+    value = getattr(config, name, None)
+    if not isinstance(value, int):
+        raise UserError(f"{config.model_type}: its configuration has no {name}; this architecture is not supported")
+    return value
 
 
 def context_length(config: Any) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from stillroom.cells import Layout, _to_numpy_array, _to_py, id_dtype
 from stillroom.config import Precision, Signals, UserError, fingerprint
 from stillroom.corpus import examples_digest
 from stillroom.encoding import Encoding, encode_many
-from stillroom.models import heads, output_logits, tokenizer_hash, vocabulary_size, width
+from stillroom.models import heads, tokenizer_hash, vocabulary_size, width
 from stillroom.progress import Progress, silent
 from stillroom.provenance import atomic_path, exclusive, file_sha256, package_versions, read_json, utc_now, write_json
 from stillroom.recomputation import sample_ids
@@ -56,6 +57,7 @@ __all__ = [
     "require_matching",
     "require_verified",
     "seal",
+    "snapshots",
     "verify_saved_data",
 ]
 
@@ -126,7 +128,7 @@ def capture_share(
         if done < total:
             longest = max(encodings, key=len)
             probe = torch.from_numpy(longest.ids.astype("int64"))[None].to(model.device)
-            check_capture(model, probe, lambda hidden: output_logits(model, hidden))
+            check_capture(model, probe)
         progress(done, total)
         for number in (n for n in mine if n in absent):
             rows = _signals_of(model, examples, encodings, shards[number], signals)
@@ -237,7 +239,8 @@ def verify_saved_data(path: Path | str, num_samples: int = 20, seed: int = 0) ->
     path = Path(path)
     store = SignalStore.open(path)
     # an archived store keeps the record it was archived with, also where this user could write
-    writable = bool(path.stat().st_mode & 0o222) and os.access(path, os.W_OK)
+    sealed = not path.stat().st_mode & 0o222
+    writable = not sealed and os.access(path, os.W_OK)
     sampled = sample_ids(store, num_samples, seed)
     try:
         for shard in store.manifest["shards"]:
@@ -256,9 +259,26 @@ def verify_saved_data(path: Path | str, num_samples: int = 20, seed: int = 0) ->
     }
     if writable:
         write_json(path / VERIFIED, record)
-    else:
+        return record
+    try:
         require_verified(store)
+    except UserError:  # a snapshot that has lost its record gets this one
+        _unseal(path)
+        try:
+            write_json(path / VERIFIED, record)
+        finally:
+            seal(path)
     return record
+
+
+def _unseal(snapshot: Path) -> None:
+    try:
+        snapshot.chmod(0o755)
+    except OSError as error:
+        raise UserError(
+            f"{snapshot} has no {VERIFIED}, and this user cannot write one there ({error.strerror}): let its owner run "
+            "`stillroom verify`, or remove it and archive again"
+        ) from None
 
 
 def archive(path: Path | str) -> Path:
@@ -270,7 +290,7 @@ def archive(path: Path | str) -> Path:
     store = SignalStore.open(path)
     require_verified(store)
     digest = file_sha256(path / MANIFEST)
-    for known in sorted(path.parent.glob(f"{path.name}_*")):
+    for known in snapshots(path):
         if (known / MANIFEST).is_file() and file_sha256(known / MANIFEST) == digest:
             return seal(known)
     target = path.with_name(f"{path.name}_{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}")
@@ -282,11 +302,19 @@ def archive(path: Path | str) -> Path:
     return seal(target)
 
 
+def snapshots(path: Path) -> list[Path]:
+    """What stands beside a store under its name and a date, oldest first."""
+    path = path.resolve()  # no pattern: the name is the user's
+    found = path.parent.iterdir() if path.parent.is_dir() else ()
+    return sorted(p for p in found if p.is_dir() and p.name.startswith(f"{path.name}_"))
+
+
 def seal(snapshot: Path) -> Path:
-    """Make a snapshot read-only, and return it. `UserError` unless it is verified."""
+    """Make a snapshot read-only, unless it is another user's, and return it. `UserError` unless it is verified."""
     require_verified(SignalStore.open(snapshot))
     for found in [*snapshot.rglob("*"), snapshot]:
-        found.chmod(0o555 if found.is_dir() else 0o444)
+        with suppress(PermissionError):  # another user's: what it holds is checked before it is read, all the same
+            found.chmod(0o555 if found.is_dir() else 0o444)
     return snapshot
 
 

@@ -140,7 +140,7 @@ def _store_bytes(lengths: dict[str, _Lengths], layout: Layout) -> dict[str, int]
     tokens = sum(own.teacher.sum() for own in lengths.values())
     triangle = sum(own.triangle * len(own.teacher) for own in lengths.values())
     return {
-        "topk": int(tokens * layout.top_k * (value + index)),
+        "topk": int(tokens * (layout.top_k * (value + index) + 4)),
         "hidden": int(tokens * layout.width * value),
         "attention": int(triangle * layout.heads * (1 if layout.attention_dtype else value)),
         "encoding": int(tokens * 9),

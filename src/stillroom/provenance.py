@@ -10,6 +10,7 @@ import platform
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -46,7 +47,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     On failure it is removed, and `UserError` says why the system did not write.
     """
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")  # processes of two nodes can have one number
+    temporary = _temporary(path)
+    _WRITING.add(temporary.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -63,6 +65,45 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except BaseException:
         _discard(temporary)
         raise
+    finally:
+        _WRITING.discard(temporary.name)
+
+
+_WRITING: set[str] = set()
+"""Names of the temporary files of this process."""
+_HOST = re.sub(r"[^A-Za-z0-9]", "-", socket.gethostname())[:40]
+_TEMPORARY = re.compile(r"\..+\.(?P<host>[A-Za-z0-9-]+)\.(?P<process>\d+)\.[0-9a-f]{12}\.tmp")
+_ABANDONED_SECONDS = 24 * 3600
+"""How long the temporary file of a process that cannot be asked is left alone once nothing is written to it."""
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside `path` that says which process writes it."""
+    return path.with_name(f".{path.name[:60]}.{_HOST}.{os.getpid()}.{uuid4().hex[:12]}.tmp")
+
+
+def _abandoned(path: Path) -> bool:
+    """Whether a file or folder is what a process that is gone was writing, or removing."""
+    found = _TEMPORARY.fullmatch(path.name)
+    if found is None or path.name in _WRITING:
+        return False
+    here, process = found["host"] == _HOST, int(found["process"])
+    with suppress(OSError):
+        if time.time() - path.lstat().st_mtime > _ABANDONED_SECONDS:
+            return True
+    return here and (process == os.getpid() or not _alive(process))
+
+
+def _alive(process: int) -> bool:
+    if os.name == "nt":  # there, signal 0 would be Ctrl-C: age alone must tell
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is there, and another user's
+        return True
+    return True
 
 
 def _flush(path: Path) -> None:
@@ -96,15 +137,20 @@ def _system_reason(error: BaseException) -> str | None:
 def remove_tree(folder: Path) -> None:
     """Remove a folder so that, stopped half-way, nothing is left under its name; no folder, nothing done."""
     if folder.is_dir():
-        leaving = folder.with_name(f".{folder.name}.{uuid4().hex}.tmp.old")
-        folder.rename(leaving)
-        shutil.rmtree(leaving)
+        leaving = _temporary(folder)
+        _WRITING.add(leaving.name)
+        try:
+            folder.rename(leaving)
+            shutil.rmtree(leaving)
+        finally:
+            _WRITING.discard(leaving.name)
 
 
-def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Remove what killed processes left of files being written (or of one file); the caller alone may write there."""
-    for leftover in folder.glob(f".{name}.*tmp*"):
-        _discard(leftover)
+def remove_leftovers(folder: Path, within: bool = False) -> None:
+    """Remove what killed processes left of what they were writing in a folder; with `within`, below it too."""
+    for path in list(folder.rglob(".*.tmp") if within else folder.glob(".*.tmp")):
+        if _abandoned(path):
+            _discard(path)
 
 
 def write_text(path: Path, text: str) -> None:

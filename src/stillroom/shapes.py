@@ -7,7 +7,7 @@ from typing import Any
 
 from stillroom.builtin_pair import builtin_config
 from stillroom.config import ModelRef, Precision, Signals, Training, UserError
-from stillroom.models import DTYPES, load_config
+from stillroom.models import DTYPES, heads, load_config, width
 
 _SHAPES: dict[str, dict[str, Any]] = {
     "mistralai/Mistral-7B-v0.1": {
@@ -69,12 +69,25 @@ def shape_of(ref: ModelRef, assumptions: list[str]) -> Shape:
     if (built_in := builtin_config(ref.model)) is not None:
         return _of(built_in)
     try:
-        return _of(load_config(ref).get_text_config().to_dict())
+        return _of_config(load_config(ref))
     except UserError:
         if ref.model not in _SHAPES:
             raise
         assumptions.append(f"{ref.model}: published shape; its config.json could not be read here")
         return _of(_SHAPES[ref.model])
+
+
+def _of_config(config: Any) -> Shape:
+    """By the names that every configuration answers to, whatever it calls them itself."""
+    text = config.get_text_config()
+    names = ("head_dim", "num_key_value_heads", "intermediate_size", "vocab_size", "tie_word_embeddings")
+    given = {name: getattr(text, name, None) for name in names}
+    layers = getattr(text, "num_hidden_layers", None)
+    if not isinstance(layers, int) or not isinstance(given["vocab_size"], int):
+        raise UserError(f"{config.model_type}: its configuration names no layers or vocabulary; it cannot be planned")
+    return _of(
+        {**given, "hidden_size": width(config), "num_attention_heads": heads(config), "num_hidden_layers": layers}
+    )
 
 
 def _of(config: dict[str, Any]) -> Shape:

@@ -19,13 +19,13 @@ import torch
 from jaxtyping import Float, Integer
 from numpy import ndarray
 
-from stillroom.cells import Layout, _to_numpy_array, cell_bytes, parquet_cell
+from stillroom.cells import COLUMNS, Layout, _to_numpy_array, cell_bytes, parquet_cell
 from stillroom.config import UserError, fingerprint
 from stillroom.encoding import Encoding
 from stillroom.provenance import atomic_path, file_sha256, read_json, remove_leftovers, write_json
 from stillroom.teacher_signals import TeacherSignals
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 SHARDS = "part-*.parquet"
 Signal = Literal["topk", "hidden", "attention"]
@@ -40,13 +40,14 @@ SCHEMA = pa.schema(
         ("special", pa.large_binary()),
         ("topk_ids", pa.large_binary()),
         ("topk_logprobs", pa.large_binary()),
+        ("tail_logprobs", pa.large_binary()),
         ("hidden", pa.large_binary()),
         ("attention", pa.large_binary()),
     ]
 )
 
 _COLUMNS: dict[Signal, tuple[str, ...]] = {
-    "topk": ("topk_ids", "topk_logprobs"),
+    "topk": ("topk_ids", "topk_logprobs", "tail_logprobs"),
     "hidden": ("hidden",),
     "attention": ("attention",),
 }
@@ -61,6 +62,8 @@ class StoredExample:
     encoding: Encoding
     topk_ids: Integer[ndarray, "T K"] | None = None
     topk_logprobs: Float[ndarray, "T K"] | None = None
+    tail_logprobs: Float[ndarray, "T"] | None = None
+    """Logarithm of the probability outside the top k; −inf where there is none."""
     hidden: Float[ndarray, "T D"] | None = None
     attention: Float[ndarray, "H N"] | None = None
     """Row after row of the causal triangle, N = T(T+1)/2."""
@@ -78,7 +81,7 @@ def write_shard(
     rows: Iterable[tuple[str, str, Encoding, TeacherSignals]],
 ) -> None:
     """Write one shard of the capture with fingerprint `own`, row by row, whole or not at all."""
-    remove_leftovers(path.parent, path.name)
+    remove_leftovers(path.parent)
     metadata = {
         "stillroom_schema": str(SCHEMA_VERSION),
         "stillroom_fingerprint": own,
@@ -99,7 +102,7 @@ def write_shard(
 
 def _row(example_id: str, task: str, encoding: Encoding, signals: TeacherSignals, layout: Layout) -> pa.RecordBatch:
     values: dict[str, Any] = {"ids": encoding.ids, "ends": encoding.ends, "special": encoding.special}
-    values |= {name: getattr(signals, name) for name in ("topk_ids", "topk_logprobs", "hidden", "attention")}
+    values |= {name: getattr(signals, name) for name in COLUMNS[3:]}
     cells = [pa.array([example_id]), pa.array([task]), pa.array([len(encoding)], pa.int32())]
     for name, value in values.items():
         dtype, shape = layout.cell(name, len(encoding))

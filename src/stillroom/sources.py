@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from stillroom.alignment import largest_id
+from stillroom.attention_capture import check_capture, check_model
 from stillroom.baselines import Baseline
 from stillroom.builtin_pair import materialise
 from stillroom.config import BASELINES, UNTOUCHED, ModelRef, Study, UserError, fingerprint
@@ -16,14 +18,24 @@ from stillroom.corpus import (
     build_corpus,
     examples_digest,
     load_corpus,
+    require_unchanged,
     save_corpus,
     source_digest,
     with_official,
 )
-from stillroom.encoding import encode_many
-from stillroom.models import context_length, load_config, load_tokenizer, model_identity, tokenizer_hash
+from stillroom.encoding import encode, encode_many
+from stillroom.miniature import PROBE, try_miniature
+from stillroom.models import (
+    context_length,
+    load_config,
+    load_tokenizer,
+    model_identity,
+    require_embedded,
+    resolve_precision,
+    tokenizer_hash,
+)
 from stillroom.progress import NamedProgress, silent
-from stillroom.provenance import Meter, exclusive
+from stillroom.provenance import Meter, exclusive, remove_leftovers
 from stillroom.tasks import Example
 
 
@@ -34,6 +46,21 @@ class Sources:
     study: Study
     progress: NamedProgress = silent
     meter: Meter = field(default_factory=Meter)
+
+    def __post_init__(self) -> None:
+        """What `auto` stands for on this machine is part of the study's identity."""
+        self.study = resolve_precision(self.study)
+
+    def require_supported(self) -> None:
+        """Try both architectures, small and at random, before anything is trained or captured.
+
+        Raises `UserError` naming one that cannot do what the study asks. One of which no small model can be built is
+        checked when it is loaded.
+        """
+        attention = any("attention" in group.terms for group in self.study.groups)
+        for ref, captured in ((self.teacher_ref, True), (self.student_ref, attention)):
+            if (model := try_miniature(load_config(ref))) is not None:
+                (check_capture if captured else check_model)(model, PROBE)
 
     @property
     def results(self) -> Path:
@@ -63,23 +90,35 @@ class Sources:
     @cached_property
     def tokenizers(self) -> tuple[Any, Any]:
         """The teacher's and the student's."""
-        return load_tokenizer(self.teacher_ref), load_tokenizer(self.student_ref)
+        return self._tokenizer(self.teacher_ref), self._tokenizer(self.student_ref)
+
+    def _tokenizer(self, ref: ModelRef) -> Any:
+        """A model's tokenizer, whose EOS and other added tokens the model knows."""
+        tokenizer = load_tokenizer(ref)
+        require_embedded(ref, tokenizer, [*encode(tokenizer, "a").ids.tolist(), tokenizer.eos_token_id])
+        return tokenizer
 
     @cached_property
     def examples(self) -> Examples:
         """The corpus, built on first use and then read."""
         folder = self.results / "corpus"
+        self.require_supported()
+        remove_leftovers(self.results, within=True)
+        for place in (self.store_path, self.store_path.parent):
+            remove_leftovers(place)
         official, longest = self.study.official, self._context - self.study.evaluation.max_new_tokens
         if self.study.corpus.max_length > self._context:
             raise UserError(
                 f"corpus.max_length={self.study.corpus.max_length}: a model reads {self._context} tokens at most"
             )
+        sources = [*self.study.corpus.tasks.values(), *official.values()]
+        digests = [source_digest(data) for data in sources]
         own = fingerprint(
             self.study.corpus,
             {name: data.model_dump() for name, data in official.items()},
             longest,
             [tokenizer_hash(t) for t in self.tokenizers],
-            [source_digest(data) for data in (*self.study.corpus.tasks.values(), *official.values())],
+            digests,
         )
         if (examples := _known_corpus(folder, own)) is None:
             # the processes of a divided capture start together
@@ -87,9 +126,18 @@ class Sources:
                 if (examples := _known_corpus(folder, own)) is None:
                     examples = build_corpus(self.study.corpus, self.tokenizers)
                     examples = with_official(examples, official, self.study.corpus, self.tokenizers, longest)
+                    require_unchanged(sources, digests)
+                    self._require_embedded([*examples.all, *examples.official])
                     save_corpus(examples, folder, own)
         self._require_room(examples.validation, longest)
         return examples
+
+    def _require_embedded(self, examples: Sequence[Example]) -> None:
+        """`UserError` where a text has a token that its model has no embedding for."""
+        for ref, tokenizer in zip((self.teacher_ref, self.student_ref), self.tokenizers, strict=True):
+            if largest_id(tokenizer) >= (getattr(load_config(ref).get_text_config(), "vocab_size", None) or 0):
+                for encoding in encode_many(tokenizer, [example.text for example in examples]):
+                    require_embedded(ref, tokenizer, encoding.ids.tolist())
 
     def _require_room(self, examples: Sequence[Example], room: int) -> None:
         """`UserError` unless after every prompt both models can still read what they generate."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom import offline_teacher_data as otd
-from stillroom.adaptation import ADAPTED, adapt_teacher
+from stillroom.adaptation import adapt_teacher, adapted_teacher
 from stillroom.analysis.frame import PLANNED, worse_or_equal, write_summary
 from stillroom.analysis.report import write_report
 from stillroom.baselines import Baseline
@@ -25,12 +25,10 @@ from stillroom.models import (
     DTYPES,
     absolute,
     default_device,
-    load_config,
     load_model,
     load_output_head,
     model_identity,
     release_memory,
-    softcap_of,
 )
 from stillroom.provenance import exclusive, read_json, record_run, remove_tree, write_json
 from stillroom.recomputation import check_with_head, recompute, sample_ids
@@ -50,11 +48,9 @@ class Workspace(Sources):
         if self.study.teacher.adapt.method == "none":
             return self.teacher_ref
         folder = self.results / "teacher"
-        own = self.adaptation_fingerprint(model_identity(self.teacher_ref))
-        if (folder / ADAPTED).is_file():
-            adapted = read_json(folder / ADAPTED, "origin", "model")
-            if adapted["origin"] == own and Path(adapted["model"]).is_dir():
-                return ModelRef(model=adapted["model"], trust_remote_code=self.study.teacher.trust_remote_code)
+        origin = self.adaptation_fingerprint(model_identity(self.teacher_ref))
+        if (known := adapted_teacher(folder, origin)) is not None:
+            return ModelRef(model=str(known), trust_remote_code=self.study.teacher.trust_remote_code)
         with exclusive(folder, "adaptation"):
             ref = adapt_teacher(
                 self.teacher_ref,
@@ -62,7 +58,7 @@ class Workspace(Sources):
                 self.study.evaluation,
                 self.examples,
                 folder,
-                own,
+                origin,
                 partial(self.progress, "adapting the teacher, steps"),
             )
         self._record("adapt", {"teacher": self.teacher_identity})
@@ -139,8 +135,10 @@ class Workspace(Sources):
             model = load_model(teacher, self.study.teacher.dtype, "auto")
             record["recomputed"] = recompute(store, model, sample_ids(store, recomputed))
         elif (head := load_output_head(teacher)) is not None:
-            softcap, dtype = softcap_of(load_config(teacher)), DTYPES[self.study.teacher.dtype]
-            record["with_output_head"] = check_with_head(store, head, softcap, sample_ids(store, 2), dtype)
+            dtype = DTYPES[self.study.teacher.dtype]
+            record["with_output_head"] = check_with_head(store, head, sample_ids(store, 2), dtype)
+        else:
+            record["not_checked"] = "values against the teacher: its output head is not among its files here"
         record |= {"store": str(store.path), "fingerprint": store.manifest["fingerprint"]}
         self._record("verify", record)
         return record
@@ -156,7 +154,7 @@ class Workspace(Sources):
 
     def _archived(self, origin: dict[str, Any]) -> Path | None:
         """The newest snapshot beside the store with this origin."""
-        for path in sorted(self.store_path.resolve().parent.glob(f"{self.store_path.name}_*"), reverse=True):
+        for path in reversed(otd.snapshots(self.store_path)):
             if (path / MANIFEST).is_file() and SignalStore.open(path).manifest["made_from"] == origin:
                 return path
         return None

@@ -42,6 +42,7 @@ def check_example(store: SignalStore, example: StoredExample) -> None:
 
     assert example.topk_ids is not None
     assert example.topk_logprobs is not None
+    assert example.tail_logprobs is not None
     assert example.hidden is not None
     assert example.attention is not None
     tokens, layout = len(example.encoding), store.layout
@@ -50,7 +51,10 @@ def check_example(store: SignalStore, example: StoredExample) -> None:
     for name in ("topk_logprobs", "hidden", "attention"):
         require(bool(np.isfinite(getattr(example, name)).all()), f"{name} has NaN or infinite values")
     require(bool((np.diff(logprobs, axis=1) <= 0).all()), "top-k log-probabilities are not sorted")
-    require(bool((np.exp(logprobs).sum(1) <= 1 + tolerance).all()), "top-k probabilities sum to more than 1")
+    sums = np.exp(logprobs).sum(1) + np.exp(example.tail_logprobs.astype(np.float64))
+    require(
+        bool((np.abs(sums - 1) <= tolerance).all()), f"top-k and tail sum to {sums.min():.4f}…{sums.max():.4f}, not 1"
+    )
     ids = np.sort(example.topk_ids.astype(np.int64), axis=1)
     require(bool((np.diff(ids, axis=1) > 0).all()) and bool((ids >= 0).all()), "top-k ids repeat or are negative")
     require(bool((np.diff(example.encoding.ends) >= 0).all()), "token ends decrease")

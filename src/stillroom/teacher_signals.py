@@ -26,6 +26,8 @@ class TeacherSignals:
     topk_ids: Int[Tensor, "T K"]
     topk_logprobs: Float[Tensor, "T K"]
     """Next-token log-probabilities at temperature 1, highest first."""
+    tail_logprobs: Float[Tensor, "T"]
+    """Logarithm of the probability outside the top k, float32; −inf where k is the whole vocabulary."""
     hidden: Float[Tensor, "T D"]
     attention: Float[Tensor, "H N"]
     """Post-softmax attention: row after row of the causal triangle, N = T(T+1)/2."""
@@ -64,8 +66,9 @@ def compute_signals(
     assert attention is not None
     rows = hidden[mask.bool().to(hidden.device)]
     topk = [_top_k(model, part, top_k) for part in rows.split(_HEAD_ROWS)]
-    logprobs = torch.cat([values for values, _ in topk]).to(dtype).cpu()
-    topk_ids = torch.cat([indices for _, indices in topk]).to(torch.int32).cpu()
+    logprobs = torch.cat([values for values, _, _ in topk]).to(dtype).cpu()
+    tails = torch.cat([tail for _, tail, _ in topk]).cpu()
+    topk_ids = torch.cat([indices for _, _, indices in topk]).to(torch.int32).cpu()
     rows = rows.to(dtype).cpu()
     attention = attention.to(dtype)
     result, first = [], 0
@@ -75,17 +78,21 @@ def compute_signals(
         square = attention[row, :, start : start + length, start : start + length]
         lower, left = torch.tril_indices(length, length, device=square.device)
         place = slice(first, first + length)
-        signals = TeacherSignals(topk_ids[place], logprobs[place], rows[place], square[:, lower, left].cpu())
+        triangle = square[:, lower, left].cpu()
+        signals = TeacherSignals(topk_ids[place], logprobs[place], tails[place], rows[place], triangle)
         _check_finite(signals, row)
         result.append(signals)
         first += length
     return result
 
 
-def _top_k(model: PreTrainedModel, hidden: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def _top_k(model: PreTrainedModel, hidden: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
     logits = output_logits(model, hidden).float()
     values, indices = logits.topk(top_k, dim=-1)
-    return values - logits.logsumexp(-1, keepdim=True), indices
+    whole = logits.logsumexp(-1, keepdim=True)
+    # of the logits outside, never 1 − Σ: a difference of nearly equal numbers, which a temperature magnifies
+    tail = logits.scatter(-1, indices, -torch.inf).logsumexp(-1) - whole[:, 0]
+    return values - whole, tail, indices
 
 
 def _check_finite(signals: TeacherSignals, row: int) -> None:

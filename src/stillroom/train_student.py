@@ -10,16 +10,23 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stillroom.attention_capture import check_capture, check_head
+from stillroom.attention_capture import check_capture, check_model
 from stillroom.batches import Prefetched, Prepared, epoch_order, measure_coverage, prepare, require_coverage
-from stillroom.checkpoints import TrainingState, drop_superseded, last_checkpoint, restore_checkpoint, save_checkpoint
+from stillroom.checkpoints import (
+    TrainingState,
+    drop_superseded,
+    drop_unusable,
+    last_checkpoint,
+    restore_checkpoint,
+    save_checkpoint,
+)
 from stillroom.collation import Batch, Collator, teacher_to_student_ids
 from stillroom.config import RESULT, Evaluation, Group, ModelRef, Objective, Retention, Training, UserError
 from stillroom.corpus import Examples
@@ -31,7 +38,6 @@ from stillroom.models import (
     heads,
     load_model,
     load_tokenizer,
-    output_logits,
     scoring_copy,
     tokenizer_hash,
     vocabulary_size,
@@ -92,12 +98,14 @@ def train(
     tokenizer = load_tokenizer(student_ref)
     store = _open(store_path)
     last = last_checkpoint(folder)
+    drop_unusable(folder, last)
     student = _build(student_ref, store, trial.seed, device, adapter)
     parts = {
         n: prepare(part, tokenizer, store, own)
         for n, part in (("train", examples.train), ("validation", examples.validation))
     }
-    collate = Collator(store, own, _vocabulary_map(store, tokenizer, student), heads(student.model.config))
+    student_heads = heads(student.model.config) if own.weights["attention"] > 0 else 0
+    collate = Collator(store, own, _vocabulary_map(store, tokenizer, student), student_heads)
     coverage = measure_coverage([*parts["train"], *parts["validation"]], store) if store else {}
     require_coverage(coverage, minimum_coverage)
     _check_architecture(student, parts["train"], own)
@@ -133,6 +141,7 @@ def train(
             accumulate(totals, sums, counts)
             tokens += sum(batch.tokens for batch in micro)
             progress(step + 1, steps * training.epochs)
+        _require_every_term(own, totals)
         trained = time.perf_counter()
         metrics = {f"train_{name}": value for name, value in losses_of(totals, own).items()}
         validation, predictions = _validate(
@@ -206,10 +215,10 @@ def _vocabulary_map(store: SignalStore | None, tokenizer: Any, student: Distilla
 
 
 def _check_architecture(student: DistillationStudent, items: Sequence[Prepared], objective: Objective) -> None:
-    check = check_capture if objective.weights["attention"] > 0 else check_head
+    check = check_capture if objective.weights["attention"] > 0 else check_model
     ids = torch.from_numpy(items[0].encoding.ids.astype("int64"))[None].to(student.model.device)
     student.eval()
-    check(student.model, ids, lambda hidden: output_logits(student.model, hidden))
+    check(student.model, ids)
 
 
 def _micro_batches(
@@ -218,6 +227,16 @@ def _micro_batches(
     size = training.micro_batch_size or training.batch_size
     batches = [collate([items[i] for i in chosen[n : n + size]]) for n in range(0, len(chosen), size)]
     return [batch.pinned() for batch in batches] if torch.cuda.is_available() else batches
+
+
+def _require_every_term(objective: Objective, totals: Mapping[str, Any]) -> None:
+    """Raise `UserError` if a term that is on has compared nothing in a whole epoch: its group would be another's."""
+    idle = [term for term, weight in objective.weights.items() if weight > 0 and not totals[f"{term}_count"]]
+    if idle:
+        raise UserError(
+            f"the term {idle[0]} is on, but in a whole epoch no example had anything to compare for it; "
+            "see how one is aligned with `stillroom inspect`, choose another pair, or take the term out of the group"
+        )
 
 
 def _set_rate(optimizer: torch.optim.Optimizer, training: Training, step: int) -> None:

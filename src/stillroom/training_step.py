@@ -15,7 +15,7 @@ from stillroom.collation import Batch
 from stillroom.config import Objective, Term, Training
 from stillroom.distillation_student import DistillationStudent, StudentOutputs
 from stillroom.losses import HeadTargets, aligned_attention, attention_loss, head_losses, hidden_loss
-from stillroom.models import DTYPES, logit_softcap
+from stillroom.models import DTYPES, logit_softcap, scaled_for_head
 
 
 class StepRunner:
@@ -54,9 +54,9 @@ class StepRunner:
                 weights["task"] / counts["task"],
                 weights.get("kd", 0.0) / max(counts.get("kd", 0), 1),
                 self.objective.temperature,
-                logit_softcap(self.student.model),
+                logit_softcap(self.student.model.config),
             )
-            rows = flat[batch.head_rows]
+            rows = scaled_for_head(self.student.model, flat[batch.head_rows])
             total, task, kd = head_losses(rows, head.weight, getattr(head, "bias", None), targets)
         sums: dict[str, Tensor] = {"task": task, "kd": kd}
         for name, value in self._alignment_sums(batch, output, flat, weights).items():

@@ -28,7 +28,8 @@ from stillroom.config.objective import Term as Term
 from stillroom.config.section import Name, PossiblePath, Section
 from stillroom.config.section import UserError as UserError
 
-Precision = Literal["float32", "bfloat16", "float16"]
+Precision = Literal["float32", "bfloat16", "float16", "auto"]
+"""`auto` stands for bfloat16 where the device multiplies it natively, else for float32: `models.resolve_precision`."""
 Retention = Literal["last", "best", "all"]
 
 
@@ -78,7 +79,11 @@ class Training(Section):
     epochs: int = Field(3, ge=1, description="passes over the training part")
     max_gradient_norm: float = Field(1.0, gt=0, description="L2 norm at which the gradient is clipped")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up; the rate is constant after it")
-    precision: Precision = Field("bfloat16", description="autocast dtype; weights and losses stay float32")
+    precision: Precision = Field(
+        "auto",
+        description="autocast dtype; weights and losses stay float32. `auto`: bfloat16 where the device multiplies it "
+        "natively, else float32",
+    )
     gradient_interval: int = Field(50, ge=0, description="steps between measurements of each term's gradient; 0: never")
     bucket_batches: int = Field(64, ge=1, description="batches that are grouped by length at a time")
     max_skipped_steps: int = Field(10, ge=0, description="consecutive non-finite steps before a trial stops")
@@ -98,7 +103,7 @@ class Adaptation(Section):
 class Teacher(ModelRef):
     """The model that teaches."""
 
-    dtype: Precision = Field("float16", description="dtype of the weights in the forward pass")
+    dtype: Precision = Field("auto", description="dtype of the weights in the forward pass; `auto` as in training")
     adapt: Adaptation = Adaptation()
 
 

@@ -1,0 +1,87 @@
+"""What the checks say of every architecture, and whether they are right; prints the table of docs/limits.md.
+
+Run it from the project's folder: `python tests/architectures.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import warnings
+from dataclasses import dataclass
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from stillroom.attention_capture import capture_attention, check_capture, check_model, last_hidden_state
+from stillroom.config import UserError
+from stillroom.miniature import PROBE, miniature
+from stillroom.models import output_logits
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Of one architecture: what the table says, and whether something accepted is wrong."""
+
+    words: str
+    wrong: bool = False
+
+
+@torch.no_grad()
+def logits_before_the_last(model, last, captured=False):
+    """Our logits (T − 1, V) of a text whose last token is `last`; `captured`: with the attention function of ours."""
+    ids = PROBE.clone()
+    ids[0, -1] = last
+    with capture_attention(model) if captured else contextlib.nullcontext():
+        hidden = last_hidden_state(model, ids, torch.ones_like(ids))
+    return output_logits(model, hidden)[0, :-1]
+
+
+@torch.no_grad()
+def is_right(model, captured):
+    """Independent of the checks: plain Transformers' logits, and the future changes nothing."""
+    ids = PROBE.clone()
+    ids[0, -1] = 5
+    own = model(input_ids=ids, use_cache=False).logits[0, :-1]
+    ours, other = (logits_before_the_last(model, last, captured) for last in (5, 1))
+    scale = float(own.abs().max())
+    return float((ours - own).abs().max()) < 1e-3 * scale and float((ours - other).abs().max()) < 1e-3 * scale
+
+
+def verdict_of(config_class):
+    """Build it small, ask both checks, and look whether what they accept is right."""
+    try:
+        model = miniature(config_class())
+    except Exception:  # a default configuration may be no model at all; checkpoints have their own
+        return Verdict("")
+    try:
+        check_model(model, PROBE)
+    except UserError:
+        return Verdict("refused")
+    if not is_right(model, captured=False):
+        return Verdict("logits, hidden states", wrong=True)
+    try:
+        check_capture(model, PROBE)
+    except UserError:
+        return Verdict("logits, hidden states")
+    return Verdict("all signals", wrong=not is_right(model, captured=True))
+
+
+def verdicts():
+    """By model type, in the alphabet's order."""
+    found = {}
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for config_class in AutoModelForCausalLM._model_mapping:
+            found[config_class.model_type] = verdict_of(config_class)
+    return dict(sorted(found.items()))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for name, verdict in verdicts().items():
+        if verdict.words:
+            print(f"| `{name}` | {verdict.words} |{' WRONG' if verdict.wrong else ''}")

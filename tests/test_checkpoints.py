@@ -1,0 +1,132 @@
+"""What a run resumes from, or hands on, is what was written, to the bit."""
+
+from __future__ import annotations
+
+import random
+import shutil
+
+import pytest
+import torch
+
+from stillroom.adaptation import adapted_teacher
+from stillroom.checkpoints import DIGESTS, STATE, checkpoints, require_whole
+from stillroom.config import GROUPS, Evaluation, Objective, Training, UserError
+from stillroom.export import export_trial
+from stillroom.provenance import read_json, write_json
+from stillroom.train_student import Trial, train
+
+TRAINING = Training(learning_rate=3e-3, epochs=2, precision="float32", gradient_interval=0)
+
+
+class StoppedError(Exception):
+    """Stands for a process that dies after an epoch."""
+
+
+@pytest.fixture(scope="module")
+def unfinished(tmp_path_factory, student_ref, store, examples):
+    """The folder of a trial that was stopped after its first epoch."""
+    folder = tmp_path_factory.mktemp("unfinished") / "trial"
+
+    def stop(metrics):
+        raise StoppedError
+
+    arguments = (student_ref, TRAINING, Objective(), Evaluation(max_new_tokens=4), examples, store.path)
+    with pytest.raises(StoppedError):
+        train(Trial("t", GROUPS["combined"], 0), *arguments, folder, report=stop)
+    return folder, arguments
+
+
+def flipped(path, rng):
+    """Flip one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+def test_a_flipped_bit_in_what_a_trial_resumes_from_is_found(unfinished, tmp_path):
+    """Of 300 flipped bits in `trainer_state.pt` 298 loaded with other values, and none was noticed."""
+    folder, _ = unfinished
+    whole = (folder / "checkpoint_1" / STATE).read_bytes()
+    require_whole(folder / "checkpoint_1")
+    rng = random.Random(0)
+    copy = shutil.copytree(folder / "checkpoint_1", tmp_path / "checkpoint_1")
+    for _ in range(100):
+        flipped(copy / STATE, rng)
+        with pytest.raises(UserError, match=rf"{STATE} is damaged.*delete .*checkpoint_1"):
+            require_whole(copy)
+        (copy / STATE).write_bytes(whole)
+
+
+@pytest.mark.parametrize("damage", ["emptied", "weights", "projector", "digests", "missing"])
+def test_a_trial_with_a_damaged_checkpoint_stops_and_resumes_without_it(unfinished, tmp_path, damage):
+    """No traceback; the message names the file, and doing what it says leads on."""
+    folder, arguments = unfinished
+    copy = shutil.copytree(folder, tmp_path / "trial")
+    checkpoint = copy / "checkpoint_1"
+    name = {"weights": "model.safetensors", "projector": "projector.safetensors", "digests": DIGESTS}.get(damage, STATE)
+    if damage == "missing":
+        (checkpoint / "model.safetensors").unlink()
+    elif damage == "emptied":
+        (checkpoint / STATE).write_bytes(b"")
+    elif damage == "digests":
+        (checkpoint / DIGESTS).write_text("[1, 2")
+    else:
+        flipped(checkpoint / name, random.Random(1))
+    trial = Trial("t", GROUPS["combined"], 0)
+    with pytest.raises(UserError, match=r"checkpoint_1"):
+        train(trial, *arguments, copy)
+    shutil.rmtree(checkpoint)
+    assert len(train(trial, *arguments, copy)["epochs"]) == 2
+
+
+def test_an_earlier_training_of_the_same_name_is_not_taken_for_newer(unfinished, tmp_path):
+    """A final checkpoint without its result counted as the newest, so that each new one was dropped."""
+    folder, arguments = unfinished
+    copy = tmp_path / "trial"
+    shutil.copytree(folder / "checkpoint_1", copy / "checkpoint_7")
+    (copy / "checkpoint_7" / STATE).unlink()
+    result = train(Trial("t", GROUPS["combined"], 0), *arguments, copy)
+    assert [path.name for path in checkpoints(copy)] == ["checkpoint_2"]
+    assert [epoch["epoch"] for epoch in result["epochs"]] == [1, 2]
+
+
+def test_a_fine_tuned_teacher_is_found_where_its_results_were_moved_and_refused_where_damaged(unfinished, tmp_path):
+    """Its path was that of the old working directory; a flipped bit in it changed every shard unnoticed."""
+    folder, _ = unfinished
+    results = tmp_path / "results" / "teacher"
+    shutil.copytree(folder / "checkpoint_1", results / "trial_x" / "checkpoint_1")
+    write_json(results / "adapted.json", {"origin": "x", "model": "trial_x/checkpoint_1", "epochs": []})
+    assert adapted_teacher(results, "x") == results / "trial_x" / "checkpoint_1"
+    assert adapted_teacher(results, "y") is None
+    moved = shutil.move(results, tmp_path / "moved")
+    assert adapted_teacher(tmp_path / "moved", "x") == tmp_path / "moved" / "trial_x" / "checkpoint_1"
+    flipped(tmp_path / "moved" / "trial_x" / "checkpoint_1" / "model.safetensors", random.Random(2))
+    with pytest.raises(UserError, match=r"model.safetensors is damaged"):
+        adapted_teacher(tmp_path / "moved", "x")
+    assert moved
+
+
+def test_a_damaged_student_is_not_exported(finished_study, tmp_path):
+    """A flipped bit in a final checkpoint was handed on."""
+    results = shutil.copytree(finished_study.results, tmp_path / "results")
+    (trial,) = results.glob("knowledge_distillation_experiment/*_combined_seed_0")
+    export_trial(trial, tmp_path / "whole")
+    assert not (tmp_path / "whole" / DIGESTS).exists()
+    (weights,) = trial.glob("checkpoint_*/model.safetensors")
+    flipped(weights, random.Random(3))
+    with pytest.raises(UserError, match=r"model.safetensors is damaged"):
+        export_trial(trial, tmp_path / "damaged")
+    assert not (tmp_path / "damaged").exists()
+
+
+def test_each_epoch_says_which_weights_it_ended_in(unfinished, tmp_path):
+    """By which two groups that never differed are known; another group's are others."""
+    folder, arguments = unfinished
+    results = {
+        group: train(Trial("t", GROUPS[group], 0), *arguments, tmp_path / group) for group in ("task_only", "hidden")
+    }
+    first, second = ([epoch["weights"] for epoch in result["epochs"]] for result in results.values())
+    assert len({*first, *second}) == 4
+    saved = torch.load(folder / "checkpoint_1" / STATE, weights_only=True)
+    assert saved["state"]["epochs"][0]["weights"]
+    assert read_json(folder / "checkpoint_1" / DIGESTS)[STATE]
