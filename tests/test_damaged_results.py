@@ -207,6 +207,25 @@ def test_a_trials_folder_named_out_of_the_results_is_refused(results, monkeypatc
     require_told(results, results / "planned.json", monkeypatch, capsys, refused=True)
 
 
+def test_a_flipped_bit_of_predictions_is_noticed(results, monkeypatch, capsys):
+    """Their pages carry checksums; where the bit was of the frame around them, the shape or the numbers tell."""
+    path = results / TRIAL / "predictions.parquet"
+    content = path.read_bytes()
+    for place in range(64, len(content) // 2, len(content) // 20):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        require_told(results, path, monkeypatch, capsys, refused=True)
+
+
+def test_what_a_file_says_of_itself_does_not_steer_the_terminal(results, monkeypatch, capsys):
+    """A key with an escape in it is named in the message, as an escape."""
+    path = results / TRIAL / "result.json"
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps({**value, "validation_accuracy_\x1b[31mred": 0.5}))
+    code, output = told(results, monkeypatch, capsys)
+    assert code == 2
+    assert "validation_accuracy_\\x1b[31mred is of no task of the study" in output
+
+
 def leaves(value, path=()):
     """Paths to every value of a JSON document, of each list the first two."""
     yield path

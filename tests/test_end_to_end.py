@@ -97,7 +97,7 @@ def test_mistral_teaches_llama_through_their_real_tokenizers(tmp_path, tiny_mist
             assert all(own["token_coverage"] > 0.85 for own in result["coverage"].values())
             assert all(share > 0 for share in result["gradient_shares"].values())
     report = workspace.report().read_text()
-    assert "untouched student" in report
+    assert "student before training" in report
     assert "combined" in report
     assert (results / "figures" / "accuracy.svg").is_file()
     assert check_report(results) > 20

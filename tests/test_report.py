@@ -118,6 +118,38 @@ def test_a_weak_signal_and_a_needless_teacher_are_flagged(results):
     assert "In group hidden" not in page
 
 
+def test_a_row_that_could_not_be_used_is_shown(results, tmp_path, quick):
+    """The first of each task, with the reason, as text; a corpus without any says nothing."""
+    copy = shutil.copytree(results, tmp_path / "copy")
+    assert 'id="faults"' not in (results / "report.html").read_text()
+    described = copy / "corpus" / "corpus.json"
+    said = {"faults": {"quiz": "row 3: <b>label</b> 7"}, "official_faults": {"quiz": "row 9: no answer"}}
+    write_json(described, {**read_json(described), **said})
+    page = write_report(copy).read_text()
+    assert "<li>quiz: row 3: &lt;b&gt;label&lt;/b&gt; 7</li>" in page
+    assert "<li>quiz, official split: row 9: no answer</li>" in page
+
+
+@pytest.mark.parametrize("method", ["none", "lora"])
+def test_a_fine_tuned_teacher_is_called_so(results, tmp_path, capsys, quick, method):
+    """In tables, captions, LaTeX and on the terminal: a model that the study trained is not said to be untrained."""
+    copy = shutil.copytree(results, tmp_path / "copy")
+    planned = read_json(copy / "planned.json")
+    planned["study"]["teacher"]["adapt"]["method"] = method
+    write_json(copy / "planned.json", planned)
+    page = write_report(copy).read_text()
+    print_table(copy)
+    texts = [page, (copy / "paper" / "accuracy.tex").read_text(), capsys.readouterr().out]
+    for text in texts:
+        assert "untrained" not in text
+        assert "not trained" not in text
+        assert ("fine-tuned" in text) == (method != "none")
+    label = "teacher (fine-tuned)" if method != "none" else "teacher"
+    assert f'<th scope="row">{label}</th><td>baseline</td>' in page
+    assert f"horizontal lines are the {label} and the student before training" in page
+    assert list(StudyResults.read(copy).baselines) == [label, "student before training"]
+
+
 def test_a_leak_is_counted_from_the_examples_themselves(results, tmp_path):
     """The report's line on leaks is a count, not a promise: one more shared prompt is one more in it."""
     before = StudyResults.read(results).shared_prompts
@@ -143,7 +175,10 @@ def test_what_was_measured_for_another_study_is_left_out(results, tmp_path, quic
     log["stages"]["verify"]["fingerprint"] = "another"
     write_json(copy / "run.json", log)
     page = write_report(copy).read_text()
-    assert "What was measured of the teacher (fine-tuned) belongs to another study and is left out: `stillroom run STUDY`" in page
+    assert (
+        "What was measured of the teacher (fine-tuned) belongs to another study and is left out: `stillroom run STUDY`"
+        in page
+    )
     official = copy / "baselines" / "student_official.json"
     write_json(official, {**read_json(official), "fingerprint": "another"})
     described = copy / "corpus" / "corpus.json"
@@ -153,7 +188,10 @@ def test_what_was_measured_for_another_study_is_left_out(results, tmp_path, quic
     rows.assign(task="other_" + rows["task"]).to_parquet(described.with_suffix(".parquet"))
     write_json(described, other)
     page = write_report(copy).read_text()
-    assert "What was measured of the teacher (fine-tuned) and the student before training on official splits belongs" in page
+    assert (
+        "What was measured of the teacher (fine-tuned) and the student before training on official splits belongs"
+        in page
+    )
     assert "The examples in this folder are another study" in page
     read = StudyResults.read(copy)
     assert list(read.baselines) == list(read.baseline_predictions) == ["student before training"]

@@ -6,7 +6,6 @@ import os
 
 import pytest
 
-from stillroom.analysis.report import write_report
 from stillroom.config import EXPERIMENT
 from stillroom.provenance import read_json
 from stillroom.tracker import Tracker
@@ -20,12 +19,13 @@ def test_study_trials_metrics_snapshot_and_report_are_in_the_tracker(tmp_path, m
     results = tmp_path / "results"
     study = write_results(results, seeds=(0, 1), overrides=["paths.results=results"])
     folders = sorted((results / EXPERIMENT).iterdir())
+    (results / "report.html").write_text("<p>A report.</p>\n")
     for _ in range(2):  # the same command again logs nothing twice
         tracker = Tracker(study, results)
         tracker.log_snapshot(results / "offline_teacher_data_20260101T000000Z", "0123456789abcdef")
         for folder in folders:
             tracker.log_trial(folder)
-        tracker.log_report(write_report(results))
+        tracker.log_report(results / "report.html")
     assert "MLFLOW_TRACKING_URI" not in os.environ, "the next study of this process would be written here"
     import mlflow
 

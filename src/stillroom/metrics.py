@@ -69,6 +69,6 @@ def nll_metrics(predictions: pd.DataFrame) -> dict[str, float]:
 
 
 def save_predictions(predictions: pd.DataFrame, path: Path) -> None:
-    """Write predictions as Parquet, whole or not at all."""
+    """Write predictions as Parquet, whole or not at all; a byte that changes later is noticed when they are read."""
     with atomic_path(path) as temporary:
-        predictions.to_parquet(temporary, index=False)
+        predictions.to_parquet(temporary, index=False, write_page_checksum=True)

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from stillroom.analysis.escaping import control_free
 from stillroom.config import BASELINES, ERROR, EXPERIMENT, RESULT, UNTOUCHED, Analysis, Study, UserError
 from stillroom.provenance import read_json
 
@@ -123,6 +124,7 @@ class _Corpus(_Shape):
     counts: dict[str, _Counts]
     official_counts: dict[str, _OfficialCounts]
     faults: dict[str, str] = {}
+    official_faults: dict[str, str] = {}
 
 
 class _Hardware(_Shape):
@@ -171,7 +173,7 @@ def _first(error: ValidationError) -> str:
 
 
 def _damaged(path: Path, fault: str, remedy: str) -> UserError:
-    return UserError(f"{path} is damaged, or of another version: {fault}; {remedy}")
+    return UserError(f"{path} is damaged, or of another version: {control_free(fault)}; {remedy}")
 
 
 def read_planned(results: Path) -> dict[str, Any]:
@@ -215,8 +217,13 @@ def _read_result(path: Path, trial: Mapping[str, Any], tasks: Sequence[str]) -> 
     config = result["config"]
     if (result["trial"], config["distill_type"], config["seed"]) != (trial["name"], trial["group"], trial["seed"]):
         raise _damaged(path, f"it is the result of {result['trial']}", _again(path.parent))
-    if lacking := [task for task in tasks if f"validation_accuracy_{task}" not in result]:
-        raise _damaged(path, f"validation_accuracy_{lacking[0]}: Field required", _again(path.parent))
+    needed = {f"validation_accuracy_{task}" for task in tasks}
+    beside = {"validation_accuracy_macro"} | {f"{name}_flexible" for name in needed}
+    given = {name for name in result if name.startswith("validation_accuracy_")}
+    if lacking := sorted(needed - given):
+        raise _damaged(path, f"{lacking[0]}: Field required", _again(path.parent))
+    if strange := sorted(given - needed - beside):
+        raise _damaged(path, f"{strange[0]} is of no task of the study", _again(path.parent))
     return result
 
 

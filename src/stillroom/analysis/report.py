@@ -229,10 +229,11 @@ def print_table(folder: Path) -> None:
     results = StudyResults.read(folder)
     table = Table(title=f"{results.study['name']}: validation accuracy, mean ± standard deviation over seeds")
     for heading in ("group", "seeds", "all", *results.tasks):
-        table.add_column(heading, justify="left" if heading == "group" else "right")
+        first = heading == "group"  # on 80 columns, room for "student before" and three tasks of "90.0 ± 1.2"
+        table.add_column(heading, justify="left" if first else "right", min_width=14 if first else None)
     for name, row in group_table(results.frame, results.groups, results.baseline_metrics).iterrows():
         cells = [_cell(row, key) for key in ("accuracy", *results.tasks)]
-        table.add_row(str(name), str(int(row["seeds"])) if row["seeds"] else "baseline", *cells)
+        table.add_row(str(name), str(int(row["seeds"])) if row["seeds"] else "–", *cells)
     console = Console()
     console.print(table)
     for answer in answers_of(results, bootstrap=False):

@@ -206,6 +206,12 @@ class StudyResults:
         return counts
 
     @cached_property
+    def faults(self) -> dict[str, str]:
+        """By task the first row of its source that could not be used, and why; official splits' own beside them."""
+        official = {f"{task}, official split": said for task, said in self._corpus.get("official_faults", {}).items()}
+        return {**self._corpus.get("faults", {}), **official}
+
+    @cached_property
     def official_counts(self) -> dict[str, dict[str, int]]:
         """Of the official splits likewise: used, rows in the source, what was dropped and why."""
         counts: dict[str, dict[str, int]] = self._corpus["official_counts"]
