@@ -75,6 +75,96 @@ def test_redaction_hides_credentials_and_nothing_else():
     assert redact(text, environ) == "*** false-false true *** https://***@host/a https://host/a@b me@host"
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("GITHUB_PAT", "PGPASSWORD", "DB_PASS", "MYSQL_PWD", "DATABASE_URL", "SENTRY_DSN", "API_KEYS", "GH_TOKENS"),
+        *("OPENAI_APIKEY", "OPENAI_API_KEY", "wandb_api_key", "AWS_SESSION_TOKEN", "CLIENT_SECRETS", "SSH_PASSPHRASE"),
+        *(
+            "AZURE_STORAGE_CONNECTION_STRING",
+            "GITHUBTOKEN",
+            "PROXY_AUTH",
+            "DB_CREDENTIALS",
+            "SECRET",
+            "AWS_ACCESS_KEY_ID",
+        ),
+    ],
+)
+def test_a_secret_is_known_by_its_variables_name(name):
+    """Whatever a service calls it; as it is, and as it stands in an address."""
+    assert redact("a canary+9f8e, canary%2B9f8e.", {name: "canary+9f8e"}) == "a ***, ***."
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("TOKENIZERS_PARALLELISM", "PWD", "OLDPWD", "PATH", "PYTHONPATH", "HF_TOKEN_PATH", "SSH_AUTH_SOCK", "COMPASS"),
+        *(
+            "KEYBOARD",
+            "MONKEY",
+            "DESKTOP_SESSION",
+            "SECRET_FILE",
+            "GOOGLE_CREDENTIALS_FILE",
+            "HF_HOME",
+            "AUTHOR",
+            "BYPASS",
+        ),
+    ],
+)
+def test_a_setting_stays_readable(name):
+    """A name that has a secret's letters in it, or says where one lies."""
+    assert redact("a canary-9f8e.", {name: "canary-9f8e"}) == "a canary-9f8e."
+
+
+FORMS = [
+    "hf_" + "A1b2C3d4" * 4,
+    "ghp_" + "A1b2C3d4" * 4,
+    "github_pat_11ABCDEFG0" + "a1B2_" * 8,
+    "glpat-" + "A1b2C3d4-_" * 2,
+    "npm_" + "A1b2C3d4" * 4,
+    "pypi-AgEIcHlwaS5vcmc" + "A1b2" * 8,
+    "xoxb-123456789012-abcdefghijkl",
+    "xapp-1-A0123-" + "a1b2" * 8,
+    "sk-" + "A1b2C3d4" * 4,
+    "AKIA" + "A1B2C3D4" * 2,
+    "AIza" + "A1b2C3d4-" * 4,
+    "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.c2lnbmF0dXJl",
+    "-----BEGIN RSA PRIVATE KEY-----\nabc\ndef\n-----END RSA PRIVATE KEY-----",
+]
+
+
+@pytest.mark.parametrize("secret", FORMS, ids=lambda secret: secret[:10])
+def test_a_secret_is_known_by_its_form(secret):
+    """In prose, in quotes and in an address."""
+    assert redact(f"it is '{secret}', and so", {}) == "it is '***', and so"
+    assert secret not in redact(f"https://host/path?x=1&access_token={secret}&y=2", {})
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://host/a?token=abcdef12&page=2", "https://host/a?token=***&page=2"),
+        ("https://host/a?page=2&api_key=abcdef12", "https://host/a?page=2&api_key=***"),
+        ("https://host/a?X-Amz-Signature=abcdef12#x", "https://host/a?X-Amz-Signature=***#x"),
+        ("AccountName=x;AccountKey=abcdef12;z=1", "AccountName=x;AccountKey=***;z=1"),
+        ("host=db password=abcdef12 port=1", "host=db password=*** port=1"),
+        ("Authorization: Bearer abcdef12", "Authorization: Bearer ***"),
+        ("{'Authorization': 'Bearer abcdef12'}", "{'Authorization': 'Bearer ***'}"),
+        ("the standard bearer carried it", "the standard bearer carried it"),
+        ("connect postgres://me:secret-99@db/x failed for secret-99", "connect postgres://***@db/x failed for ***"),
+        ("of jonathan-b in /home/jonathan-b", "of jonathan-b in /home/jonathan-b"),
+        ("pad_token=</s> eos_token_id=12345678 key=length", "pad_token=</s> eos_token_id=12345678 key=length"),
+        ("builtin:teacher a/b@main sqlite:///x.db s3://b/c", "builtin:teacher a/b@main sqlite:///x.db s3://b/c"),
+        ("https://host/a?token=***", "https://host/a?token=***"),
+    ],
+)
+def test_a_secret_is_known_by_where_it_stands(text, shown):
+    """In an address, a header or a connection; a database's password also alone, a user's name not."""
+    environ = {"DATABASE_URL": "postgres://me:secret-99@db/x", "SSH_HOST": "ssh://jonathan-b@host/"}
+    assert redact(text, environ) == shown
+    assert redact(shown, environ) == shown
+
+
 EVIL = """
 from pathlib import Path
 from transformers import LlamaConfig
@@ -123,7 +213,7 @@ def test_nothing_is_loaded_that_can_run_code():
         if function == "torch.load":
             assert keywords.get("weights_only") == "True", name
             found += 1
-        assert not function.startswith("yaml.") or function in {"yaml.constructor.ConstructorError"}, name
+        assert not re.search(r"yaml\.(\w+_)?load", function), name  # the study's reader has a safe loader of its own
         assert function not in {"pickle.load", "pickle.loads", "eval", "exec", "os.system"}, name
         assert keywords.get("shell", "False") == "False", name
     assert found  # the search sees calls
