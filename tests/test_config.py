@@ -91,7 +91,13 @@ def test_overrides_reach_any_field():
 
 
 MISTAKES = [
-    ("training.epoch=1", "training.epoch: unknown key"),
+    ("training.epoch=1", "training.epoch: unknown key; did you mean epochs?"),
+    ("trainign.epochs=1", "trainign: unknown key; did you mean training?"),
+    ("corpus.tasks.quiz.exmples=9", "corpus.tasks.quiz.exmples: unknown key; did you mean examples?"),
+    ("groups=[{name: x, terms: [task], temprature: 2}]", "groups.0.temprature: unknown key; did you mean temperature?"),
+    ("evaluation.official.quiz.splt=x", "unknown key; did you mean split?"),
+    ("teacher.adapt.training.epoch=1", "unknown key; did you mean epochs?"),
+    ("training.zzz=1", "training.zzz: unknown key (given 1)"),
     ("training.epochs=0", "training.epochs"),
     ("training.epochs=three", "training.epochs"),
     ("training.batch_size=0", "training.batch_size"),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 
 from stillroom.config import Study, UserError
+from stillroom.config.section import Section
 from stillroom.credentials import holds_credential, redact
 from stillroom.studies.reader import LONGEST_TEXT, UnreadableError, read_plain
 
@@ -125,8 +127,30 @@ def _explain_one(fault: Any) -> str:
     field = ".".join(_name(part) for part in fault["loc"]) or "study"
     given = f" (given {_shown(fault['input'])})" if isinstance(fault["input"], str | int | float | bool) else ""
     if fault["type"] == "extra_forbidden":
-        return f"{field}: unknown key{given}"
+        return f"{field}: unknown key{_meant(fault['loc'])}{given}"
     return f"{field}: {fault['msg'].removeprefix('Value error, ')}{given}"
+
+
+def _meant(loc: tuple[str | int, ...]) -> str:
+    """The field of that section that is spelt much like the last part of `loc`, as a question."""
+    section: type[Section] | None = Study
+    above = iter(loc[:-1])
+    for part in above:
+        if section is None or part not in section.model_fields:
+            return ""
+        annotation = section.model_fields[str(part)].annotation
+        if get_origin(annotation) in (dict, tuple):
+            next(above, None)  # a key, or a number, of the user's
+        section = next(_sections(annotation), None)
+    near = get_close_matches(str(loc[-1]), section.model_fields, 1) if section is not None else []
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _sections(annotation: Any) -> Iterator[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _sections(part)
 
 
 def _name(part: str | int) -> str:
