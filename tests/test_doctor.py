@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
     BertConfig,
     Gemma2Config,
     LlamaConfig,
@@ -22,10 +26,12 @@ from transformers import (
 from typer.testing import CliRunner
 
 from conftest import STUDENT_SHAPE
-from stillroom import doctor
+from stillroom import attention_capture, doctor
 from stillroom.cli import app
-from stillroom.config import ModelRef, UserError
+from stillroom.config import ModelRef, UserError, fingerprint
+from stillroom.models import native_bfloat16
 from stillroom.planning import plan_study
+from stillroom.stages import Workspace
 from stillroom.studies import load_study
 
 
@@ -53,6 +59,7 @@ def test_a_sound_study_has_no_line_to_do(study, no_services):
     assert [finding for finding in findings if not finding.fine] == []
     assert {finding.subject for finding in findings} == {
         "packages",
+        "precision",
         "teacher",
         "teacher's weights",
         "teacher's architecture",
@@ -86,18 +93,117 @@ def test_a_sound_study_has_no_line_to_do(study, no_services):
 )
 def test_an_architecture_is_tried_in_little(config):
     """Really run and compared with its own attention, not looked up in a list."""
-    found = doctor._architecture("student", config)
+    found = doctor._architecture("student", config, captured=True)
     assert (found.fine, "as its own code computes it" in found.says) == (True, True), found.says
 
 
 def test_an_architecture_captured_wrongly_is_refused(monkeypatch):
     """Where the check before a capture would refuse, the doctor does."""
-    monkeypatch.setattr("stillroom.attention_capture._TOLERANCE", {torch.float32: 0.0})
-    found = doctor._architecture("student", LlamaConfig(**STUDENT_SHAPE))
+    monkeypatch.setitem(attention_capture._TOLERANCE, torch.float32, 0.0)
+    found = doctor._architecture("student", LlamaConfig(**STUDENT_SHAPE), captured=True)
     assert not found.fine
     assert "choose another model" in found.says
-    assert not doctor._architecture("student", T5Config()).fine
-    assert not doctor._architecture("student", BertConfig(is_decoder=False)).fine
+    assert not doctor._architecture("student", T5Config(), captured=False).fine
+    assert not doctor._architecture("student", BertConfig(is_decoder=False), captured=False).fine
+
+
+UNSUPPORTED = {
+    "mpt": lambda size: transformers.MptConfig(d_model=32, n_layers=2, n_heads=4, **size),
+    "mamba": lambda size: transformers.MambaConfig(hidden_size=32, num_hidden_layers=2, state_size=4, **size),
+    "falcon": lambda size: transformers.FalconConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **size
+    ),
+    "gpt_neo": lambda size: transformers.GPTNeoConfig(
+        hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], **size
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_what_is_refused_is_refused_by_the_doctor_and_before_the_teacher_runs(
+    name, role, tmp_path, study, no_services, byte_level
+):
+    """Each ended in a traceback, or loaded nowhere after the doctor had said that all was well."""
+    config = UNSUPPORTED[name]({"vocab_size": len(byte_level), "bos_token_id": 0, "eos_token_id": 0})
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / name)
+    byte_level.save_pretrained(tmp_path / name)
+    refused = load_study(
+        "quickstart",
+        [
+            f"teacher.model={tmp_path / name if role == 'teacher' else study.teacher.model}",
+            f"student.model={tmp_path / name if role == 'student' else study.student.model}",
+            f"paths.results={tmp_path / 'results'}",
+            f"paths.store={tmp_path / 'store'}",
+        ],
+    )
+    found = [finding for finding in doctor.examine(refused) if not finding.fine]
+    assert any(type(model).__name__ in finding.says for finding in found), found
+    with pytest.raises(UserError, match=type(model).__name__):
+        Workspace(refused).adapt()
+    assert not (tmp_path / "results" / "teacher").exists()
+
+
+def test_a_tokenizer_that_knows_more_than_its_model_is_refused_beforehand(tmp_path, study, no_services, student_ref):
+    """An EOS beyond the embedding: the teacher ran, was verified and archived, and then training crashed."""
+    shutil.copytree(student_ref.model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(student_ref.model)
+    tokenizer.add_special_tokens({"eos_token": "<|end|>"})
+    tokenizer.save_pretrained(tmp_path / "model")
+    places = [f"paths.results={tmp_path / 'results'}", f"paths.store={tmp_path / 'store'}"]
+    refused = load_study(
+        "quickstart", [f"teacher.model={study.teacher.model}", f"student.model={tmp_path / 'model'}", *places]
+    )
+    assert "'<|end|>'" in line(doctor.examine(refused), "tokenizers").says
+    with pytest.raises(UserError, match=r"gives the id \d+ \('<\|end\|>'\), but the model has \d+ embeddings"):
+        Workspace(refused).capture()
+    assert not (tmp_path / "store").exists()
+
+
+def test_auto_is_resolved_once_and_is_part_of_what_a_study_is(study, tmp_path, monkeypatch):
+    """bfloat16 where the device multiplies it natively, else float32; never `auto` in what a run is known by."""
+    asked = load_study(
+        "quickstart",
+        [
+            *(f"{field}=auto" for field in ("teacher.dtype", "training.precision", "evaluation.dtype")),
+            "teacher.adapt.training.precision=auto",
+            f"paths.results={tmp_path}",
+        ],
+    )
+    found = {}
+    for native, chosen in ((True, "bfloat16"), (False, "float32")):
+        monkeypatch.setattr("stillroom.models.native_bfloat16", lambda device=None, native=native: native)
+        own = Workspace(asked).study
+        assert {own.teacher.dtype, own.training.precision, own.evaluation.dtype} == {chosen}
+        assert own.teacher.adapt.training.precision == chosen
+        assert '"auto"' not in own.model_dump_json()
+        found[chosen] = fingerprint(own.training)
+    assert len(set(found.values())) == 2
+    explicit = Workspace(load_study("quickstart", [f"paths.results={tmp_path}"])).study
+    assert explicit.training.precision == "float32"
+
+
+@pytest.mark.parametrize(
+    ("flags", "native"),
+    [("flags : fpu avx2 f16c", False), ("flags : avx512f avx512_bf16", True), ("Features : fp asimd bf16", True)],
+)
+def test_native_bfloat16_is_told_by_the_processors_instructions(flags, native, monkeypatch):
+    """Deterministic, so that a study resumes as what it began: a measurement could fall either way."""
+    monkeypatch.setattr("pathlib.Path.read_text", lambda *a, **k: flags)
+    assert native_bfloat16(torch.device("cpu")) == native
+
+
+def test_a_dtype_that_the_device_emulates_is_warned_of(study, monkeypatch):
+    """Fifty times slower, with no word said: a trial of 32 examples took over ten minutes."""
+    rates = {torch.float32: 60.0, torch.bfloat16: 1.0, torch.float16: 0.5}
+    monkeypatch.setattr(doctor, "_products", lambda dtype, device: rates[dtype])
+    explicit = study.model_copy(update={"training": study.training.model_copy(update={"precision": "bfloat16"})})
+    (found,) = doctor._precision(explicit)
+    assert not found.fine
+    assert "training.precision=bfloat16" in found.says
+    auto = study.model_copy(update={"training": study.training.model_copy(update={"precision": "auto"})})
+    assert all(finding.fine for finding in doctor._precision(auto))
 
 
 def test_missing_weights_are_seen(tmp_path, student_ref):

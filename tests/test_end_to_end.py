@@ -266,8 +266,11 @@ def test_a_snapshot_alone_is_enough_and_stays_as_it_is(tmp_path, teacher_ref, st
         assert {p: (p.stat().st_mode, p.stat().st_mtime_ns) for p in snapshot.iterdir()} == before
     (snapshot / "verified.json").chmod(0o600)
     (snapshot / "verified.json").unlink()
-    with pytest.raises(UserError, match="has not been verified"):
+    with pytest.raises(UserError, match="has not been verified: run `stillroom verify`"):
         workspace.archive()
+    workspace.verify()
+    assert workspace.archive() == snapshot
+    assert (snapshot / "verified.json").stat().st_mode & 0o777 == 0o444
 
 
 def test_the_teachers_dtype_is_part_of_its_data(tmp_path, teacher_ref, student_ref):

@@ -18,6 +18,7 @@ from stillroom.distillation_student import DistillationStudent
 from stillroom.encoding import encode
 from stillroom.losses import HeadTargets, Outcomes, head_losses
 from stillroom.models import heads, load_model, load_tokenizer, vocabulary_size
+from stillroom.teacher_signals import _top_k
 from stillroom.training_step import StepRunner, losses_of
 
 ALL = Objective(weights={"task": 1.0, "kd": 0.5, "hidden": 0.1, "attention": 0.1})
@@ -474,3 +475,24 @@ def test_shares_in_float16_are_those_in_float32(student_ref, store, some):
     for name, own in norms.items():
         for term, norm in own.items():
             assert norm == pytest.approx(norms["float32"][term], rel=0.1), (name, term)
+
+
+@pytest.mark.parametrize("storage", [torch.float16, torch.float32])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("tail", [8e-9, 3e-4, 0.2])
+def test_a_student_that_equals_a_confident_teacher_has_a_kl_of_nought(storage, temperature, tail, monkeypatch):
+    """1 − Σ of rounded probabilities, magnified by 1/τ, gave 0.51 where 0 is right (τ = 4, tail 8e-9, float16)."""
+    monkeypatch.setattr("stillroom.teacher_signals.output_logits", lambda model, hidden: hidden)
+    vocabulary, k = 60, 8
+    rng = np.random.default_rng(0)
+    inside, outside = rng.dirichlet(np.ones(k), 5), rng.dirichlet(np.ones(vocabulary - k), 5)
+    probs = np.concatenate([(1 - tail) * inside, tail * outside], 1)
+    logits = torch.from_numpy(np.log(probs)).float()
+    values, tails, ids = _top_k(None, logits, k)
+    stored = (ids.numpy(), values.to(storage).numpy(), tails.numpy())
+    arrays = [torch.from_numpy(a) for a in map_outcomes(*stored, np.arange(vocabulary))]
+    outcomes = Outcomes(torch.arange(5), *arrays)
+    targets = HeadTargets(torch.full((5,), -1), outcomes, 0.0, 1.0, temperature)
+    total, _, kd = head_losses(logits, torch.eye(vocabulary), None, targets)
+    assert abs(float(kd)) / 5 < (2e-5 if storage == torch.float16 else 2e-6)
+    assert float(total) == float(kd)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
 from conftest import make_store
 from stillroom.cells import Layout, cell_bytes, parquet_cell
-from stillroom.config import Signals, UserError
-from stillroom.models import load_model, load_tokenizer
+from stillroom.config import ModelRef, Signals, UserError
+from stillroom.models import load_model, load_output_head, load_tokenizer
 from stillroom.offline_teacher_data import (
     _to_numpy_array,
     _to_py,
@@ -21,10 +23,11 @@ from stillroom.offline_teacher_data import (
     made_from,
     require_matching,
     require_verified,
+    snapshots,
     verify_saved_data,
 )
 from stillroom.provenance import read_json, write_json
-from stillroom.recomputation import recompute, sample_ids
+from stillroom.recomputation import _topk_error, check_with_head, recompute, sample_ids
 from stillroom.signal_store import SignalStore
 from stillroom.teacher_signals import compute_signals
 
@@ -339,3 +342,90 @@ def test_the_default_path_follows_variable_drive_and_folder(monkeypatch):
     assert default_store_path({}, "posix") == Path("offline_teacher_data")
     monkeypatch.setattr(Path, "exists", lambda self: str(self).startswith("D:"))
     assert str(default_store_path({}, "nt")) == "D:\\offline_teacher_data"
+
+
+@pytest.mark.parametrize("name", ["[a]*?", "it's", "a b#%é"])
+def test_a_store_may_have_any_name(tmp_path, store, name):
+    """A pattern in it made a new snapshot each time, and training then found none."""
+    path = shutil.copytree(store.path, tmp_path / name)
+    verify_saved_data(path)
+    snapshot = archive(path)
+    assert archive(path) == snapshot
+    assert snapshots(path) == [snapshot]
+    (tmp_path / "a*").mkdir()
+    assert snapshots(tmp_path / "a*") == []
+
+
+def test_a_snapshot_that_has_lost_its_record_gets_it_back(copy):
+    """Training said verify, verify said that all was verified, and archiving sent back to the first."""
+    verify_saved_data(copy)
+    snapshot = archive(copy)
+    snapshot.chmod(0o755)
+    (snapshot / "verified.json").unlink()
+    snapshot.chmod(0o555)
+    with pytest.raises(UserError, match="stillroom verify"):
+        require_verified(SignalStore.open(snapshot))
+    assert archive(copy) == snapshot
+    require_verified(SignalStore.open(snapshot))
+    assert all(p.stat().st_mode & 0o222 == 0 for p in [snapshot, *snapshot.rglob("*")])
+
+
+def test_a_snapshot_of_another_user_is_read_as_it_is(copy, monkeypatch):
+    """Its files cannot be made read-only by who may only read them: a traceback after the gate had passed."""
+    verify_saved_data(copy)
+    snapshot = archive(copy)
+
+    def refuse(*_, **__):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("pathlib.Path.chmod", refuse)
+    assert archive(copy) == snapshot
+    (copy.parent / "moved").symlink_to(snapshot)
+    monkeypatch.undo()
+    snapshot.chmod(0o755)
+    (snapshot / "verified.json").unlink()
+    snapshot.chmod(0o555)
+    monkeypatch.setattr("pathlib.Path.chmod", refuse)
+    with pytest.raises(UserError, match="let its owner run `stillroom verify`"):
+        archive(copy)
+
+
+def test_the_gate_takes_a_biased_head_and_a_tie_at_the_edge_of_the_top_k(tmp_path, byte_level, examples):
+    """A Phi-like head's bias was left out, and a swap of two nearly equal ids was another teacher's store."""
+    size = {"vocab_size": len(byte_level), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    biased = PhiForCausalLM(PhiConfig(intermediate_size=64, max_position_embeddings=512, **size)).eval()
+    torch.nn.init.normal_(biased.lm_head.bias, std=0.5)
+    tied = LlamaForCausalLM(LlamaConfig(intermediate_size=48, tie_word_embeddings=False, **size)).eval()
+    with torch.no_grad():
+        tied.lm_head.weight.mul_(0)
+        tied.lm_head.weight[:40] += torch.randn(1, 32) + 1e-4 * torch.randn(40, 32)
+    for name, model in {"biased": biased, "tied": tied}.items():
+        model.save_pretrained(tmp_path / name)
+        byte_level.save_pretrained(tmp_path / name)
+        ref = ModelRef(model=str(tmp_path / name))
+        store = make_store(tmp_path / f"{name} store", ref, examples, top_k=8, dtype="float16")
+        ids = list(store.index)[:12]
+        assert check_with_head(store, load_output_head(ref), ids, torch.float32)["topk"] < 2e-3
+        assert recompute(store, load_model(ref), ids)["topk"] < 2e-3
+    other = dataclasses.replace(load_output_head(ref), weight=torch.randn(len(byte_level), 32))
+    with pytest.raises(UserError, match="not this teacher's"):
+        check_with_head(store, other, ids, torch.float32)
+
+
+def test_ids_that_are_not_the_most_probable_are_found(store, teacher_ref):
+    """Their own probabilities may be right: one left out must not be more probable than one that is kept."""
+    example_id = next(iter(store.index))
+    stored, head = store.read(example_id), load_output_head(teacher_ref)
+    logits = head.logits(torch.from_numpy(stored.hidden))
+    logprobs = logits.double().log_softmax(-1)
+    worst = (-logits).topk(32, dim=-1).indices
+    tail = logprobs.scatter(1, worst, -torch.inf).logsumexp(-1)
+    wrong = dataclasses.replace(
+        stored,
+        topk_ids=worst.numpy(),
+        topk_logprobs=logprobs.gather(1, worst).numpy(),
+        tail_logprobs=tail.numpy(),
+    )
+    assert _topk_error(stored, logits) < 1e-4
+    assert _topk_error(wrong, logits) > 0.1

@@ -55,6 +55,7 @@ __all__ = [
     "capture_share",
     "made_from",
     "require_matching",
+    "require_record",
     "require_verified",
     "seal",
     "snapshots",
@@ -271,6 +272,14 @@ def verify_saved_data(path: Path | str, num_samples: int = 20, seed: int = 0) ->
     return record
 
 
+def require_record(snapshot: Path) -> None:
+    """Verify a snapshot that has lost its record of having been verified, and give it one."""
+    try:
+        require_verified(SignalStore.open(snapshot))
+    except UserError:
+        verify_saved_data(snapshot)
+
+
 def _unseal(snapshot: Path) -> None:
     try:
         snapshot.chmod(0o755)
@@ -292,6 +301,7 @@ def archive(path: Path | str) -> Path:
     digest = file_sha256(path / MANIFEST)
     for known in snapshots(path):
         if (known / MANIFEST).is_file() and file_sha256(known / MANIFEST) == digest:
+            require_record(known)
             return seal(known)
     target = path.with_name(f"{path.name}_{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}")
     with atomic_path(target) as building:

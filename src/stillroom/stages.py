@@ -130,6 +130,8 @@ class Workspace(Sources):
         store = SignalStore.open(self._captured())
         otd.require_matching(store, self.origin())
         record = otd.verify_saved_data(store.path, samples)
+        if (snapshot := self._archived(self.origin())) is not None:
+            otd.require_record(snapshot)
         teacher = self.adapt()
         if recomputed:
             model = load_model(teacher, self.study.teacher.dtype, "auto")
