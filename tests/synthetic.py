@@ -36,7 +36,8 @@ def quick_reports(whole=True):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "save_figure", save)
         if not whole:
-            patch.setattr(verdicts, "bootstrap_interval", lambda *a, **k: (float("nan"), float("nan")))
+            unknown = (float("nan"), float("nan"))
+            patch.setattr(verdicts, "bootstrap_intervals", lambda differences, *a, **k: [unknown] * len(differences))
         yield
 
 

@@ -150,6 +150,15 @@ def test_a_fine_tuned_teacher_is_called_so(results, tmp_path, capsys, quick, met
     assert list(StudyResults.read(copy).baselines) == [label, "student before training"]
 
 
+def test_a_group_without_a_finished_trial_is_no_baseline(tmp_path, quick):
+    """It has no seeds; only the teacher and the student before training are baselines."""
+    write_results(tmp_path, seeds=(0,), drop=[("hidden", 0)])
+    page = write_report(tmp_path).read_text()
+    assert '<th scope="row">hidden</th><td>0</td>' in page
+    assert page.count("<td>baseline</td>") == 2 * 2  # validation part and official splits
+    assert "hidden & 0 & --" in (tmp_path / "paper" / "accuracy.tex").read_text()
+
+
 def test_a_leak_is_counted_from_the_examples_themselves(results, tmp_path):
     """The report's line on leaks is a count, not a promise: one more shared prompt is one more in it."""
     before = StudyResults.read(results).shared_prompts

@@ -302,6 +302,7 @@ def save_figure(figure: Figure, folder: Path) -> Path:
     with plt.rc_context({**_STYLE, "figure.constrained_layout.use": True}):
         drawn = figure.draw()
         drawn.savefig(folder / f"{figure.name}.png", metadata={"Software": None})
+        drawn.set_layout_engine("none")  # what was laid out for the first is kept for the others
         drawn.savefig(folder / f"{figure.name}.pdf", metadata={"CreationDate": None})
         drawn.savefig(folder / f"{figure.name}.svg", metadata={"Date": None})
         plt.close(drawn)

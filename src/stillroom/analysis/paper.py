@@ -99,7 +99,7 @@ def accuracy_latex(results: StudyResults) -> str:
     rows = []
     for name, row in table.iterrows():
         cells = [_mean_and_spread(row[f"{key}_mean"], row.get(f"{key}_std", math.nan)) for key in keys]
-        rows.append([latex_escaped(str(name)), str(int(row["seeds"])) if row["seeds"] else "--", *cells])
+        rows.append([latex_escaped(str(name)), str(int(row["seeds"])) if name in results.groups else "--", *cells])
     headings = ["Group", "Seeds", "All", *(latex_escaped(task) for task in results.tasks)]
     incomplete = f" Incomplete: {len(results.missing)} trials are missing." if results.missing else ""
     tuned = results.study["teacher"]["adapt"]["method"] != "none"

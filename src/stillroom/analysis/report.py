@@ -233,7 +233,7 @@ def print_table(folder: Path) -> None:
         table.add_column(heading, justify="left" if first else "right", min_width=14 if first else None)
     for name, row in group_table(results.frame, results.groups, results.baseline_metrics).iterrows():
         cells = [_cell(row, key) for key in ("accuracy", *results.tasks)]
-        table.add_row(str(name), str(int(row["seeds"])) if row["seeds"] else "–", *cells)
+        table.add_row(str(name), str(int(row["seeds"])) if name in results.groups else "–", *cells)
     console = Console()
     console.print(table)
     for answer in answers_of(results, bootstrap=False):

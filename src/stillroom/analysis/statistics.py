@@ -202,12 +202,21 @@ def bootstrap_interval(
     `first`, `second`: whether each example was answered right, by seed; the same examples in both. Holds for other
     seeds and other examples, where the t interval holds for other seeds alone.
     """
-    difference = first.astype(np.float64) - second.astype(np.float64)
-    seeds, examples = difference.shape
-    means = np.empty(draws)
+    return bootstrap_intervals([first.astype(np.float64) - second.astype(np.float64)], rng, draws, alpha)[0]
+
+
+def bootstrap_intervals(
+    differences: Sequence[Float[ndarray, "S E"]],
+    rng: np.random.Generator,
+    draws: int = 2000,
+    alpha: float = 0.05,
+) -> list[tuple[float, float]]:
+    """`bootstrap_interval` of several differences over the same seeds and examples, all from the same draws."""
+    seeds, examples = differences[0].shape
+    means = np.empty((draws, len(differences)))
     for draw in range(draws):
         seed_weights = rng.multinomial(seeds, np.full(seeds, 1 / seeds)) / seeds
         example_weights = rng.multinomial(examples, np.full(examples, 1 / examples)) / examples
-        means[draw] = seed_weights @ difference @ example_weights
-    low, high = np.quantile(means, [alpha / 2, 1 - alpha / 2])
-    return float(low), float(high)
+        means[draw] = [seed_weights @ difference @ example_weights for difference in differences]
+    low, high = np.quantile(means, [alpha / 2, 1 - alpha / 2], axis=0)
+    return [(float(a), float(b)) for a, b in zip(low, high, strict=True)]

@@ -13,7 +13,7 @@ from numpy import ndarray
 from stillroom.analysis.frame import accuracy_columns
 from stillroom.analysis.statistics import (
     Comparison,
-    bootstrap_interval,
+    bootstrap_intervals,
     compare,
     equivalence_p,
     fewest_seeds,
@@ -103,10 +103,19 @@ class Evidence:
         scores, missing = self.scores({group for pair in pairs for group in pair}, measure)
         arrays = {group: np.array(list(own.values())) for group, own in scores.items()}
         rows = compare(pairs, arrays, measure, self.analysis.alpha)
-        return tuple(self._finding(row, len(rows), scores, missing) for row in rows)
+        bootstraps = self._bootstraps(pairs, list(scores[pairs[0][0]]), measure)
+        return tuple(
+            self._finding(row, len(rows), scores, missing, bootstrap)
+            for row, bootstrap in zip(rows, bootstraps, strict=True)
+        )
 
     def _finding(
-        self, row: Comparison, family: int, scores: dict[str, dict[int, float]], missing: list[tuple[str, int]]
+        self,
+        row: Comparison,
+        family: int,
+        scores: dict[str, dict[int, float]],
+        missing: list[tuple[str, int]],
+        bootstrap: tuple[float, float],
     ) -> Finding:
         by_seed = {seed: scores[row.first][seed] - scores[row.second][seed] for seed in scores[row.first]}
         equivalence = equivalence_p(np.array(list(by_seed.values())), self.analysis.equivalence_margin)
@@ -116,16 +125,17 @@ class Evidence:
         else:
             verdict = _verdict(row, family, equivalence, self.analysis)
             sentence = _sentence(row, family, verdict, equivalence, self.analysis, missing)
-        bootstrap = self._bootstrap(row, list(by_seed))
         return Finding(row, equivalence, verdict, sentence, by_seed, bootstrap)
 
-    def _bootstrap(self, row: Comparison, seeds: Sequence[int]) -> tuple[float, float]:
+    def _bootstraps(self, pairs: Sequence[Pair], seeds: Sequence[int], measure: str) -> list[tuple[float, float]]:
         if not seeds or not self.predictions:
-            return math.nan, math.nan
-        first, second = (
-            np.stack([self._correct(group, seed, row.measure) for seed in seeds]) for group in (row.first, row.second)
-        )
-        return bootstrap_interval(first, second, np.random.default_rng(0), alpha=self.analysis.alpha)
+            return [(math.nan, math.nan)] * len(pairs)
+        right = {
+            group: np.stack([self._correct(group, seed, measure) for seed in seeds]).astype(np.float64)
+            for group in {group for pair in pairs for group in pair}
+        }
+        differences = [right[first] - right[second] for first, second in pairs]
+        return bootstrap_intervals(differences, np.random.default_rng(0), alpha=self.analysis.alpha)
 
     def _correct(self, group: str, seed: int, measure: str) -> ndarray:
         own = self.predictions[group, seed]
