@@ -152,7 +152,7 @@ def test_a_secret_is_known_by_its_form(secret):
         ("{'Authorization': 'Bearer abcdef12'}", "{'Authorization': 'Bearer ***'}"),
         ("the standard bearer carried it", "the standard bearer carried it"),
         ("connect postgres://me:secret-99@db/x failed for secret-99", "connect postgres://***@db/x failed for ***"),
-        ("of jonathan-b in /home/jonathan-b", "of jonathan-b in /home/jonathan-b"),
+        ("of jonathan-b in /mnt/jonathan-b", "of jonathan-b in /mnt/jonathan-b"),
         ("pad_token=</s> eos_token_id=12345678 key=length", "pad_token=</s> eos_token_id=12345678 key=length"),
         ("builtin:teacher a/b@main sqlite:///x.db s3://b/c", "builtin:teacher a/b@main sqlite:///x.db s3://b/c"),
         ("https://host/a?token=***", "https://host/a?token=***"),
