@@ -196,10 +196,10 @@ def _explain(ref: ModelRef, error: Exception) -> str:
     if "trust_remote_code" in text:
         return f"{ref.model} comes with code of its own: set trust_remote_code=true if you trust it"
     if is_local(ref):
-        return f"{ref.model}: cannot be loaded: {str(error).splitlines()[0]}"
+        return f"{ref.model}: cannot be loaded: {' '.join(str(error).split())[:300]}"
     return (
         f"{ref.model} at {ref.revision or 'its newest revision'} cannot be loaded from the hub or its cache: "
-        f"{str(error).splitlines()[0]} Use a local directory where there is no network"
+        f"{' '.join(str(error).split())[:300]} Use a local directory where there is no network"
     )
 
 
