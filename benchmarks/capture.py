@@ -22,14 +22,15 @@ from transformers import PreTrainedModel
 import outline_way
 from inputs import mixed, model_of, no_gradients, open_study, study_arguments
 from ratios import PeakMemory, begin, finish, in_turn, memory_ratio, ratio, value
-from stillroom.attention_capture import ATTENTION
-from stillroom.cells import Layout, id_dtype
 from stillroom.config import Signals
-from stillroom.encoding import Encoding, encode_many
-from stillroom.models import heads, vocabulary_size, width
-from stillroom.shares import plan_shards, token_batches
-from stillroom.signal_store import shard_entry, shard_name, write_shard
-from stillroom.teacher_signals import compute_signals, padded
+from stillroom.data.encoding import Encoding, encode_many
+from stillroom.models.attention_capture import ATTENTION
+from stillroom.models.forward import padded
+from stillroom.models.sizes import heads, vocabulary_size, width
+from stillroom.offline_teacher_data.cells import Layout, id_dtype
+from stillroom.offline_teacher_data.shards import plan_shards, token_batches
+from stillroom.offline_teacher_data.store import shard_entry, shard_name, write_shard
+from stillroom.signals.teacher_signals import compute_signals
 
 
 def batched(encodings: list[Encoding], budget: int) -> list[list[Encoding]]:

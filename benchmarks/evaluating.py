@@ -18,12 +18,12 @@ from transformers import GenerationConfig
 
 from inputs import mixed, no_gradients, open_study, study_arguments
 from ratios import begin, finish, in_turn, ratio, value
-from stillroom.config import UserError
-from stillroom.encoding import encode, in_answer
-from stillroom.evaluation import answer_scores
-from stillroom.generation import generate
-from stillroom.models import load_model
-from stillroom.tasks import Example
+from stillroom.data.encoding import encode, in_answer
+from stillroom.data.tasks import Example
+from stillroom.errors import UserError
+from stillroom.evaluation.generation import generate
+from stillroom.evaluation.scoring import answer_scores
+from stillroom.models.hub import load_model
 
 
 def choices_one_by_one(model: Any, tokenizer: Any, examples: list[Example]) -> list[list[float]]:

@@ -23,15 +23,19 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from stillroom.config import ModelRef, Precision, Study, UserError
-from stillroom.corpus import load_rows
-from stillroom.encoding import encode, fits
-from stillroom.evaluation import evaluate
-from stillroom.models import context_length, default_device, load_model, load_tokenizer
-from stillroom.provenance import package_versions, write_json, write_text
+from stillroom.config import ModelRef, Precision, Study
+from stillroom.data.corpus import load_rows
+from stillroom.data.encoding import encode, fits
+from stillroom.data.tasks import Example, get_task, task_of
+from stillroom.data.tasks.gsm8k import normalise
+from stillroom.errors import UserError
+from stillroom.evaluation.scoring import evaluate
+from stillroom.files import write_json, write_text
+from stillroom.models.hub import load_model, load_tokenizer
+from stillroom.models.precision import default_device
+from stillroom.models.sizes import context_length
+from stillroom.provenance import package_versions
 from stillroom.studies import load_study
-from stillroom.tasks import Example, get_task, task_of
-from stillroom.tasks.gsm8k import normalise
 
 REQUIRED = 0.995
 """Share of examples on which both must give the same answer."""

@@ -11,12 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ratios import arguments
-from stillroom.attention_capture import ATTENTION
 from stillroom.config import ModelRef, Precision
-from stillroom.models import DTYPES, load_config, load_model
-from stillroom.stages import Workspace
+from stillroom.data.tasks import Example
+from stillroom.experiment.workspace import Workspace
+from stillroom.models.attention_capture import ATTENTION
+from stillroom.models.hub import load_config, load_model
+from stillroom.models.precision import DTYPES
 from stillroom.studies import load_study
-from stillroom.tasks import Example
 
 
 def study_arguments(description: str | None, examples: int | None, rounds: int = 5) -> argparse.ArgumentParser:

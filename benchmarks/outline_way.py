@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stillroom.encoding import Encoding
-from stillroom.teacher_signals import TeacherSignals
+from stillroom.data.encoding import Encoding
+from stillroom.signals.teacher_signals import TeacherSignals
 
 LENGTH = 512
 """Tokens to which everything is padded."""

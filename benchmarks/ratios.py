@@ -20,7 +20,8 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from stillroom.provenance import hardware, package_versions, write_json
+from stillroom.files import write_json
+from stillroom.provenance import hardware, package_versions
 
 Seconds = dict[str, list[float]]
 

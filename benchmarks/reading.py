@@ -26,12 +26,12 @@ import pyarrow.parquet as pq
 import outline_way
 from inputs import mixed, study_arguments
 from ratios import Seconds, begin, finish, in_turn, ratio, value
-from stillroom.batches import Prefetched, epoch_order, prepare
-from stillroom.collation import Collator, teacher_to_student_ids
 from stillroom.config import GROUPS, Objective, fingerprint
-from stillroom.encoding import encode_many
-from stillroom.models import heads, load_config, tokenizer_hash
-from stillroom.signal_store import (
+from stillroom.data.encoding import encode_many
+from stillroom.data.tasks import Example
+from stillroom.models.hub import load_config, tokenizer_hash
+from stillroom.models.sizes import heads
+from stillroom.offline_teacher_data.store import (
     SCHEMA_VERSION,
     SHARDS,
     SignalStore,
@@ -40,7 +40,8 @@ from stillroom.signal_store import (
     write_manifest,
     write_shard,
 )
-from stillroom.tasks import Example
+from stillroom.training.batches import Prefetched, epoch_order, prepare
+from stillroom.training.collation import Collator, teacher_to_student_ids
 from writing import layout_of, random_signals
 
 

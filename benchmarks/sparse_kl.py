@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ratios import PeakMemory, arguments, begin, finish, in_turn, memory_ratio, ratio, value
-from stillroom.losses import HEAD_CHUNK, HeadTargets, Outcomes, head_losses
+from stillroom.terms.losses import HEAD_CHUNK, HeadTargets, Outcomes, head_losses
 
 
 def dense_kl(hidden: Tensor, weight: Tensor, outcomes: Outcomes) -> Tensor:

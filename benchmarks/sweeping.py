@@ -22,11 +22,12 @@ from unittest import mock
 
 from inputs import open_study, study_arguments
 from ratios import finish, ratio, value
-from stillroom import stages
-from stillroom.config import Sweep, UserError
-from stillroom.experiment import Watch, sweep
-from stillroom.jobs import TrialPlan, run_trial
-from stillroom.stages import Workspace
+from stillroom.config import Sweep
+from stillroom.errors import UserError
+from stillroom.experiment import workspace as stages
+from stillroom.experiment.jobs import TrialPlan, run_trial
+from stillroom.experiment.ray_sweep import Watch, sweep
+from stillroom.experiment.workspace import Workspace
 
 
 def run_share(plans: Sequence[TrialPlan], threads: int, took: Any) -> None:

@@ -23,16 +23,18 @@ from transformers import PreTrainedModel
 
 from inputs import mixed, open_study, study_arguments
 from ratios import begin, finish, in_turn, ratio, value
-from stillroom.attention_capture import ATTENTION
-from stillroom.batches import epoch_order, prepare
-from stillroom.collation import Batch, Collator, teacher_to_student_ids
 from stillroom.config import GROUPS, ModelRef, Objective, Study
-from stillroom.distillation_student import DistillationStudent
-from stillroom.models import DTYPES, heads, load_model, load_tokenizer, vocabulary_size
+from stillroom.data.tasks import Example
+from stillroom.models.attention_capture import ATTENTION
+from stillroom.models.hub import load_model, load_tokenizer
+from stillroom.models.precision import DTYPES
+from stillroom.models.sizes import heads, vocabulary_size
 from stillroom.offline_teacher_data import capture, made_from
-from stillroom.signal_store import SignalStore
-from stillroom.tasks import Example
-from stillroom.training_step import StepRunner
+from stillroom.offline_teacher_data.store import SignalStore
+from stillroom.training.batches import epoch_order, prepare
+from stillroom.training.collation import Batch, Collator, teacher_to_student_ids
+from stillroom.training.distillation_student import DistillationStudent
+from stillroom.training.step import StepRunner
 
 
 class Bench:

@@ -17,11 +17,12 @@ import torch
 import outline_way
 from inputs import mixed, open_study, study_arguments
 from ratios import begin, finish, in_turn, ratio, value
-from stillroom.cells import Layout, id_dtype
-from stillroom.encoding import Encoding, encode_many
-from stillroom.models import heads, load_config, width
-from stillroom.signal_store import write_shard
-from stillroom.teacher_signals import TeacherSignals
+from stillroom.data.encoding import Encoding, encode_many
+from stillroom.models.hub import load_config
+from stillroom.models.sizes import heads, width
+from stillroom.offline_teacher_data.cells import Layout, id_dtype
+from stillroom.offline_teacher_data.store import write_shard
+from stillroom.signals.teacher_signals import TeacherSignals
 
 
 def layout_of(options: argparse.Namespace, folder: Path) -> tuple[Layout, list[Encoding], Any]:

@@ -16,10 +16,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from transformers import AutoModelForCausalLM
 
-from stillroom.attention_capture import capture_attention, check_capture, check_model, last_hidden_state
-from stillroom.config import UserError
-from stillroom.miniature import PROBE, miniature
-from stillroom.models import output_logits
+from stillroom.errors import UserError
+from stillroom.models.architecture import PROBE, check_capture, check_model, miniature
+from stillroom.models.attention_capture import capture_attention
+from stillroom.models.forward import last_hidden_state
+from stillroom.models.output_head import output_logits
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stillroom.builtin_pair import byte_level_tokenizer, sentencepiece_tokenizer
 from stillroom.config import Corpus, ModelRef, Signals, TaskData
-from stillroom.corpus import Examples, build_corpus
-from stillroom.models import load_model, load_tokenizer
+from stillroom.data.corpus import Examples, build_corpus
+from stillroom.data.tasks import TASKS
+from stillroom.models.builtin_pair import byte_level_tokenizer, sentencepiece_tokenizer
+from stillroom.models.hub import load_model, load_tokenizer
 from stillroom.offline_teacher_data import capture, made_from, verify_saved_data
-from stillroom.tasks import TASKS
 
 # in CI the same examples every time: a red run must be the change's doing; elsewhere new ones are looked for
 hypothesis.settings.register_profile("ci", derandomize=True)
@@ -145,7 +145,7 @@ def store(tmp_path_factory, teacher_ref, examples):
 @pytest.fixture(scope="session")
 def finished_study(tmp_path_factory, teacher_ref, student_ref):
     """A study of two groups, one seed, trained without Ray to a report; for looking at, not for changing."""
-    from stillroom.stages import Workspace
+    from stillroom.experiment.workspace import Workspace
     from stillroom.studies import load_study
 
     folder = tmp_path_factory.mktemp("study")

@@ -12,7 +12,13 @@ from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["stillroom.cli", "stillroom.stages", "stillroom.studies", "transformers.models.llama.modeling_llama", "mlflow"]
+    [
+        "stillroom.cli",
+        "stillroom.experiment.workspace",
+        "stillroom.studies",
+        "transformers.models.llama.modeling_llama",
+        "mlflow",
+    ]
 )
 
 

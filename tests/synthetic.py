@@ -12,11 +12,12 @@ import pytest
 from stillroom.analysis import report, verdicts
 from stillroom.analysis.frame import PLANNED, write_summary
 from stillroom.config import EXPERIMENT, RESULT
-from stillroom.corpus import Examples, save_corpus
-from stillroom.metrics import accuracy_metrics, save_predictions
-from stillroom.provenance import read_json, record_run, write_json
+from stillroom.data.corpus import Examples, save_corpus
+from stillroom.data.tasks import TASKS
+from stillroom.evaluation.metrics import accuracy_metrics, save_predictions
+from stillroom.files import read_json, write_json
+from stillroom.provenance import record_run
 from stillroom.studies import load_study
-from stillroom.tasks import TASKS
 
 CHANCES = {"task_only": 0.45, "black_box": 0.5, "hidden": 0.65, "attention": 0.52, "combined": 0.7}
 SIZES = {"sentiment": 40, "quiz": 60, "arithmetic": 30}

@@ -15,10 +15,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from conftest import SHARED, real_tokenizer
-from stillroom.alignment import align, align_encodings, compare_vocabularies, coverage, map_vocabulary, token_bytes
-from stillroom.collation import segment_map
-from stillroom.encoding import encode, ending_tokens, supervised_predictions
-from stillroom.losses import aligned_attention
+from stillroom.data.alignment import align, align_encodings, coverage
+from stillroom.data.encoding import encode, ending_tokens, supervised_predictions
+from stillroom.data.vocabulary import compare_vocabularies, map_vocabulary, token_bytes
+from stillroom.terms.losses import aligned_attention
+from stillroom.training.collation import segment_map
 
 PIECES = [
     "the", " cat", "Question: ", " 12,345.67", "<<3+4=7>>", "\n", "\n\n", "\t", "   ", " ", "  \n \n", "Answer:",
@@ -300,7 +301,7 @@ def test_coverage_on_real_text_is_that_of_the_specification(tokenizer, teacher, 
     """
     import pyarrow.parquet as pq
 
-    from stillroom.tasks import get_task
+    from stillroom.data.tasks import get_task
 
     if not (SHARED / "data").is_dir():
         pytest.skip("SST-2, MMLU and GSM8K are downloads, and not in ../shared/data")

@@ -12,11 +12,14 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from architectures import verdicts
-from stillroom.attention_capture import check_capture, check_model, last_hidden_state
-from stillroom.config import GROUPS, Evaluation, ModelRef, Objective, Training, UserError
-from stillroom.miniature import PROBE, miniature
-from stillroom.models import load_model, load_output_head, load_tokenizer, output_logits, width
-from stillroom.train_student import Trial, train
+from stillroom.config import GROUPS, Evaluation, ModelRef, Objective, Training
+from stillroom.errors import UserError
+from stillroom.models.architecture import PROBE, check_capture, check_model, miniature
+from stillroom.models.forward import last_hidden_state
+from stillroom.models.hub import load_model, load_tokenizer
+from stillroom.models.output_head import load_output_head, output_logits
+from stillroom.models.sizes import width
+from stillroom.training.train_student import Trial, train
 
 SMALL = {
     "bloom": transformers.BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4),

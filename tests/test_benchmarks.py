@@ -10,7 +10,7 @@ import importlib
 import pytest
 
 from processes import start
-from stillroom.provenance import read_json
+from stillroom.files import read_json
 
 pytestmark = pytest.mark.slow
 

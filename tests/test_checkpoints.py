@@ -8,12 +8,13 @@ import shutil
 import pytest
 import torch
 
-from stillroom.adaptation import adapted_teacher
-from stillroom.checkpoints import DIGESTS, STATE, checkpoints, require_whole
-from stillroom.config import GROUPS, Evaluation, Objective, Training, UserError
-from stillroom.export import export_trial
-from stillroom.provenance import read_json, write_json
-from stillroom.train_student import Trial, train
+from stillroom.afterwards.export import export_trial
+from stillroom.config import GROUPS, Evaluation, Objective, Training
+from stillroom.errors import UserError
+from stillroom.files import read_json, write_json
+from stillroom.training.checkpoints import DIGESTS, STATE, checkpoints, require_whole
+from stillroom.training.fine_tuning import adapted_teacher
+from stillroom.training.train_student import Trial, train
 
 TRAINING = Training(learning_rate=3e-3, epochs=2, precision="float32", gradient_interval=0)
 

@@ -19,10 +19,11 @@ import torch
 from ray.cluster_utils import Cluster
 
 import stillroom
-from stillroom.config import ERROR, EXPERIMENT, UserError
-from stillroom.provenance import read_json
-from stillroom.signal_store import SignalStore
-from stillroom.stages import Workspace
+from stillroom.config import ERROR, EXPERIMENT
+from stillroom.errors import UserError
+from stillroom.experiment.workspace import Workspace
+from stillroom.files import read_json
+from stillroom.offline_teacher_data.store import SignalStore
 from stillroom.studies import load_study
 from test_end_to_end import study_file
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from stillroom.batches import Prefetched, prepare
-from stillroom.collation import Collator, teacher_to_student_ids
 from stillroom.config import ModelRef, Objective
-from stillroom.losses import Outcomes
-from stillroom.models import load_tokenizer
+from stillroom.models.hub import load_tokenizer
+from stillroom.terms.losses import Outcomes
+from stillroom.training.batches import Prefetched, prepare
+from stillroom.training.collation import Collator, teacher_to_student_ids
 
 
 def test_every_tensor_of_a_batch_moves_but_the_rows_that_the_host_cuts(student_ref, store, examples):

@@ -7,7 +7,8 @@ import time
 import pytest
 import yaml
 
-from stillroom.config import GROUPS, Objective, UserError, fingerprint
+from stillroom.config import GROUPS, Objective, fingerprint
+from stillroom.errors import UserError
 from stillroom.studies import load_study, shipped_studies
 
 

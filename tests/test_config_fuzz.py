@@ -12,7 +12,8 @@ from importlib import resources
 import pytest
 import yaml
 
-from stillroom.config import UserError, fingerprint
+from stillroom.config import fingerprint
+from stillroom.errors import UserError
 from stillroom.studies import load_study, shipped_studies
 
 DOCUMENTS = int(os.environ.get("STILLROOM_FUZZ_DOCUMENTS", "3000"))

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import normalizers
 
-from stillroom.config import ChoiceColumns, Corpus, OfficialSplit, TaskColumns, TaskData, UserError
-from stillroom.corpus import (
+from stillroom.config import ChoiceColumns, Corpus, OfficialSplit, TaskColumns, TaskData
+from stillroom.data.corpus import (
     Examples,
     _read_lines,
     build_corpus,
@@ -26,12 +26,13 @@ from stillroom.corpus import (
     split,
     with_official,
 )
-from stillroom.encoding import encode_many
-from stillroom.models import load_tokenizer
-from stillroom.sources import Sources
+from stillroom.data.encoding import encode_many
+from stillroom.data.tasks import TASKS, Example, get_task
+from stillroom.data.tasks.gsm8k import extract_flexible, extract_strict
+from stillroom.errors import UserError
+from stillroom.experiment.sources import Sources
+from stillroom.models.hub import load_tokenizer
 from stillroom.studies import load_study
-from stillroom.tasks import TASKS, Example, get_task
-from stillroom.tasks.gsm8k import extract_flexible, extract_strict
 
 
 def test_prompts_are_the_harness_wording():
@@ -254,7 +255,7 @@ def test_rows_that_change_while_they_are_read_are_refused(tmp_path, monkeypatch)
         (tmp_path / "rows.jsonl").write_text("\n".join(lines[1:]))
         return built
 
-    monkeypatch.setattr("stillroom.sources.build_corpus", build)
+    monkeypatch.setattr("stillroom.experiment.sources.build_corpus", build)
     with pytest.raises(UserError, match="changed while it was read"):
         _ = Sources(load_study("quickstart", given)).examples
     assert not (tmp_path / "results" / "corpus" / "corpus.json").exists()
@@ -374,7 +375,7 @@ def test_processes_that_start_together_build_one_corpus(tmp_path, monkeypatch):
         time.sleep(0.5)
         return build_corpus(*arguments)
 
-    monkeypatch.setattr("stillroom.sources.build_corpus", slowly)
+    monkeypatch.setattr("stillroom.experiment.sources.build_corpus", slowly)
     study = load_study("quickstart", [f"paths.results={tmp_path}"])
     with ThreadPoolExecutor() as pool:
         first, second = pool.map(lambda sources: sources.examples.all, [Sources(study), Sources(study)])
@@ -384,7 +385,7 @@ def test_processes_that_start_together_build_one_corpus(tmp_path, monkeypatch):
 
 def test_a_limit_beyond_what_a_model_reads_is_refused(tmp_path):
     """A longer text would run past a model's positions, in silence or with a device's assertion."""
-    from stillroom.stages import Workspace
+    from stillroom.experiment.workspace import Workspace
     from stillroom.studies import load_study
 
     study = load_study("quickstart", ["corpus.max_length=100000", f"paths.results={tmp_path}"])

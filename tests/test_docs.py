@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import pages
 from stillroom.cli import app
-from stillroom.config import UserError
+from stillroom.errors import UserError
 from stillroom.studies import load_study
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,7 +103,7 @@ def test_plan_of_the_embedded_study_needs_nothing():
 
 def test_plan_of_the_paper_works_without_network_and_says_what_it_assumes():
     """The two models, 28 trials, 7,000 examples, under 7 GB of store; every assumed figure is listed."""
-    from stillroom.planning import plan_study
+    from stillroom.preflight.planning import plan_study
 
     plan = plan_study(load_study("paper"))
     assert [(m["width"], m["heads"], m["layers"]) for m in plan["models"].values()] == [(4096, 32, 32), (2048, 32, 22)]
@@ -115,7 +115,7 @@ def test_plan_of_the_paper_works_without_network_and_says_what_it_assumes():
 
 def test_hours_of_the_paper_follow_from_operations_and_bytes():
     """By hand, from the assumptions as they are printed: 125 TFLOP/s, 25 ms a decoding step, 1 GB/s of disk."""
-    from stillroom.planning import plan_study
+    from stillroom.preflight.planning import plan_study
 
     plan = plan_study(load_study("paper"))
     hours, corpus, training = plan["hours"], plan["corpus"], plan["training"]
@@ -138,7 +138,7 @@ def test_a_gated_model_without_a_login_is_one_line_that_says_what_to_do():
     from huggingface_hub.errors import GatedRepoError
 
     from stillroom.config import ModelRef
-    from stillroom.models import _explain, load_tokenizer
+    from stillroom.models.hub import _explain, load_tokenizer
 
     response = type("R", (), {"headers": {}, "status_code": 401, "request": None, "text": ""})()
     try:
@@ -174,8 +174,8 @@ def test_the_reference_pages_have_every_command_and_describe_every_field():
 )
 def test_without_a_network_the_hub_is_not_asked_again_and_again(monkeypatch, proxies, known, local):
     """Where its name is not known only the cache is looked at; behind a proxy the name need not be known here."""
-    from stillroom import models
     from stillroom.config import ModelRef
+    from stillroom.models import hub as models
 
     class Kind:
         @staticmethod

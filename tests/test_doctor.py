@@ -26,12 +26,14 @@ from transformers import (
 from typer.testing import CliRunner
 
 from conftest import STUDENT_SHAPE
-from stillroom import attention_capture, doctor
 from stillroom.cli import app
-from stillroom.config import ModelRef, UserError, fingerprint
-from stillroom.models import native_bfloat16
-from stillroom.planning import plan_study
-from stillroom.stages import Workspace
+from stillroom.config import ModelRef, fingerprint
+from stillroom.errors import UserError
+from stillroom.experiment.workspace import Workspace
+from stillroom.models import architecture
+from stillroom.models.precision import native_bfloat16
+from stillroom.preflight import doctor
+from stillroom.preflight.planning import plan_study
 from stillroom.studies import load_study
 
 
@@ -44,8 +46,10 @@ def study(teacher_ref, student_ref):
 @pytest.fixture
 def no_services(monkeypatch):
     """Neither Ray nor the tracker is started."""
-    monkeypatch.setattr("stillroom.experiment.describe_cluster", lambda settings: {"CPU": 2.0, "trials at once": 2})
-    monkeypatch.setattr("stillroom.tracker.Tracker.check", lambda self: None)
+    monkeypatch.setattr(
+        "stillroom.experiment.ray_sweep.describe_cluster", lambda settings: {"CPU": 2.0, "trials at once": 2}
+    )
+    monkeypatch.setattr("stillroom.experiment.tracker.Tracker.check", lambda self: None)
 
 
 def line(findings, subject):
@@ -99,7 +103,7 @@ def test_an_architecture_is_tried_in_little(config):
 
 def test_an_architecture_captured_wrongly_is_refused(monkeypatch):
     """Where the check before a capture would refuse, the doctor does."""
-    monkeypatch.setitem(attention_capture._TOLERANCE, torch.float32, 0.0)
+    monkeypatch.setitem(architecture._TOLERANCE, torch.float32, 0.0)
     found = doctor._architecture("student", LlamaConfig(**STUDENT_SHAPE), captured=True)
     assert not found.fine
     assert "choose another model" in found.says
@@ -173,7 +177,7 @@ def test_auto_is_resolved_once_and_is_part_of_what_a_study_is(study, tmp_path, m
     )
     found = {}
     for native, chosen in ((True, "bfloat16"), (False, "float32")):
-        monkeypatch.setattr("stillroom.models.native_bfloat16", lambda device=None, native=native: native)
+        monkeypatch.setattr("stillroom.models.precision.native_bfloat16", lambda device=None, native=native: native)
         own = Workspace(asked).study
         assert {own.teacher.dtype, own.training.precision, own.evaluation.dtype} == {chosen}
         assert own.teacher.adapt.training.precision == chosen
@@ -319,8 +323,8 @@ def test_a_tracker_or_ray_that_does_not_start_is_a_line(study, monkeypatch):
     def refuse(*_):
         raise UserError("nobody answers\nat all")
 
-    monkeypatch.setattr("stillroom.experiment.describe_cluster", refuse)
-    monkeypatch.setattr("stillroom.tracker.Tracker.check", refuse)
+    monkeypatch.setattr("stillroom.experiment.ray_sweep.describe_cluster", refuse)
+    monkeypatch.setattr("stillroom.experiment.tracker.Tracker.check", refuse)
     for found in (doctor._ray(study), doctor._tracker(study)):
         assert not found.fine
         assert "nobody answers" in found.says

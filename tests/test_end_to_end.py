@@ -16,14 +16,15 @@ from transformers import MistralConfig, MistralForCausalLM
 import reference
 from conftest import STUDENT_SHAPE, TEACHER_SHAPE, real_tokenizer, write_model
 from recompute_report import check_report
-from stillroom.config import ModelRef, UserError
-from stillroom.models import load_model
-from stillroom.provenance import read_json
-from stillroom.shares import Share
-from stillroom.signal_store import SignalStore
-from stillroom.stages import Workspace
+from stillroom.config import ModelRef
+from stillroom.data.tasks import TASKS
+from stillroom.errors import UserError
+from stillroom.experiment.workspace import Workspace
+from stillroom.files import read_json
+from stillroom.models.hub import load_model
+from stillroom.offline_teacher_data.shards import Share
+from stillroom.offline_teacher_data.store import SignalStore
 from stillroom.studies import load_study
-from stillroom.tasks import TASKS
 from test_losses import dense
 
 pytestmark = pytest.mark.slow
@@ -111,7 +112,7 @@ def test_a_second_run_computes_nothing_again(tmp_path, teacher_ref, student_ref,
     path = study_file(tmp_path, teacher_ref.model, student_ref.model, groups=["task_only"])
     run(path)
     first = {p: p.stat().st_mtime_ns for p in (tmp_path / "results").rglob("result.json")}
-    monkeypatch.setattr("stillroom.stages.load_model", lambda *a: pytest.fail("a model was loaded again"))
+    monkeypatch.setattr("stillroom.experiment.workspace.load_model", lambda *a: pytest.fail("a model was loaded again"))
     run(path)
     _, errors = run(path, "sweep.seeds=[0, 1]")
     assert errors == {}
@@ -253,8 +254,10 @@ def test_a_snapshot_alone_is_enough_and_stays_as_it_is(tmp_path, teacher_ref, st
     before = {p: (p.stat().st_mode, p.stat().st_mtime_ns) for p in snapshot.iterdir()}
     other = Workspace(load_study(path, ["signals.top_k=7"]))
     other.capture()
-    for module in ("jobs", "stages"):
-        monkeypatch.setattr(f"stillroom.{module}.load_model", lambda *a: pytest.fail("the teacher was loaded again"))
+    for module in ("jobs", "workspace"):
+        monkeypatch.setattr(
+            f"stillroom.experiment.{module}.load_model", lambda *a: pytest.fail("the teacher was loaded again")
+        )
     for gone in (False, True):
         if gone:
             shutil.rmtree(workspace.store_path)
@@ -292,7 +295,7 @@ def test_one_untouched_model_at_a_time_is_in_memory(tmp_path, teacher_ref, stude
         alive.add(model)
         return model
 
-    monkeypatch.setattr("stillroom.stages.load_model", load)
+    monkeypatch.setattr("stillroom.experiment.workspace.load_model", load)
     path = study_file(tmp_path, teacher_ref.model, student_ref.model)
     Workspace(load_study(path)).baselines()
     assert loaded == [teacher_ref.model, student_ref.model]

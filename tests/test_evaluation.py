@@ -11,14 +11,16 @@ from transformers import AutoModelForCausalLM
 
 from conftest import SHARED, STUDENT_SHAPE, real_tokenizer, write_model
 from stillroom.analysis.frame import worse_or_equal
-from stillroom.config import Evaluation, ModelRef, TaskData, UserError
-from stillroom.corpus import load_rows
-from stillroom.encoding import encode, encode_prompts
-from stillroom.evaluation import answer_scores, evaluate
-from stillroom.generation import _NextQuestion, generate
-from stillroom.models import DTYPES, load_model, scoring_copy
-from stillroom.tasks import TASKS, Example
-from stillroom.teacher_signals import padded
+from stillroom.config import Evaluation, ModelRef, TaskData
+from stillroom.data.corpus import load_rows
+from stillroom.data.encoding import encode, encode_prompts
+from stillroom.data.tasks import TASKS, Example
+from stillroom.errors import UserError
+from stillroom.evaluation.generation import _NextQuestion, generate
+from stillroom.evaluation.scoring import answer_scores, evaluate
+from stillroom.models.forward import padded
+from stillroom.models.hub import load_model
+from stillroom.models.precision import DTYPES, scoring_copy
 
 
 def log_likelihood(ref, tokenizer, prompt, answer):
@@ -88,7 +90,7 @@ def test_generation_is_greedy_decoding(student_ref, model, tokenizer, examples, 
     """Against a loop of argmax over whole forward passes, without a cache, whenever ended texts leave the batch."""
     prompts = [e.prompt for e in examples.train if not e.choices][:8]
     plain = AutoModelForCausalLM.from_pretrained(student_ref.model, attn_implementation="eager").eval()
-    monkeypatch.setattr("stillroom.generation._STRETCH", stretch)
+    monkeypatch.setattr("stillroom.evaluation.generation._STRETCH", stretch)
     free = generate(model, tokenizer, prompts, Evaluation(max_new_tokens=10))
     ends_early = copy.deepcopy(tokenizer)
     said = [set(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in free]

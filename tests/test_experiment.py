@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from stillroom.config import Sweep, UserError
-from stillroom.jobs import told_of_memory, trial_resources
+from stillroom.config import Sweep
+from stillroom.errors import UserError
+from stillroom.experiment.ray_sweep import told_of_memory
+from stillroom.experiment.resources import trial_resources
 
 SEEDS = {"seeds": (0,)}
 

@@ -15,12 +15,13 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from stillroom.afterwards.export import export_trial
 from stillroom.cli import app
-from stillroom.config import ModelRef, UserError
-from stillroom.evaluation import evaluate
-from stillroom.export import export_trial
-from stillroom.models import load_model, load_tokenizer
-from stillroom.provenance import read_json
+from stillroom.config import ModelRef
+from stillroom.errors import UserError
+from stillroom.evaluation.scoring import evaluate
+from stillroom.files import read_json
+from stillroom.models.hub import load_model, load_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -120,7 +121,9 @@ def test_a_hub_model_is_named_with_its_revision(finished_study, trial, tmp_path)
 
 def test_it_is_whole_or_absent(trial, tmp_path, monkeypatch):
     """A fault on the way leaves nothing; what is there already is not touched; an unfinished trial is refused."""
-    monkeypatch.setattr("stillroom.export._generation_config", lambda *a: (_ for _ in ()).throw(OSError(28, "full")))
+    monkeypatch.setattr(
+        "stillroom.afterwards.export._generation_config", lambda *a: (_ for _ in ()).throw(OSError(28, "full"))
+    )
     with pytest.raises(UserError, match="cannot write"):
         export_trial(trial, tmp_path / "student")
     assert list(tmp_path.iterdir()) == []

@@ -13,8 +13,8 @@ import pytest
 
 from conftest import STUDENT_SHAPE, write_model
 from processes import descendants, start, stillroom, wait_for
-from stillroom.provenance import read_json
-from stillroom.signal_store import SignalStore
+from stillroom.files import read_json
+from stillroom.offline_teacher_data.store import SignalStore
 from test_end_to_end import study_file
 from test_offline_teacher_data import flip_byte
 from test_training import numbers
@@ -277,7 +277,7 @@ def logged_trials(results):
 def write_summary_of(results):
     """Write the summary, ending as the command line does."""
     from stillroom.analysis.frame import write_summary
-    from stillroom.config import UserError
+    from stillroom.errors import UserError
 
     try:
         write_summary(results)

@@ -8,13 +8,13 @@ import pytest
 
 import harness_agreement
 from conftest import SHARED
-from stillroom.builtin_pair import materialise
 from stillroom.config import GROUPS, ModelRef, Objective, Training
-from stillroom.corpus import build_corpus
-from stillroom.evaluation import evaluate
-from stillroom.models import load_tokenizer
+from stillroom.data.corpus import build_corpus
+from stillroom.evaluation.scoring import evaluate
+from stillroom.models.builtin_pair import materialise
+from stillroom.models.hub import load_tokenizer
 from stillroom.studies import load_study
-from stillroom.train_student import Trial, train
+from stillroom.training.train_student import Trial, train
 
 pytestmark = pytest.mark.slow
 

@@ -14,12 +14,13 @@ from typer.testing import CliRunner
 
 import pages
 from conftest import STUDENT_SHAPE, make_store, real_tokenizer, write_model
+from stillroom.afterwards.fonts import escaped, fonts_for
+from stillroom.afterwards.inspection import attention_figure, describe_example, describe_store, find_example, text_of
 from stillroom.cli import app
-from stillroom.config import ModelRef, UserError
-from stillroom.corpus import Examples, save_corpus
-from stillroom.fonts import escaped, fonts_for
-from stillroom.inspection import attention_figure, describe_example, describe_store, find_example, text_of
-from stillroom.tasks import Example
+from stillroom.config import ModelRef
+from stillroom.data.corpus import Examples, save_corpus
+from stillroom.data.tasks import Example
+from stillroom.errors import UserError
 
 
 @pytest.fixture

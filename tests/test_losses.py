@@ -11,15 +11,16 @@ from transformers import AutoModelForCausalLM
 
 import reference
 from conftest import STUDENT_SHAPE, make_store, write_model
-from stillroom.batches import prepare
-from stillroom.collation import Collator, map_outcomes, teacher_to_student_ids
 from stillroom.config import GROUPS, Group, Objective, Training
-from stillroom.distillation_student import DistillationStudent
-from stillroom.encoding import encode
-from stillroom.losses import HeadTargets, Outcomes, head_losses
-from stillroom.models import heads, load_model, load_tokenizer, vocabulary_size
-from stillroom.teacher_signals import _top_k
-from stillroom.training_step import StepRunner, losses_of
+from stillroom.data.encoding import encode
+from stillroom.models.hub import load_model, load_tokenizer
+from stillroom.models.sizes import heads, vocabulary_size
+from stillroom.signals.teacher_signals import _top_k
+from stillroom.terms.losses import HeadTargets, Outcomes, head_losses
+from stillroom.training.batches import prepare
+from stillroom.training.collation import Collator, map_outcomes, teacher_to_student_ids
+from stillroom.training.distillation_student import DistillationStudent
+from stillroom.training.step import StepRunner, losses_of
 
 ALL = Objective(weights={"task": 1.0, "kd": 0.5, "hidden": 0.1, "attention": 0.1})
 
@@ -179,7 +180,7 @@ def test_chunks_change_nothing(student_ref, store, some, monkeypatch):
     setup = Setup(student_ref, store)
     whole = setup.step(some)
     for chunk in (1, 7, 10_000):
-        monkeypatch.setattr("stillroom.training_step.head_losses", lambda *a, c=chunk: head_losses(*a, chunk=c))
+        monkeypatch.setattr("stillroom.training.step.head_losses", lambda *a, c=chunk: head_losses(*a, chunk=c))
         same(whole, setup.step(some))
 
 
@@ -359,8 +360,8 @@ def test_gradient_on_the_spot_is_autograds(temperature, softcap, with_bias, in_p
     Whole chunks, and in pieces that do not divide them: blocks of 3 rows, slices of 16 of the head's.
     """
     if in_pieces:
-        monkeypatch.setattr("stillroom.losses._BLOCK_BYTES", 3 * 4 * 40)
-        monkeypatch.setattr("stillroom.losses.HEAD_SLICE", 16)
+        monkeypatch.setattr("stillroom.terms.losses._BLOCK_BYTES", 3 * 4 * 40)
+        monkeypatch.setattr("stillroom.terms.losses.HEAD_SLICE", 16)
     rng = np.random.default_rng(0)
     torch.manual_seed(0)
     positions, width, vocabulary = 11, 6, 40
@@ -482,7 +483,7 @@ def test_shares_in_float16_are_those_in_float32(student_ref, store, some):
 @pytest.mark.parametrize("tail", [8e-9, 3e-4, 0.2])
 def test_a_student_that_equals_a_confident_teacher_has_a_kl_of_nought(storage, temperature, tail, monkeypatch):
     """1 − Σ of rounded probabilities, magnified by 1/τ, gave 0.51 where 0 is right (τ = 4, tail 8e-9, float16)."""
-    monkeypatch.setattr("stillroom.teacher_signals.output_logits", lambda model, hidden: hidden)
+    monkeypatch.setattr("stillroom.signals.teacher_signals.output_logits", lambda model, hidden: hidden)
     vocabulary, k = 60, 8
     rng = np.random.default_rng(0)
     inside, outside = rng.dirichlet(np.ones(k), 5), rng.dirichlet(np.ones(vocabulary - k), 5)

@@ -10,10 +10,10 @@ from conftest import make_store
 from processes import start
 from ratios import PeakMemory
 from stillroom.config import GROUPS, Corpus, Evaluation, Objective, TaskData, Training
-from stillroom.corpus import build_corpus
-from stillroom.models import load_tokenizer
-from stillroom.provenance import read_json, write_json
-from stillroom.train_student import Trial, train
+from stillroom.data.corpus import build_corpus
+from stillroom.files import read_json, write_json
+from stillroom.models.hub import load_tokenizer
+from stillroom.training.train_student import Trial, train
 
 pytestmark = [
     pytest.mark.slow,

@@ -7,8 +7,8 @@ import math
 import pandas as pd
 import pytest
 
-from stillroom.config import UserError
-from stillroom.metrics import accuracy_metrics, agreement, calibration_error
+from stillroom.errors import UserError
+from stillroom.evaluation.metrics import accuracy_metrics, agreement, calibration_error
 
 
 def choices(*rows, task="quiz"):

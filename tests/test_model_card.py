@@ -8,10 +8,11 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
+from stillroom.afterwards.export import _card
 from stillroom.analysis.escaping import control_free, fence, markdown_plain
-from stillroom.config import EXPERIMENT, UserError
-from stillroom.export import _card
-from stillroom.provenance import read_json, write_json
+from stillroom.config import EXPERIMENT
+from stillroom.errors import UserError
+from stillroom.files import read_json, write_json
 from synthetic import write_results
 
 HOSTILE = (

@@ -16,33 +16,34 @@ from scipy import stats
 
 import reference
 from conftest import STUDENT_SHAPE, make_store, texts, write_model
-from stillroom.alignment import map_vocabulary
 from stillroom.analysis.frame import SUMMARY, write_summary
 from stillroom.analysis.results import StudyResults
 from stillroom.analysis.statistics import Comparison, bootstrap_interval, sign_flip_p
 from stillroom.analysis.verdicts import _verdict
-from stillroom.baselines import Baseline
-from stillroom.batches import epoch_order, prepare
-from stillroom.builtin_pair import sentencepiece_tokenizer
-from stillroom.checkpoints import TrainingState, best_epoch
-from stillroom.collation import map_outcomes, teacher_to_student_ids
-from stillroom.config import EXPERIMENT, GROUPS, ModelRef, Training, UserError
-from stillroom.corpus import build_corpus, load_corpus, save_corpus
+from stillroom.config import EXPERIMENT, GROUPS, ModelRef, Training
 from stillroom.credentials import redact
-from stillroom.encoding import encode
-from stillroom.evaluation import _prediction, evaluate
-from stillroom.generation import generate
-from stillroom.models import load_model, load_tokenizer
-from stillroom.planning import plan_study
-from stillroom.provenance import read_json, write_json
-from stillroom.recomputation import recompute
-from stillroom.shapes import shape_of
-from stillroom.shares import token_batches
-from stillroom.signal_store import SignalStore
-from stillroom.store_checks import require_matching, require_verified
+from stillroom.data.corpus import build_corpus, load_corpus, save_corpus
+from stillroom.data.encoding import encode
+from stillroom.data.tasks import Example
+from stillroom.data.vocabulary import map_vocabulary
+from stillroom.errors import UserError
+from stillroom.evaluation.baselines import Baseline
+from stillroom.evaluation.generation import generate
+from stillroom.evaluation.scoring import _prediction, evaluate
+from stillroom.files import read_json, write_json
+from stillroom.models.builtin_pair import sentencepiece_tokenizer
+from stillroom.models.hub import load_model, load_tokenizer
+from stillroom.models.sizes import shape_of
+from stillroom.offline_teacher_data import require_matching, require_verified
+from stillroom.offline_teacher_data.recomputation import recompute
+from stillroom.offline_teacher_data.shards import token_batches
+from stillroom.offline_teacher_data.store import SignalStore
+from stillroom.preflight.planning import plan_study
 from stillroom.studies import load_study
-from stillroom.tasks import Example
-from stillroom.training_step import accumulate, losses_of
+from stillroom.training.batches import epoch_order, prepare
+from stillroom.training.checkpoints import TrainingState, best_epoch
+from stillroom.training.collation import map_outcomes, teacher_to_student_ids
+from stillroom.training.step import accumulate, losses_of
 from synthetic import write_results
 from test_corpus import ROWS, local
 from test_losses import ALL, Setup, dense, reference_means
@@ -153,7 +154,7 @@ def test_a_measured_gradient_is_that_of_the_model_alone(student_ref, store, some
 
 def test_the_rate_warms_up_linearly_and_stays():
     """The first step moves, the last step of the warm-up has the whole rate."""
-    from stillroom.train_student import _set_rate
+    from stillroom.training.train_student import _set_rate
 
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=9.0)
 
@@ -168,7 +169,7 @@ def test_the_rate_warms_up_linearly_and_stays():
 
 def test_the_optimizer_is_the_studys(tmp_path, student_ref, store, examples, monkeypatch):
     """AdamW at the study's rate and decay, over every weight of the student and its projector."""
-    import stillroom.train_student as ts
+    import stillroom.training.train_student as ts
 
     class Stop(Exception):
         pass
@@ -189,7 +190,7 @@ def test_dropout_is_new_at_each_step_and_measuring_does_not_move_it(
     tmp_path, sentencepiece, store, examples, monkeypatch
 ):
     """A function of seed and step: however often the gradient is measured, the weights end the same."""
-    import stillroom.train_student as ts
+    import stillroom.training.train_student as ts
 
     ref = write_model(tmp_path / "student", sentencepiece, {**STUDENT_SHAPE, "attention_dropout": 0.3}, 3)
     states, real = [], ts.StepRunner.update
@@ -240,7 +241,7 @@ def test_a_stores_tokenizer_that_is_not_its_own_is_refused(tmp_path, student_ref
     copy = shutil.copytree(store.path, tmp_path / "data")
     shutil.rmtree(copy / "tokenizer")
     load_tokenizer(student_ref).save_pretrained(copy / "tokenizer")
-    from stillroom.signal_store import SignalStore
+    from stillroom.offline_teacher_data.store import SignalStore
 
     with pytest.raises(UserError, match="is not the tokenizer the store was made with"):
         run(tmp_path / "trial", student_ref, SignalStore.open(copy), examples)
@@ -254,7 +255,7 @@ def test_a_student_whose_attention_is_captured_wrongly_is_not_trained(
     def refuse(*arguments):
         raise UserError("captured wrongly")
 
-    monkeypatch.setattr("stillroom.train_student.check_capture", refuse)
+    monkeypatch.setattr("stillroom.training.train_student.check_capture", refuse)
     with pytest.raises(UserError, match="captured wrongly"):
         run(tmp_path, student_ref, store, examples, "attention")
 
@@ -412,7 +413,7 @@ def test_another_sample_seed_draws_other_examples(tmp_path, tokenizers):
 
 def test_a_corpus_with_a_leak_is_not_built(tmp_path, tokenizers, monkeypatch):
     """The check is made of what was built, whatever the split did."""
-    monkeypatch.setattr("stillroom.corpus.split", lambda chosen, share, seed: (chosen, chosen[:1]))
+    monkeypatch.setattr("stillroom.data.corpus.split", lambda chosen, share, seed: (chosen, chosen[:1]))
     with pytest.raises(UserError, match="is in training and held-out data"):
         build_corpus(local(tmp_path, ROWS, 10), tokenizers)
 

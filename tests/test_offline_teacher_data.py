@@ -12,9 +12,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
 from conftest import make_store
-from stillroom.cells import Layout, cell_bytes, parquet_cell
-from stillroom.config import ModelRef, Signals, UserError
-from stillroom.models import load_model, load_output_head, load_tokenizer
+from stillroom.config import ModelRef, Signals
+from stillroom.errors import UserError
+from stillroom.files import read_json, write_json
+from stillroom.models.hub import load_model, load_tokenizer
+from stillroom.models.output_head import load_output_head
 from stillroom.offline_teacher_data import (
     _to_numpy_array,
     _to_py,
@@ -23,13 +25,13 @@ from stillroom.offline_teacher_data import (
     made_from,
     require_matching,
     require_verified,
-    snapshots,
+    snapshots_of,
     verify_saved_data,
 )
-from stillroom.provenance import read_json, write_json
-from stillroom.recomputation import _topk_error, check_with_head, recompute, sample_ids
-from stillroom.signal_store import SignalStore
-from stillroom.teacher_signals import compute_signals
+from stillroom.offline_teacher_data.cells import Layout, cell_bytes, parquet_cell
+from stillroom.offline_teacher_data.recomputation import _topk_error, check_with_head, recompute, sample_ids
+from stillroom.offline_teacher_data.store import SignalStore
+from stillroom.signals.teacher_signals import compute_signals
 
 LAYOUT = Layout(top_k=4, width=6, heads=2, dtype="float16", id_dtype="uint16")
 DTYPES = {
@@ -117,7 +119,7 @@ def test_attention_in_eight_bits_is_within_its_rounding(tmp_path, teacher_ref, e
 def test_the_store_holds_what_the_teacher_said(teacher_ref, examples, store):
     """Every example is there, read from disk as it was computed alone."""
     model, tokenizer = load_model(teacher_ref), load_tokenizer(teacher_ref)
-    from stillroom.encoding import encode
+    from stillroom.data.encoding import encode
 
     assert len(store) == len(examples.all)
     for example in examples.all[::7]:
@@ -149,7 +151,7 @@ def damaged(path, change):
     """Rewrite one shard with some cells changed, and make manifest and checksums agree with it."""
     import pyarrow.parquet as pq
 
-    from stillroom.signal_store import shard_entry, write_manifest
+    from stillroom.offline_teacher_data.store import shard_entry, write_manifest
 
     shard = path / "part-00000.parquet"
     table = pq.read_table(shard)
@@ -234,7 +236,7 @@ def test_an_edited_manifest_is_found(copy):
 
 def test_a_store_made_anew_is_verified_anew(copy):
     """The record of one store does not stand for another in its place."""
-    from stillroom.signal_store import write_manifest
+    from stillroom.offline_teacher_data.store import write_manifest
 
     manifest = read_json(copy / "manifest.json")
     del manifest["digest"]
@@ -274,7 +276,7 @@ def test_an_unverified_store_is_not_archived(copy):
 
 def test_capture_goes_on_where_it_stopped(tmp_path, teacher_ref, examples, store, monkeypatch):
     """Finished shards are kept, the rest is computed, and the store equals an uninterrupted one, value for value."""
-    import stillroom.offline_teacher_data as otd
+    import stillroom.offline_teacher_data.capturing as otd
 
     tokenizer, model = load_tokenizer(teacher_ref), load_model(teacher_ref)
     signals = Signals(top_k=32, dtype="float32", shard_examples=16, batch_tokens=512)
@@ -351,9 +353,9 @@ def test_a_store_may_have_any_name(tmp_path, store, name):
     verify_saved_data(path)
     snapshot = archive(path)
     assert archive(path) == snapshot
-    assert snapshots(path) == [snapshot]
+    assert snapshots_of(path) == [snapshot]
     (tmp_path / "a*").mkdir()
-    assert snapshots(tmp_path / "a*") == []
+    assert snapshots_of(tmp_path / "a*") == []
 
 
 def test_a_snapshot_that_has_lost_its_record_gets_it_back(copy):

@@ -10,14 +10,14 @@ import time
 
 import pytest
 
-from stillroom.provenance import atomic_path, remove_leftovers, remove_tree
-from stillroom.stages import Workspace
+from stillroom.experiment.workspace import Workspace
+from stillroom.files import atomic_path, remove_leftovers, remove_tree
 from stillroom.studies import load_study
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from stillroom.provenance import atomic_path
+from stillroom.files import atomic_path
 with atomic_path(Path(sys.argv[1])) as path:
     if sys.argv[2] == "folder":
         path.mkdir(parents=True)

@@ -15,9 +15,11 @@ from stillroom.analysis.escaping import latex_escaped
 from stillroom.analysis.report import print_table, write_report
 from stillroom.analysis.results import StudyResults
 from stillroom.analysis.sameness import identical_groups
-from stillroom.config import EXPERIMENT, UserError
-from stillroom.corpus import folded
-from stillroom.provenance import Meter, read_json, write_json
+from stillroom.config import EXPERIMENT
+from stillroom.data.corpus import folded
+from stillroom.errors import UserError
+from stillroom.files import read_json, write_json
+from stillroom.provenance import Meter
 from synthetic import make_identical, quick_reports, write_results
 
 HOSTILE = '<script>document.title="owned"</script><img src=x onerror="document.title=1"></pre>{{ 7*7 }}'

@@ -16,11 +16,12 @@ import yaml
 
 from conftest import STUDENT_SHAPE, write_model
 from processes import start, stillroom
-from stillroom.config import ModelRef, UserError
+from stillroom.config import ModelRef
 from stillroom.credentials import redact
-from stillroom.models import load_config, load_model, model_identity
-from stillroom.provenance import read_json
-from stillroom.signal_store import SignalStore, write_manifest
+from stillroom.errors import UserError
+from stillroom.files import read_json
+from stillroom.models.hub import load_config, load_model, model_identity
+from stillroom.offline_teacher_data.store import SignalStore, write_manifest
 from stillroom.studies import load_study
 from test_end_to_end import study_file
 
@@ -266,7 +267,7 @@ def ray_and_its_listeners():
     import ray  # before a sweep does, whose setting must reach it all the same
 
     from stillroom.config import Sweep
-    from stillroom.experiment import describe_cluster
+    from stillroom.experiment.ray_sweep import describe_cluster
 
     describe_cluster(Sweep(seeds=(0,)))
     ray.get(ray.remote(lambda: 1).remote())  # with a worker, all of Ray is there

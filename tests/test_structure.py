@@ -16,7 +16,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
 def listed():
-    """Modules in the order of docs/architecture.md."""
+    """Packages in the order of docs/architecture.md."""
     text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
     block = re.search(r"```text\n(.*?)```", text, re.S).group(1)
     return [line.split()[0] for line in block.strip().splitlines()]
@@ -35,7 +35,7 @@ def imported(path):
             yield from [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
 
 
-def test_the_documentation_lists_every_module():
+def test_the_documentation_lists_every_package():
     """The list cannot drift from the tree."""
     assert sorted(listed()) == sorted({top(p) for p in SOURCES} - {"__init__"})
 
@@ -60,7 +60,7 @@ def test_modules_are_small(path):
 def test_ray_is_imported_in_one_module():
     """Everything else runs without it."""
     users = [p for p in SOURCES if re.search(r"^\s*(import ray|from ray)\b", p.read_text("utf-8"), re.M)]
-    assert [p.name for p in users] == ["experiment.py"]
+    assert [p.name for p in users] == ["ray_sweep.py"]
 
 
 def test_help_loads_nothing_slow():

@@ -6,14 +6,15 @@ import json
 
 import pytest
 
-from stillroom.config import ChoiceColumns, Corpus, Evaluation, TaskColumns, TaskData, UserError
-from stillroom.corpus import build_corpus, load_corpus, save_corpus, with_official
-from stillroom.evaluation import evaluate
-from stillroom.metrics import accuracy_metrics
-from stillroom.models import load_model, load_tokenizer
-from stillroom.sources import Sources
+from stillroom.config import ChoiceColumns, Corpus, Evaluation, TaskColumns, TaskData
+from stillroom.data.corpus import build_corpus, load_corpus, save_corpus, with_official
+from stillroom.data.tasks import get_task, task_of
+from stillroom.errors import UserError
+from stillroom.evaluation.metrics import accuracy_metrics
+from stillroom.evaluation.scoring import evaluate
+from stillroom.experiment.sources import Sources
+from stillroom.models.hub import load_model, load_tokenizer
 from stillroom.studies import load_study
-from stillroom.tasks import get_task, task_of
 
 CHOICE = {"prompt": "Is {thing} an animal?\nAnswer:", "choices": ["no", "yes"], "label": "animal"}
 GENERATION = {"prompt": "{a} and {b} make", "answer": "a total of {sum}.", "pattern": r"total of (-?\d+)"}
@@ -75,7 +76,7 @@ def test_a_model_is_scored_on_them(files, tokenizers, student_ref, monkeypatch):
     examples = build_corpus(corpus_of(files), tokenizers).validation
     said = {example.prompt: f"{example.answer} Or a total of 99." for example in examples}
     monkeypatch.setattr(
-        "stillroom.evaluation.generate", lambda model, tokenizer, prompts, *rest: [said[p] for p in prompts]
+        "stillroom.evaluation.scoring.generate", lambda model, tokenizer, prompts, *rest: [said[p] for p in prompts]
     )
     found = evaluate(load_model(student_ref), tokenizers[1], examples, Evaluation(max_new_tokens=4))
     rows = found.set_index("task")

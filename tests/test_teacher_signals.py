@@ -18,13 +18,14 @@ from transformers import (
     Qwen2Config,
 )
 
-from stillroom.attention_capture import check_capture
-from stillroom.baselines import Baseline
-from stillroom.config import GROUPS, Evaluation, ModelRef, Objective, Training, UserError
-from stillroom.encoding import Encoding
-from stillroom.models import load_model, load_tokenizer
-from stillroom.teacher_signals import compute_signals
-from stillroom.train_student import Trial, train
+from stillroom.config import GROUPS, Evaluation, ModelRef, Objective, Training
+from stillroom.data.encoding import Encoding
+from stillroom.errors import UserError
+from stillroom.evaluation.baselines import Baseline
+from stillroom.models.architecture import check_capture
+from stillroom.models.hub import load_model, load_tokenizer
+from stillroom.signals.teacher_signals import compute_signals
+from stillroom.training.train_student import Trial, train
 
 COMMON = {
     "vocab_size": 96,
@@ -134,7 +135,7 @@ def test_an_architecture_that_cannot_be_captured_is_refused_by_name():
 def test_a_head_that_misses_the_models_logits_is_refused_by_name(monkeypatch):
     """A model that does something to its logits that we do not know of is not distilled wrongly in silence."""
     ours, _ = build(CONFIGS["gemma2"])
-    monkeypatch.setattr("stillroom.models.logit_softcap", lambda config: None)
+    monkeypatch.setattr("stillroom.models.output_head.logit_softcap", lambda config: None)
     with pytest.raises(UserError, match=r"Gemma2ForCausalLM.*logits"):
         check_capture(ours, torch.randint(3, 90, (1, 20)))
 
@@ -143,7 +144,7 @@ def test_an_unknown_scale_of_the_logits_is_refused_before_a_model_is_scored_or_t
     tmp_path, student_ref, examples, monkeypatch
 ):
     """Granite divides them: were that not known, its losses and its choices would be wrong in silence."""
-    monkeypatch.setattr("stillroom.models.logit_scale", lambda config: 1.0)
+    monkeypatch.setattr("stillroom.models.output_head.logit_scale", lambda config: 1.0)
     tokenizer = load_tokenizer(student_ref)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = GraniteConfig(vocab_size=len(tokenizer), num_key_value_heads=2, logits_scaling=4.0, **shape)

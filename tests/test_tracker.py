@@ -7,8 +7,8 @@ import os
 import pytest
 
 from stillroom.config import EXPERIMENT
-from stillroom.provenance import read_json
-from stillroom.tracker import Tracker
+from stillroom.experiment.tracker import Tracker
+from stillroom.files import read_json
 from synthetic import write_results
 
 

@@ -12,14 +12,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conftest import make_store
-from stillroom import train_student
-from stillroom.batches import epoch_order
-from stillroom.config import GROUPS, Evaluation, ModelRef, Objective, Training, UserError
-from stillroom.evaluation import evaluate
-from stillroom.models import load_model, load_tokenizer, without_adapters
-from stillroom.provenance import read_json
-from stillroom.tasks import TASKS
-from stillroom.train_student import Trial, train
+from stillroom.config import GROUPS, Evaluation, ModelRef, Objective, Training
+from stillroom.data.tasks import TASKS
+from stillroom.errors import UserError
+from stillroom.evaluation.scoring import evaluate
+from stillroom.files import read_json
+from stillroom.models.hub import load_model, load_tokenizer
+from stillroom.models.precision import without_adapters
+from stillroom.training import train_student
+from stillroom.training.batches import epoch_order
+from stillroom.training.train_student import Trial, train
 
 TRAINING = Training(learning_rate=3e-3, batch_size=8, epochs=2, precision="float32", gradient_interval=3)
 EVALUATION = Evaluation(max_new_tokens=12)
@@ -118,7 +120,7 @@ def test_a_checkpoint_is_a_plain_model_with_the_projector_beside_it(combined, st
     assert projector["weight"].shape == (store.layout.width, model.config.hidden_size)
     before = load_model(student_ref)
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
-    from stillroom.distillation_student import DistillationStudent
+    from stillroom.training.distillation_student import DistillationStudent
 
     untrained = DistillationStudent(before, store.layout.width, seed=0).projector.weight
     assert not torch.equal(projector["weight"], untrained)
@@ -217,7 +219,7 @@ def evaluated(student_ref, official):
 
 def test_groups_of_a_seed_start_alike_and_seeds_differ(tmp_path, student_ref, store, examples, monkeypatch):
     """Same initial student, projector, batches and dropout for all groups of a seed; other batches for another."""
-    import stillroom.train_student as ts
+    import stillroom.training.train_student as ts
 
     seen = {}
 
@@ -274,8 +276,8 @@ def test_without_a_store_the_task_loss_alone_is_trained(tmp_path, student_ref, e
 
 def test_lora_trains_the_adapters_and_saves_them_merged(tmp_path, student_ref, examples):
     """A LoRA-adapted model is saved as a plain one whose weights have moved."""
-    from stillroom.adaptation import _lora
     from stillroom.config import Adaptation
+    from stillroom.training.fine_tuning import _lora
 
     result = run(tmp_path, student_ref, None, examples, "task_only", adapter=_lora(Adaptation(lora_rank=4)))
     assert result["epochs"][1]["train_task_loss"] < result["epochs"][0]["train_task_loss"]
@@ -289,8 +291,8 @@ def test_lora_trains_the_adapters_and_saves_them_merged(tmp_path, student_ref, e
 
 def test_the_seed_decides_an_adapters_first_weights(tmp_path, student_ref, examples):
     """An adapted teacher's fingerprint says what it was made from: chance from elsewhere must not be part of it."""
-    from stillroom.adaptation import _lora
     from stillroom.config import Adaptation
+    from stillroom.training.fine_tuning import _lora
 
     adapter, loss = _lora(Adaptation(lora_rank=4)), []
     for number, seed in enumerate((0, 0, 1)):
@@ -302,8 +304,8 @@ def test_the_seed_decides_an_adapters_first_weights(tmp_path, student_ref, examp
 
 def test_merged_adapters_compute_what_the_adapters_did(student_ref):
     """Merging changes the form, not the function."""
-    from stillroom.adaptation import _lora
     from stillroom.config import Adaptation
+    from stillroom.training.fine_tuning import _lora
 
     model = _lora(Adaptation(lora_rank=4))(load_model(student_ref))
     for name, parameter in model.named_parameters():
@@ -328,7 +330,7 @@ def test_half_precision_trains_with_float32_weights(tmp_path, student_ref, store
 
 def test_non_finite_steps_are_skipped_counted_and_at_last_fatal(tmp_path, student_ref, store, examples, monkeypatch):
     """One bad step costs one step; a run of them stops the trial and names the examples."""
-    import stillroom.train_student as ts
+    import stillroom.training.train_student as ts
 
     class Broken(ts.StepRunner):
         calls, bad = 0, range(2, 3)
@@ -362,7 +364,7 @@ def test_training_refuses_an_unverified_store(tmp_path, student_ref, store, exam
     """The gate is mandatory."""
     copy = shutil.copytree(store.path, tmp_path / "data")
     (copy / "verified.json").unlink()
-    from stillroom.signal_store import SignalStore
+    from stillroom.offline_teacher_data.store import SignalStore
 
     with pytest.raises(UserError, match="has not been verified"):
         run(tmp_path / "trial", student_ref, SignalStore.open(copy), examples)
@@ -382,8 +384,8 @@ def test_a_shuffled_epoch_covers_all_once_and_is_seeded():
 
 def test_recomputation_finds_a_store_of_another_teacher(tmp_path, teacher_ref, student_ref, store, examples):
     """The teacher run again gives the stored values; another model, or another head, does not."""
-    from stillroom.models import load_output_head
-    from stillroom.recomputation import check_with_head, recompute, sample_ids
+    from stillroom.models.output_head import load_output_head
+    from stillroom.offline_teacher_data.recomputation import check_with_head, recompute, sample_ids
 
     ids = sample_ids(store, 5)
     assert max(recompute(store, load_model(teacher_ref), ids).values()) < 1e-4

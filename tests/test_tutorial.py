@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import pages
 from conftest import STUDENT_SHAPE, TEACHER_SHAPE, write_model
-from stillroom.provenance import read_json
+from stillroom.files import read_json
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from stillroom.config import GROUPS, Training
+from stillroom.experiment.watching import SweepWatch
 from stillroom.progress import ProgressBars
-from stillroom.train_student import Trial
-from stillroom.watching import SweepWatch
+from stillroom.training.train_student import Trial
 
 
 def test_a_sweep_is_watched_epoch_by_epoch(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ import pandas as pd
 from stillroom.analysis.reading import PLANNED as PLANNED
 from stillroom.analysis.reading import read_planned, read_results
 from stillroom.config import ERROR, EXPERIMENT
-from stillroom.provenance import atomic_path
+from stillroom.files import atomic_path
 
 SUMMARY = "results_summary.csv"
 

@@ -13,7 +13,7 @@ from stillroom.analysis.escaping import latex_escaped
 from stillroom.analysis.frame import group_table
 from stillroom.analysis.results import StudyResults
 from stillroom.analysis.verdicts import Answer, Finding
-from stillroom.provenance import atomic_path, write_text
+from stillroom.files import atomic_path, write_text
 
 
 def accuracy_rows(results: StudyResults) -> pd.DataFrame:

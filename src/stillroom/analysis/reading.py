@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stillroom.analysis.escaping import control_free
-from stillroom.config import BASELINES, ERROR, EXPERIMENT, RESULT, UNTOUCHED, Analysis, Study, UserError
-from stillroom.provenance import read_json
+from stillroom.config import BASELINES, ERROR, EXPERIMENT, RESULT, UNTOUCHED, Analysis, Study
+from stillroom.errors import UserError
+from stillroom.files import read_json
 
 PLANNED = "planned.json"
 """The study and every trial it should have: what a report is complete against."""

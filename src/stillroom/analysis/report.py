@@ -16,7 +16,7 @@ from stillroom.analysis.paper import study_tables, write_paper
 from stillroom.analysis.results import StudyResults
 from stillroom.analysis.verdicts import Answer, Evidence, answer_questions
 from stillroom.config import TERMS, WEAK_SIGNAL
-from stillroom.provenance import write_text
+from stillroom.files import write_text
 
 
 def answers_of(results: StudyResults, bootstrap: bool = True) -> list[Answer]:

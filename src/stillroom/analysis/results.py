@@ -23,9 +23,10 @@ from stillroom.analysis.reading import (
     read_trial_predictions,
 )
 from stillroom.analysis.sameness import identical_groups
-from stillroom.config import BASELINES, EXPERIMENT, Analysis, UserError
-from stillroom.corpus import folded
-from stillroom.metrics import agreement
+from stillroom.config import BASELINES, EXPERIMENT, Analysis
+from stillroom.data.corpus import folded
+from stillroom.errors import UserError
+from stillroom.evaluation.metrics import agreement
 
 
 @dataclass(frozen=True)

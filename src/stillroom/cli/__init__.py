@@ -22,7 +22,7 @@ def main() -> None:
 
     What is printed at the end names no credential.
     """
-    from stillroom.config import UserError
+    from stillroom.errors import UserError
 
     warnings.simplefilter("ignore", FutureWarning)  # other packages' notices to their own developers
     try:

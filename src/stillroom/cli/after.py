@@ -30,8 +30,7 @@ def inspect(
 
     Example: stillroom inspect offline_teacher_data
     """
-    from stillroom.config import ModelRef
-    from stillroom.inspection import (
+    from stillroom.afterwards.inspection import (
         attention_figure,
         describe_example,
         describe_store,
@@ -40,8 +39,9 @@ def inspect(
         print_store,
         text_of,
     )
-    from stillroom.provenance import atomic_path
-    from stillroom.signal_store import SignalStore
+    from stillroom.config import ModelRef
+    from stillroom.files import atomic_path
+    from stillroom.offline_teacher_data.store import SignalStore
 
     if example is None:
         facts = describe_store(store)
@@ -73,7 +73,7 @@ def export(
 
     Example: stillroom export results/knowledge_distillation_experiment/TRIAL my-student
     """
-    from stillroom.export import export_trial
+    from stillroom.afterwards.export import export_trial
 
     path = export_trial(trial, folder)
     then = f"read {path / 'README.md'}; AutoModelForCausalLM.from_pretrained({str(path)!r})"

@@ -15,7 +15,7 @@ def plan(study: StudyArgument, set_: SetOption = None, json: JsonOption = False)
 
     Example: stillroom plan paper
     """
-    from stillroom.planning import plan_study, print_plan
+    from stillroom.preflight.planning import plan_study, print_plan
     from stillroom.studies import load_study
 
     print_plan(plan_study(load_study(study, set_ or [])), as_json=json)
@@ -29,7 +29,7 @@ def doctor(study: StudyArgument, set_: SetOption = None, json: JsonOption = Fals
 
     Example: stillroom doctor paper
     """
-    from stillroom.doctor import examine, print_findings
+    from stillroom.preflight.doctor import examine, print_findings
     from stillroom.studies import load_study
 
     findings = examine(load_study(study, set_ or []))

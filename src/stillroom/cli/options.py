@@ -12,7 +12,7 @@ from stillroom import __version__
 from stillroom.progress import ProgressBars
 
 if TYPE_CHECKING:
-    from stillroom.stages import Workspace
+    from stillroom.experiment.workspace import Workspace
 
 app = typer.Typer(
     name="stillroom",
@@ -70,7 +70,7 @@ def options(
 
 def open_workspace(study: str, overrides: list[str] | None) -> Workspace:
     """The study's stages, with progress shown."""
-    from stillroom.stages import Workspace
+    from stillroom.experiment.workspace import Workspace
     from stillroom.studies import load_study
 
     return Workspace(load_study(study, overrides or []), BARS)

@@ -73,8 +73,8 @@ def capture(
 
     Example: stillroom capture small --shard 1/2
     """
-    from stillroom.config import UserError
-    from stillroom.shares import Share
+    from stillroom.errors import UserError
+    from stillroom.offline_teacher_data.shards import Share
 
     if shard and workers:
         raise UserError("--shard and --workers: give one of them; workers share the parts out themselves")
@@ -200,7 +200,7 @@ def _tell_baselines(baselines: dict[str, Any], as_json: bool) -> None:
 
 
 def _fail_on(errors: dict[str, str]) -> None:
-    from stillroom.config import UserError
+    from stillroom.errors import UserError
 
     if errors:
         lines = [f"  {name}: {message}" for name, message in errors.items()]

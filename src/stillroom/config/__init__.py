@@ -26,7 +26,7 @@ from stillroom.config.objective import Objective as Objective
 from stillroom.config.objective import StudyGroup
 from stillroom.config.objective import Term as Term
 from stillroom.config.section import Name, PossiblePath, Section
-from stillroom.config.section import UserError as UserError
+from stillroom.errors import UserError
 
 Precision = Literal["float32", "bfloat16", "float16", "auto"]
 """`auto` stands for bfloat16 where the device multiplies it natively, else for float32: `models.resolve_precision`."""

@@ -28,10 +28,6 @@ PossiblePath = AfterValidator(_possible_path)
 """Marks a text or path that a file or folder of that name can stand at."""
 
 
-class UserError(Exception):
-    """A mistake the user can mend; its message names the field, file or example and the remedy."""
-
-
 class Section(BaseModel):
     """Base of every section: frozen, and an unknown key is an error."""
 

@@ -11,9 +11,10 @@ from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 
-from stillroom.config import Study, UserError
+from stillroom.config import Study
 from stillroom.config.section import Section
 from stillroom.credentials import holds_credential, redact
+from stillroom.errors import UserError
 from stillroom.studies.reader import LONGEST_TEXT, UnreadableError, read_plain
 
 _MOST_FAULTS, _LONGEST_SHOWN = 20, 200

@@ -1,0 +1,159 @@
+"""A trained student as a folder ready for the hub: weights, tokenizer, generation config, model card; no projector."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from transformers import GenerationConfig
+
+from stillroom import __version__
+from stillroom.analysis.escaping import control_free, fence, markdown_plain
+from stillroom.analysis.reading import read_baselines, read_planned, read_result
+from stillroom.config import RESULT, ModelRef
+from stillroom.data.corpus import load_corpus
+from stillroom.errors import UserError
+from stillroom.files import atomic_path
+from stillroom.models.hub import load_tokenizer
+from stillroom.training.checkpoints import DIGESTS, STATE, checkpoints, require_whole
+from stillroom.training.distillation_student import PROJECTOR
+
+
+def export_trial(trial: Path, target: Path) -> Path:
+    """Write the student of a finished trial into `target`, a new folder, whole or not at all.
+
+    It loads with `AutoModelForCausalLM` and knows nothing of this package. `UserError` if the trial is not finished
+    or `target` has something in it.
+    """
+    if not (trial / RESULT).is_file():
+        raise UserError(f"{trial} is not the folder of a finished trial: {RESULT} is missing; run `stillroom sweep`")
+    kept = checkpoints(trial)
+    if not kept:
+        raise UserError(f"{trial} has no checkpoint left to export; delete {trial / RESULT} and run the sweep again")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} exists; name a new folder")
+    require_whole(kept[-1])
+    card = _card(trial, kept[-1])
+    with atomic_path(target) as building:
+        shutil.copytree(kept[-1], building, ignore=shutil.ignore_patterns(PROJECTOR, STATE, DIGESTS))
+        _generation_config(trial, building).save_pretrained(building)
+        (building / "README.md").write_text(card, "utf-8")
+    return target
+
+
+def _generation_config(trial: Path, folder: Path) -> GenerationConfig:
+    """Greedy, as the model was measured."""
+    tokenizer = load_tokenizer(ModelRef(model=str(folder)))
+    pad = tokenizer.pad_token_id
+    return GenerationConfig(
+        do_sample=False,
+        max_new_tokens=_planned(trial)["study"]["evaluation"]["max_new_tokens"],
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id if pad is None else pad,
+    )
+
+
+def _results(trial: Path) -> Path:
+    """The results folder that a trial lies in."""
+    return trial.resolve().parent.parent
+
+
+def _planned(trial: Path) -> dict[str, Any]:
+    return read_planned(_results(trial))
+
+
+def _card(trial: Path, checkpoint: Path) -> str:
+    study, result = _planned(trial)["study"], read_result(trial / RESULT)
+    epoch = int(checkpoint.name.split("_")[1])
+    examples, _ = load_corpus(_results(trial) / "corpus")
+    student, teacher, objective = study["student"], study["teacher"], result["config"]["objective"]
+    facts = {
+        "version": __version__,
+        "trial": result["trial"],
+        "study": study["name"],
+        "groups": len(study["groups"]),
+        "seeds": len(study["sweep"]["seeds"]),
+        "student": _name(student),
+        "student_revision": student["revision"],
+        "base_model": None if _is_local(student) else student["model"],
+        "teacher": _name(teacher),
+        "teacher_revision": teacher["revision"],
+        "adapted": teacher["adapt"]["method"],
+        "datasets": sorted({d["dataset"] for d in study["corpus"]["tasks"].values() if not _is_file(d["dataset"])}),
+        "data": _data_rows(study, examples.counts),
+        "max_length": study["corpus"]["max_length"],
+        "prompt": control_free(examples.train[0].prompt, keep="\n\t"),
+        "group": result["config"]["distill_type"],
+        "seed": result["config"]["seed"],
+        "terms": _term_rows(result),
+        "distilled": any(weight > 0 for term, weight in objective["weights"].items() if term != "task"),
+        "projected": objective["weights"].get("hidden", 0) > 0,
+        "training": study["training"],
+        "epoch": epoch,
+        "metrics": _metric_rows(trial, _of_epoch(trial, result, epoch), examples.counts),
+        "trained_on": len(examples.train),
+    }
+    environment = Environment(loader=PackageLoader("stillroom.afterwards", "templates"), undefined=StrictUndefined)
+    # a folder or a stranger's data set may be called anything: nothing of it is markup, nor more than one YAML text
+    environment.filters |= {"plain": markdown_plain, "fence": fence, "yaml": _quoted}
+    return environment.get_template("model_card.md.j2").render(**facts) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """One line of text as YAML reads it, and JSON writes it."""
+    return json.dumps(control_free(text), ensure_ascii=False)
+
+
+def _of_epoch(trial: Path, result: dict[str, Any], epoch: int) -> dict[str, Any]:
+    for own in result["epochs"]:
+        if own["epoch"] == epoch:
+            return dict(own)
+    raise UserError(f"{trial / RESULT} says nothing of epoch {epoch}, whose checkpoint is there; train the trial anew")
+
+
+def _is_file(name: str) -> bool:
+    return name == "builtin" or Path(name).suffix == ".jsonl" or Path(name).exists()
+
+
+def _is_local(ref: dict[str, Any]) -> bool:
+    return ref["model"].startswith("builtin:") or Path(ref["model"]).exists()
+
+
+def _name(ref: dict[str, Any]) -> str:
+    """A model's name without the folders of one machine."""
+    return Path(ref["model"]).name if _is_local(ref) else ref["model"]
+
+
+def _data_rows(study: dict[str, Any], counts: dict[str, dict[str, int]]) -> list[dict[str, Any]]:
+    rows = []
+    for task, data in study["corpus"]["tasks"].items():
+        name = Path(data["dataset"]).name if _is_file(data["dataset"]) else data["dataset"]
+        details = [part for part in (data["subset"], data["revision"]) if part]
+        rows.append({**counts[task], "task": task, "dataset": " ".join([name, *details]), "split": data["split"]})
+    return rows
+
+
+def _term_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    shares = result["gradient_shares"]
+    return [
+        {"name": term, "weight": weight, "share": f"{shares[term]:.1%}" if term in shares else "not measured"}
+        for term, weight in result["config"]["objective"]["weights"].items()
+        if weight > 0
+    ]
+
+
+def _metric_rows(trial: Path, own: dict[str, Any], counts: dict[str, dict[str, int]]) -> list[dict[str, Any]]:
+    known = read_baselines(_results(trial))
+    columns = {"own": own, **{role: known[role]["metrics"] if role in known else {} for role in ("student", "teacher")}}
+    validated = {task: count["validation"] for task, count in counts.items()}
+    rows = {"all": ("validation_accuracy", sum(validated.values()))}
+    rows |= {task: (f"validation_accuracy_{task}", count) for task, count in validated.items()}
+    return [
+        {"task": task, "examples": count}
+        | {name: f"{metrics[key]:.1%}" if key in metrics else "not measured" for name, metrics in columns.items()}
+        for task, (key, count) in rows.items()
+    ]

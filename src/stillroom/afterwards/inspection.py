@@ -1,0 +1,278 @@
+"""A look inside a store: what it holds, and one example's tokens, alignment, predictions, norms and attention."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy import ndarray
+
+from stillroom.afterwards.fonts import escaped, fonts_for
+from stillroom.analysis.escaping import control_free
+from stillroom.config import ModelRef
+from stillroom.data.alignment import Alignment, align_encodings, coverage
+from stillroom.data.corpus import load_corpus
+from stillroom.data.encoding import Encoding, encode
+from stillroom.data.vocabulary import token_bytes
+from stillroom.errors import UserError
+from stillroom.models.hub import load_tokenizer
+from stillroom.offline_teacher_data.store import SignalStore, StoredExample
+from stillroom.offline_teacher_data.verification import VERIFIED
+from stillroom.training.collation import map_outcomes, segment_map, teacher_to_student_ids
+
+
+def describe_store(path: Path) -> dict[str, Any]:
+    """What a store holds and was made from: `examples`, `tokens`, `bytes`, `tasks`, `layout`, `made_from`, `ids`, …
+
+    `tasks` gives each task's examples and teacher tokens; `bytes` are those of the shards.
+    """
+    store = SignalStore.open(path)
+    shards = store.manifest["shards"]
+    examples: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
+    for example_id in store.index:
+        stored = store.read(example_id, ())
+        examples[stored.task] += 1
+        tokens[stored.task] += len(stored.encoding)
+    return {
+        "store": str(path),
+        "created": store.manifest["created"],
+        "verified": (path / VERIFIED).is_file(),
+        "fingerprint": store.manifest["fingerprint"],
+        "made_from": store.manifest["made_from"],
+        "examples": len(store),
+        "tokens": sum(tokens.values()),
+        "bytes": sum(shard["bytes"] for shard in shards),
+        "shards": len(shards),
+        "tasks": {task: {"examples": count, "tokens": tokens[task]} for task, count in sorted(examples.items())},
+        "layout": store.manifest["layout"],
+        "hidden_mean_square": store.hidden_mean_square,
+        "ids": list(store.index),
+    }
+
+
+def find_example(store: SignalStore, given: str) -> str:
+    """The id that `given` is, or begins; `UserError` if there is none, or more than one."""
+    found = [example_id for example_id in store.index if example_id.startswith(given)]
+    if given in store.index or len(found) == 1:
+        return given if given in store.index else found[0]
+    some = ", ".join(list(store.index)[:3])
+    raise UserError(f"{store.path}: {len(found)} examples begin with {given!r}; ids are like {some}")
+
+
+def text_of(store: SignalStore, stored: StoredExample, corpus: Path | None = None) -> str:
+    """The text of a stored example: from the study's corpus folder, else decoded and proven by reading it again.
+
+    `UserError` where decoding does not give the text back, as under a tokenizer that normalises.
+    """
+    if corpus is not None:
+        examples, _ = load_corpus(corpus)
+        for example in examples.all:
+            if example.example_id == stored.example_id:
+                return example.text
+        raise UserError(f"{corpus}: example {stored.example_id} is not in this corpus")
+    tokenizer = load_tokenizer(ModelRef(model=str(store.path / "tokenizer")))
+    text: str = tokenizer.decode(stored.encoding.ids[~stored.encoding.special], clean_up_tokenization_spaces=False)
+    again = encode(tokenizer, text)
+    if not (np.array_equal(again.ids, stored.encoding.ids) and np.array_equal(again.ends, stored.encoding.ends)):
+        raise UserError(
+            f"example {stored.example_id}: its text cannot be told from its tokens; name the study's corpus folder, "
+            "as in --corpus results/corpus"
+        )
+    return text
+
+
+def describe_example(
+    store: SignalStore, example_id: str, text: str, student: ModelRef | None = None, top: int = 3
+) -> dict[str, Any]:
+    """One example as a reader can check it: `text`, `teacher`, and with a student `student`, `pairs` and `covered`.
+
+    `teacher` and `student` list tokens: `position`, `id`, `token` (the stretch of text it stands for), `end`
+    (characters), `special`, `shared` (the other model has a token that ends there). The teacher's have also
+    `predictions` (its `top` next tokens with their probabilities), `tail` (probability outside the stored top-k),
+    `ghost` (with a student: probability that no student id stands for) and `hidden_norm` (L2).
+    """
+    stored = store.read(example_id)
+    assert stored.topk_ids is not None
+    assert stored.topk_logprobs is not None
+    assert stored.tail_logprobs is not None
+    assert stored.hidden is not None
+    tokenizer = load_tokenizer(ModelRef(model=str(store.path / "tokenizer")))
+    words = _words(tokenizer)
+    probabilities = np.exp(stored.topk_logprobs.astype(np.float64))
+    teacher = _tokens(stored.encoding, text, words)
+    for row, token in enumerate(teacher):
+        best = zip(stored.topk_ids[row, :top].tolist(), probabilities[row, :top].tolist(), strict=True)
+        token["predictions"] = [{"token": words.get(i, f"<{i}>"), "probability": p} for i, p in best]
+        token["tail"] = float(np.exp(stored.tail_logprobs[row]))
+        token["hidden_norm"] = float(np.linalg.norm(stored.hidden[row].astype(np.float64)))
+    facts: dict[str, Any] = {"example_id": example_id, "task": stored.task, "text": text, "teacher": teacher}
+    if student is not None:
+        facts |= _beside_student(store, stored, text, tokenizer, load_tokenizer(student), teacher)
+    return facts
+
+
+def _beside_student(
+    store: SignalStore,
+    stored: StoredExample,
+    text: str,
+    tokenizer: Any,
+    student_tokenizer: Any,
+    teacher: list[dict[str, Any]],
+) -> dict[str, Any]:
+    encoding = encode(student_tokenizer, text, add_eos=True)
+    alignment = align_encodings(stored.encoding, encoding)
+    pairs, counts = alignment.pairs, coverage(stored.encoding, encoding, alignment, 0)
+    student = _tokens(encoding, text, _words(student_tokenizer))
+    for side, column in ((teacher, 0), (student, 1)):
+        for position in pairs[:, column]:
+            side[position]["shared"] = True
+    assert stored.topk_ids is not None
+    assert stored.topk_logprobs is not None
+    assert stored.tail_logprobs is not None
+    size = max(student_tokenizer.get_vocab().values()) + 1  # its ids may have gaps
+    mapped = teacher_to_student_ids(tokenizer, student_tokenizer, store.manifest["vocabulary"], size)
+    *_, ghost = map_outcomes(stored.topk_ids, stored.topk_logprobs, stored.tail_logprobs, mapped)
+    for token, value in zip(teacher, ghost.tolist(), strict=True):
+        token["ghost"] = value
+    covered = counts["aligned"] / counts["tokens"]
+    return {"student": student, "pairs": pairs.tolist(), "covered": covered}
+
+
+def _words(tokenizer: Any) -> dict[int, str]:
+    """What each id stands for, as text; a special token by its name."""
+    names = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
+    spelt = {i: content.decode("utf-8", "backslashreplace") for i, (content, _) in token_bytes(tokenizer).items()}
+    return names | spelt
+
+
+def _tokens(encoding: Encoding, text: str, words: dict[int, str]) -> list[dict[str, Any]]:
+    starts = np.concatenate([[0], encoding.ends[:-1]])
+    rows = zip(encoding.ids.tolist(), starts.tolist(), encoding.ends.tolist(), encoding.special.tolist(), strict=True)
+    return [
+        {
+            "position": position,
+            "id": token_id,
+            "token": words.get(token_id, f"<{token_id}>") if special or start == end else text[start:end],
+            "end": end,
+            "special": special,
+            "shared": False,
+        }
+        for position, (token_id, start, end, special) in enumerate(rows)
+    ]
+
+
+def attention_figure(store: SignalStore, example_id: str, text: str, student: ModelRef | None = None) -> Any:
+    """The teacher's last attention map, mean over heads; with a student also over the segments both share.
+
+    The second is what the attention loss compares. Colour goes with the square root, so that small weights show.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    stored = store.read(example_id, ("attention",))
+    tokenizer = load_tokenizer(ModelRef(model=str(store.path / "tokenizer")))
+    tokens = _tokens(stored.encoding, text, _words(tokenizer))
+    maps = [("over the teacher's tokens", *_token_map(stored, [t["token"] for t in tokens]))]
+    if student is not None:
+        alignment = align_encodings(stored.encoding, encode(load_tokenizer(student), text, add_eos=True))
+        maps.append(("over the segments that both models share", *_segment_map(stored, alignment, tokens)))
+    fonts, missing = fonts_for("".join(label for _, _, labels in maps for label in labels))
+    side = max(4.0, 0.16 * len(tokens) + 1.5)
+    figure = Figure(figsize=(side * len(maps), side), dpi=110)
+    for axis, (title, values, labels) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps, strict=True):
+        axis.imshow(values, cmap="viridis", norm=mpl.colors.PowerNorm(0.5, 0, 1))
+        axis.set_title(f"attention {title}", fontsize=9)
+        axis.set_xlabel("attends to")
+        axis.set_ylabel("query")
+        if len(labels) <= 160:
+            style: dict[str, Any] = {"fontsize": 6, "parse_math": False, "fontfamily": fonts}
+            shown = [escaped(label, missing) for label in labels]
+            axis.set_xticks(range(len(labels)), shown, rotation=90, **style)
+            axis.set_yticks(range(len(labels)), shown, **style)
+    figure.tight_layout()
+    return figure
+
+
+def _token_map(stored: StoredExample, labels: Sequence[str]) -> tuple[ndarray, list[str]]:
+    assert stored.attention is not None
+    tokens = len(stored.encoding)
+    square = np.zeros((tokens, tokens), np.float32)
+    square[np.tril_indices(tokens)] = stored.attention.mean(0, dtype=np.float32)
+    return square, [visible(label) for label in labels]
+
+
+def _segment_map(
+    stored: StoredExample, alignment: Alignment, tokens: Sequence[dict[str, Any]]
+) -> tuple[ndarray, list[str]]:
+    assert stored.attention is not None
+    segments = alignment.teacher
+    texts = [
+        visible("".join(token["token"] for token in tokens[start : row + 1]))
+        for start, row in zip(segments.starts, segments.rows, strict=True)
+    ]
+    return segment_map(stored.attention, segments, pair_heads=False)[0], texts
+
+
+def visible(text: str) -> str:
+    """Text with its line breaks and tabs shown, every other control character as its escape."""
+    return control_free(text.replace("\n", "↵").replace("\t", "⇥"))
+
+
+def print_store(facts: dict[str, Any]) -> None:
+    """The summary on the terminal."""
+    from rich.console import Console
+
+    console = Console()
+    layout = facts["layout"]
+    lines = [
+        f"{facts['store']}: {facts['examples']:,} examples, {facts['tokens']:,} teacher tokens, "
+        f"{facts['bytes'] / 1e6:.1f} MB in {facts['shards']} shards, "
+        f"{'verified' if facts['verified'] else 'not verified'}, made {facts['created']}",
+        f"a token: top {layout['top_k']} next tokens, hidden state of {layout['width']}, {layout['heads']} heads' "
+        f"attention, in {layout['dtype']}; hidden mean square {facts['hidden_mean_square']:.4g}",
+        *(f"{task}: {own['examples']:,} examples, {own['tokens']:,} tokens" for task, own in facts["tasks"].items()),
+        *(f"made from {key}: {value}" for key, value in facts["made_from"].items()),
+    ]
+    for line in lines:
+        console.print(control_free(line), markup=False, highlight=False, soft_wrap=True)
+
+
+def print_example(facts: dict[str, Any]) -> None:
+    """The text cut into tokens, then a line a teacher token."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    sides = [side for side in ("teacher", "student") if side in facts]
+    for side in sides:
+        cut = "".join(f"{visible(token['token'])}{'│' if token['shared'] else '·'}" for token in facts[side])
+        console.print(f"{side} ({len(facts[side])} tokens): {cut}", markup=False, highlight=False, soft_wrap=True)
+    if "pairs" in facts:
+        says = f"│ both end here, · one alone; {facts['covered']:.0%} of the student's tokens of text are aligned"
+        console.print(says, markup=False, highlight=False, soft_wrap=True)
+    partner = dict(facts.get("pairs", []))
+    table = Table(title="The teacher's tokens, and what it expects after each")
+    for heading in ("#", "token", "end", "student #", "expects next", "tail", "ghost", "norm"):
+        table.add_column(heading, justify="left" if heading in ("token", "expects next") else "right")
+    for token in facts["teacher"]:
+        expected = ", ".join(f"‘{visible(p['token'])}’ {p['probability']:.0%}" for p in token["predictions"])
+        ghost = f"{token['ghost']:.1%}" if "ghost" in token else "–"
+        cells = (
+            token["position"],
+            f"‘{visible(token['token'])}’",
+            token["end"],
+            partner.get(token["position"], "–"),
+            expected,
+        )
+        table.add_row(*map(_plain, cells), f"{token['tail']:.1%}", ghost, f"{token['hidden_norm']:.3g}")
+    console.print(table)
+
+
+def _plain(cell: Any) -> str:
+    from rich.markup import escape
+
+    return escape(str(cell))

@@ -1,0 +1,80 @@
+"""Two encodings of one text, aligned by what each has read; two vocabularies, by the bytes their ids stand for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int32
+from numpy import ndarray
+
+from stillroom.data.encoding import Encoding, encode, ending_tokens, in_answer
+
+
+class Segments(NamedTuple):
+    """How shared ends cut one model's sequence: segment g is tokens starts[g] … rows[g], inclusive."""
+
+    starts: Int32[ndarray, "G"]
+    rows: Int32[ndarray, "G"]
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Where two models have read exactly the same text."""
+
+    pairs: Int32[ndarray, "N 2"]
+    """(teacher token, student token) that end at the same character, specials left out; increasing in both."""
+    teacher: Segments
+    student: Segments
+    """The segments; a first one of its own for BOS when both models have one."""
+
+
+def align(text: str, teacher_tokenizer: Any, student_tokenizer: Any) -> Alignment:
+    """Align two tokenizers on one text. Indices count from the sequence's start, special tokens included."""
+    return align_encodings(encode(teacher_tokenizer, text), encode(student_tokenizer, text))
+
+
+def align_encodings(teacher: Encoding, student: Encoding) -> Alignment:
+    """Align two encodings of the same text; every shared end gives one pair."""
+    teacher_ends, student_ends = ending_tokens(teacher), ending_tokens(student)
+    _, t, s = np.intersect1d(
+        teacher.ends[teacher_ends], student.ends[student_ends], assume_unique=True, return_indices=True
+    )
+    pairs = np.stack([teacher_ends[t], student_ends[s]], axis=1).astype(np.int32)
+    teacher_bos, student_bos = _leading_specials(teacher), _leading_specials(student)
+    own_bos = bool(teacher_bos and student_bos)
+    return Alignment(
+        pairs,
+        _segments(pairs[:, 0], teacher_bos if own_bos else 0),
+        _segments(pairs[:, 1], student_bos if own_bos else 0),
+    )
+
+
+def _leading_specials(encoding: Encoding) -> int:
+    """How many special tokens stand before the first token of text (BOS: one)."""
+    return int(np.argmin(encoding.special)) if not encoding.special.all() else 0
+
+
+def _segments(rows: Int32[ndarray, "N"], bos: int) -> Segments:
+    if bos:
+        rows = np.concatenate([np.array([bos - 1], dtype=np.int32), rows])
+    starts = np.concatenate([np.zeros(1, dtype=np.int32), rows[:-1] + 1]) if len(rows) else rows
+    return Segments(starts.astype(np.int32), rows)
+
+
+def coverage(teacher: Encoding, student: Encoding, alignment: Alignment, prompt_length: int) -> dict[str, int]:
+    """Counts behind the coverage figures of one example; `student` may end with EOS.
+
+    tokens/aligned: student tokens of text, and those with an aligned teacher token. predictions/aligned_predictions:
+    student tokens inside the answer, and those whose predecessor is aligned. same_position: aligned pairs j == i.
+    """
+    answer = np.flatnonzero(in_answer(student, prompt_length))
+    predecessors = np.isin(answer - 1, alignment.pairs[:, 1])
+    return {
+        "tokens": int((~student.special).sum()),
+        "aligned": len(alignment.pairs),
+        "predictions": len(answer),
+        "aligned_predictions": int(predecessors.sum()),
+        "same_position": int((alignment.pairs[:, 0] == alignment.pairs[:, 1]).sum()),
+    }

@@ -1,0 +1,389 @@
+"""Tasks to examples: sampled, free of duplicates, fitting under both tokenizers, split once and for all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stillroom.config import Corpus, TaskData
+from stillroom.data.encoding import encode_many, ending_tokens, fits, in_answer
+from stillroom.data.tasks import Example, Task, get_task
+from stillroom.errors import UserError
+from stillroom.files import atomic_path, file_sha256, read_json, read_text, write_json
+
+Split = Literal["train", "validation"]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples of a study and what was dropped on the way."""
+
+    train: list[Example]
+    validation: list[Example]
+    counts: dict[str, dict[str, int]]
+    """Per task: used, train, validation, source_rows, unusable, duplicates, too_long."""
+    official: list[Example] = field(default_factory=list)
+    """Of the official evaluation splits; the teacher's data does not cover them."""
+    official_counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Per task: used, source_rows, unusable, in_corpus, too_long."""
+    faults: dict[str, str] = field(default_factory=dict)
+    """Per task with unusable rows: the first of them, and what is wrong with it."""
+    official_faults: dict[str, str] = field(default_factory=dict)
+    """The same of the official evaluation splits."""
+
+    @property
+    def all(self) -> list[Example]:
+        """Both parts: the teacher's data covers them."""
+        return self.train + self.validation
+
+
+def build_corpus(corpus: Corpus, tokenizers: Sequence[Any]) -> Examples:
+    """Draw each task's examples and split them; `tokenizers` are those an example must fit under.
+
+    Raises `UserError` where a task cannot supply as many examples as asked for.
+    """
+    train: list[Example] = []
+    validation: list[Example] = []
+    counts: dict[str, dict[str, int]] = {}
+    faults: dict[str, str] = {}
+    for name, data in corpus.tasks.items():
+        chosen, count = _draw(get_task(name, data), data, corpus, tokenizers, faults)
+        parts = split(chosen, corpus.validation_share, corpus.split_seed)
+        counts[name] = {"used": len(chosen), "train": len(parts[0]), "validation": len(parts[1]), **count}
+        train += parts[0]
+        validation += parts[1]
+    check_leaks(train, validation)
+    return Examples(train, validation, counts, faults=faults)
+
+
+def _draw(
+    task: Task, data: TaskData, corpus: Corpus, tokenizers: Sequence[Any], faults: dict[str, str]
+) -> tuple[list[Example], dict[str, int]]:
+    place = f"corpus.tasks.{task.name}"
+    rows = load_rows(task, data, corpus.sample_seed, place)
+    dropped = Counter({"source_rows": len(rows), "unusable": 0, "duplicates": 0, "too_long": 0})
+    unique = _unique(_usable(task, data, rows, dropped, faults, place), dropped)
+    ordered = sorted(unique, key=lambda example: _rank(example.example_id, f"sample{corpus.sample_seed}"))
+    chosen = list(islice(_fitting(ordered, corpus.max_length, tokenizers, dropped), data.examples))
+    if len(chosen) < data.examples:
+        raise UserError(
+            f"{place}.examples: {data.examples} asked for, but only {len(chosen)} can be used "
+            f"({dict(dropped)}); ask for fewer, or raise corpus.max_length{_first(task, faults)}"
+        )
+    _require_choices(chosen, tokenizers, place)
+    return chosen, dict(dropped)
+
+
+def with_official(
+    examples: Examples, splits: Mapping[str, TaskData], corpus: Corpus, tokenizers: Sequence[Any], max_length: int
+) -> Examples:
+    """`examples` with those of the official splits: none that the corpus has or that exceeds `max_length` tokens.
+
+    Duplicates within a split stay, as they count in its published figures. Raises `UserError` where a split has
+    fewer rows than asked for, or none that can be used.
+    """
+    known = {folded(example.prompt) for example in examples.all}
+    official: list[Example] = []
+    counts: dict[str, dict[str, int]] = {}
+    faults: dict[str, str] = {}
+    for name, data in splits.items():
+        task, place = get_task(name, data), f"evaluation.official.{name}"
+        rows = load_rows(task, data, corpus.sample_seed + 1, place)  # built-in rows: others than the corpus's
+        if len(rows) < data.examples:
+            raise UserError(f"{place}.examples: {data.examples} asked for, but the split has {len(rows)} rows")
+        dropped = Counter({"source_rows": len(rows), "unusable": 0, "in_corpus": 0, "too_long": 0})
+        usable = list(_usable(task, data, rows, dropped, faults, place))
+        unseen = [example for example in usable if folded(example.prompt) not in known]
+        dropped["in_corpus"] = len(usable) - len(unseen)
+        ordered = sorted(unseen, key=lambda example: _rank(example.example_id, f"official{corpus.sample_seed}"))
+        chosen = list(islice(_fitting(ordered, max_length, tokenizers, dropped), data.examples))
+        if not chosen:
+            source = f"{data.dataset}/{data.split}"
+            raise UserError(f"{place}: no example of {source} can be used ({dict(dropped)}){_first(task, faults)}")
+        _require_choices(chosen, tokenizers, place)
+        counts[name] = {"used": len(chosen), **dropped}
+        official += chosen
+    return replace(examples, official=official, official_counts=counts, official_faults=faults)
+
+
+def load_rows(task: Task, data: TaskData, seed: int, place: str) -> Sequence[dict[str, Any]]:
+    """A task's rows: generated (`builtin`), or from a `.jsonl` file, a directory or the hub; errors name `place`."""
+    if data.dataset == "builtin":
+        if task.generate_rows is None:
+            raise UserError(f"{place}.dataset: this task has no built-in rows")
+        return task.generate_rows(seed, 2 * data.examples + 200)
+    local = Path(data.dataset)
+    if local.suffix == ".jsonl":
+        read = _read_lines(local)
+        _require_columns(task, data, list(dict.fromkeys(name for row in read for name in row)), place)
+        return [{column: row.get(column) for column in task.columns} for row in read]
+    if local.is_dir():
+        return _read_table(task, data, place)
+    if local.exists() or data.dataset.startswith(("/", ".", "~")) or local.suffix.lower() in _FILE_KINDS:
+        what = "is of a kind that is not read" if local.exists() else "is not there"
+        raise UserError(
+            f"{place}.dataset: {data.dataset!r} {what}; give a `.jsonl` file, a folder of `<split>.parquet`, "
+            "the id of a data set on the hub, or `builtin`"
+        )
+    return _load_from_hub(task, data, place)
+
+
+_FILE_KINDS = {
+    *(".csv", ".tsv", ".json", ".ndjson", ".parquet", ".pq", ".arrow", ".feather", ".avro", ".orc", ".txt", ".xml"),
+    *(".xls", ".xlsx", ".ods", ".db", ".sqlite", ".npy", ".npz", ".pkl", ".pickle", ".h5", ".yaml", ".yml"),
+    *(".zip", ".gz", ".bz2", ".xz", ".zst", ".tar", ".tgz"),
+}
+"""Ends of names that are a file's, and of no data set on the hub."""
+
+
+def _read_table(task: Task, data: TaskData, place: str) -> list[dict[str, Any]]:
+    """The file itself, its task's columns alone: the data set library would give older rows from its cache."""
+    file = Path(data.dataset) / f"{data.split}.parquet"
+    if not file.is_file():
+        raise UserError(f"{place}: {file} is missing; splits there: {_splits(file.parent)}")
+    try:
+        with pq.ParquetFile(file, page_checksum_verification=True) as table:
+            _require_columns(task, data, table.schema_arrow.names, place)
+            rows = table.read(columns=list(task.columns)).select(list(task.columns)).to_pylist()
+    except (OSError, KeyError, pa.ArrowException, ValueError, OverflowError) as error:
+        raise UserError(f"{place}.dataset: {file} cannot be loaded: {_reason(error)}") from error
+    if not rows:
+        raise UserError(f"{place}.dataset: {file} cannot be loaded: it has no rows")
+    listed: list[dict[str, Any]] = rows
+    return listed
+
+
+def _reason(error: BaseException) -> str:
+    return next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
+
+
+def _load_from_hub(task: Task, data: TaskData, place: str) -> list[dict[str, Any]]:
+    from datasets import disable_progress_bars, load_dataset
+    from datasets.exceptions import DatasetsError
+    from datasets.utils.logging import CRITICAL, set_verbosity
+
+    disable_progress_bars()
+    set_verbosity(CRITICAL)  # what goes wrong is in the exception
+    try:
+        rows = load_dataset(data.dataset, data.subset, revision=data.revision, split=data.split)
+    except (DatasetsError, ValueError, OSError) as error:
+        raise UserError(f"{place}.dataset: {data.dataset!r} cannot be loaded: {_reason(error)}") from error
+    _require_columns(task, data, rows.column_names, place)
+    listed: list[dict[str, Any]] = rows.select_columns(list(task.columns)).to_list()
+    return listed
+
+
+def _require_columns(task: Task, data: TaskData, present: Sequence[str], place: str) -> None:
+    missing = [column for column in task.columns if column not in present]
+    if missing:
+        raise UserError(f"{place}: {data.dataset} lacks the columns {missing}; it has {present}")
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(read_text(file).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file}, line {number}: not valid JSON: {error}") from None
+        except RecursionError:
+            raise UserError(f"{file}, line {number}: nested too deep to be read; take the line out") from None
+        except ValueError:  # Python's limit, which is no fault of the JSON
+            raise UserError(f"{file}, line {number}: a number has too many digits; write it as a text") from None
+        if not isinstance(row, dict):
+            raise UserError(f'{file}, line {number}: expected an object, one a line, as in {{"question": "…"}}')
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{file} has no rows")
+    return rows
+
+
+def source_digest(data: TaskData) -> str | None:
+    """SHA-256 of a local source, whose rows can change under the same name; None for any other."""
+    local = Path(data.dataset)
+    file = local / f"{data.split}.parquet" if local.is_dir() else local
+    return file_sha256(file) if file.is_file() else None
+
+
+def require_unchanged(sources: Sequence[TaskData], digests: Sequence[str | None]) -> None:
+    """`UserError` unless every source still has its digest, so that it is of the rows that were read since."""
+    for data, digest in zip(sources, digests, strict=True):
+        if source_digest(data) != digest:
+            raise UserError(f"{data.dataset}: changed while it was read; run the command again when it is complete")
+
+
+def _splits(folder: Path) -> str:
+    return ", ".join(sorted(p.stem for p in folder.iterdir() if p.suffix == ".parquet")) or "none"
+
+
+def _usable(
+    task: Task,
+    data: TaskData,
+    rows: Iterable[dict[str, Any]],
+    dropped: Counter[str],
+    faults: dict[str, str],
+    place: str,
+) -> Iterator[Example]:
+    """The rows' examples; rows of which there is none are counted in `dropped`, the first kept in `faults`."""
+    for number, row in enumerate(rows):
+        try:
+            yield task.build(row)
+        except (ValueError, TypeError, IndexError, AttributeError) as error:
+            dropped["unusable"] += 1
+            faults.setdefault(task.name, f"row {number} of {data.dataset}/{data.split}: {error}")
+    if dropped["unusable"] == dropped["source_rows"]:
+        raise UserError(f"{place}: no row can be used{_first(task, faults)}")
+
+
+def _first(task: Task, faults: Mapping[str, str]) -> str:
+    return f"; the first that is unusable: {faults[task.name]}" if task.name in faults else ""
+
+
+def _require_choices(examples: Sequence[Example], tokenizers: Sequence[Any], place: str) -> None:
+    """`UserError` unless every choice has tokens of its own, of each list of choices under each tokenizer.
+
+    A choice without one has nothing to be scored by, and two of the same tokens are one.
+    """
+    first = list({example.choices: example for example in examples if example.choices is not None}.values())
+    options = [(example, choice) for example in first for choice in example.choices or ()]
+    for tokenizer in tokenizers:
+        encodings = encode_many(tokenizer, [example.prompt + choice for example, choice in options])
+        seen: dict[tuple[Example, bytes], str] = {}
+        for (example, choice), encoding in zip(options, encodings, strict=True):
+            own = np.flatnonzero(in_answer(encoding, len(example.prompt)))
+            same = seen.setdefault((example, encoding.ids.tobytes()), choice)
+            if not len(own) or same != choice:
+                what = f"has the same tokens as {same!r}" if len(own) else "has no token of its own"
+                raise UserError(
+                    f"{place}: the choice {choice!r} {what} under the tokenizer of {tokenizer.name_or_path}, as after "
+                    f"{example.prompt[-60:]!r}; reword the choices or leave such rows out"
+                )
+
+
+def folded(prompt: str) -> str:
+    """The prompt without regard to white space and case: what makes two examples duplicates."""
+    return re.sub(r"\s+", " ", prompt).strip().casefold()
+
+
+def _unique(examples: Iterable[Example], dropped: Counter[str]) -> Iterator[Example]:
+    seen: set[str] = set()
+    for example in examples:
+        key = folded(example.prompt)
+        if key in seen:
+            dropped["duplicates"] += 1
+            continue
+        seen.add(key)
+        yield example
+
+
+def _fitting(
+    examples: Sequence[Example], max_length: int, tokenizers: Sequence[Any], dropped: Counter[str]
+) -> Iterator[Example]:
+    for first in range(0, len(examples), 256):
+        part = examples[first : first + 256]
+        texts = [example.text for example in part]
+        encodings = [encode_many(tokenizer, texts, add_eos=True) for tokenizer in tokenizers]
+        for example, *own in zip(part, *encodings, strict=True):
+            if not all(len(ending_tokens(encoding)) for encoding in own):
+                name = f"example {example.example_id} ({example.task}), {example.text[:60]!r}"
+                raise UserError(f"{name}: a tokenizer has no token for any of its text; leave the row out")
+            if all(fits(encoding, max_length) for encoding in own):
+                yield example
+            else:
+                dropped["too_long"] += 1
+
+
+def _rank(example_id: str, salt: str) -> str:
+    return hashlib.sha256(f"{salt}:{example_id}".encode()).hexdigest()
+
+
+def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Training and validation part, by `example_id` and seed alone; at least one example in each."""
+    ordered = sorted(examples, key=lambda example: _rank(example.example_id, f"split{seed}"))
+    size = min(max(1, round(share * len(ordered))), len(ordered) - 1)
+    return ordered[size:], ordered[:size]
+
+
+def check_leaks(train: Sequence[Example], held_out: Sequence[Example]) -> None:
+    """Raise `UserError` naming an example whose prompt stands in both parts."""
+    known = {folded(example.prompt) for example in train}
+    for example in held_out:
+        if folded(example.prompt) in known:
+            raise UserError(f"example {example.example_id} ({example.task}) is in training and held-out data")
+
+
+_SCHEMA = pa.schema(
+    [
+        ("example_id", pa.string()),
+        ("task", pa.string()),
+        ("split", pa.string()),
+        ("prompt", pa.string()),
+        ("answer", pa.string()),
+        ("choices", pa.list_(pa.string())),
+        ("gold", pa.int32()),
+        ("definition", pa.string()),
+    ]
+)
+
+
+_DROPPED = ("counts", "official_counts", "faults", "official_faults")
+"""What `corpus.json` says of how the examples were drawn."""
+
+
+def save_corpus(examples: Examples, folder: Path, fingerprint: str) -> None:
+    """Write `corpus.parquet` and `corpus.json` into `folder`."""
+    rows = [
+        {
+            "example_id": e.example_id,
+            "task": e.task,
+            "split": part,
+            "prompt": e.prompt,
+            "answer": e.answer,
+            "choices": e.choices,
+            "gold": e.gold,
+            "definition": e.definition,
+        }
+        for part in ("train", "validation", "official")
+        for e in getattr(examples, part)
+    ]
+    with atomic_path(folder / "corpus.parquet") as path:
+        (folder / "corpus.json").unlink(missing_ok=True)  # it says what the other file is: it goes first, comes last
+        pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), path, write_page_checksum=True)
+    dropped = {name: getattr(examples, name) for name in _DROPPED}
+    write_json(folder / "corpus.json", {"fingerprint": fingerprint, **dropped})
+
+
+def load_corpus(folder: Path) -> tuple[Examples, str]:
+    """Read what `save_corpus` wrote: the examples and their fingerprint."""
+    described = read_json(folder / "corpus.json", "fingerprint", *_DROPPED)
+    parts: dict[str, Any] = {"train": [], "validation": [], "official": []}
+    try:
+        rows = pq.read_table(folder / "corpus.parquet", schema=_SCHEMA, page_checksum_verification=True).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(
+            f"{folder / 'corpus.parquet'} cannot be read: {error}; delete {folder} to make it anew"
+        ) from None
+    for row in rows:
+        choices = tuple(row["choices"]) if row["choices"] is not None else None
+        example = Example(row["task"], row["prompt"], row["answer"], choices, row["gold"], row.get("definition", ""))
+        parts[row["split"]].append(example)
+    examples = Examples(**parts, **{name: described[name] for name in _DROPPED})
+    return examples, described["fingerprint"]
+
+
+def examples_digest(examples: Iterable[Example]) -> str:
+    """Digest of which examples there are, in order."""
+    return hashlib.sha256("".join(e.example_id for e in examples).encode()).hexdigest()[:16]

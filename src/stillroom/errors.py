@@ -1,0 +1,7 @@
+"""The error that a user can fix."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """A mistake the user can mend; its message names the field, file or example and the remedy."""

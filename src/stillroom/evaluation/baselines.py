@@ -1,0 +1,74 @@
+"""The models that no trial has touched, measured: what a student starts from, and what its teacher can do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from stillroom.config import Evaluation, Precision, fingerprint
+from stillroom.data.encoding import encode_many
+from stillroom.data.tasks import Example
+from stillroom.evaluation.metrics import accuracy_metrics, nll_metrics, save_predictions
+from stillroom.evaluation.scoring import evaluate
+from stillroom.files import read_json, write_json
+from stillroom.models.architecture import check_model
+from stillroom.models.forward import padded
+from stillroom.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """One untouched model on one part of the examples, and where its measurement is kept."""
+
+    folder: Path
+    role: str
+    """`teacher` or `student`."""
+    part: str
+    """`validation` or `official`: what the metrics' names begin with."""
+    identity: str
+    """What pins the model."""
+    precision: Precision
+    examples: list[Example]
+    settings: Evaluation
+
+    @property
+    def name(self) -> str:
+        """File name: the role; with `_official` on the official splits."""
+        return self.role if self.part == "validation" else f"{self.role}_{self.part}"
+
+    @property
+    def path(self) -> Path:
+        """The metrics; the predictions are beside them, as Parquet."""
+        return self.folder / f"{self.name}.json"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all that decides the numbers."""
+        how = self.settings.model_dump(exclude={"official"})
+        return fingerprint(self.identity, self.precision, how, f"{self.part}_", [e.example_id for e in self.examples])
+
+    def read(self) -> dict[str, Any] | None:
+        """The measurement, if it was made; None for one of another model, other examples or other settings."""
+        if not self.path.is_file():
+            return None
+        found: dict[str, Any] = read_json(self.path, "fingerprint", "metrics")
+        return found if found["fingerprint"] == self.fingerprint else None
+
+    def measure(self, model: PreTrainedModel, tokenizer: Any, progress: Progress = silent) -> dict[str, Any]:
+        """Accuracy and answer likelihood; kept in `path`, predictions beside it."""
+        ids, _ = padded(encode_many(tokenizer, [self.examples[0].text]), device=model.device)
+        check_model(model, ids)
+        predictions = evaluate(model, tokenizer, self.examples, self.settings, progress)
+        save_predictions(predictions, self.path.with_suffix(".parquet"))
+        result = {
+            "fingerprint": self.fingerprint,
+            "identity": self.identity,
+            "metrics": accuracy_metrics(predictions, f"{self.part}_"),
+            "answer_nll": nll_metrics(predictions),
+        }
+        write_json(self.path, result)
+        return result

@@ -1,0 +1,113 @@
+"""Greedy continuations of prompts, in batches, as lm-evaluation-harness cuts them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from stillroom.config import Evaluation
+from stillroom.data.encoding import encode_prompts
+from stillroom.models.forward import padded
+from stillroom.progress import Progress, silent
+
+_NEXT_QUESTION = "Question:"
+_STRETCH = 16
+"""Tokens made before texts that have ended leave the batch."""
+
+
+class _NextQuestion(StoppingCriteria):  # type: ignore[misc]
+    """Stops each sequence once it begins another question.
+
+    A complete answer is no reason to stop: what follows it can change the flexible reading, the last number.
+    """
+
+    def __init__(self, tokenizer: Any, start: int) -> None:
+        self.tokenizer, self.start = tokenizer, start
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        latest = self.tokenizer.batch_decode(input_ids[:, -1:])
+        done = [
+            ":" in last and _NEXT_QUESTION in self.tokenizer.decode(row[self.start :])
+            for last, row in zip(latest, input_ids, strict=True)
+        ]
+        return torch.tensor(done, device=input_ids.device)
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    settings: Evaluation,
+    progress: Progress = silent,
+    total: int = 0,
+) -> list[str]:
+    """Greedy continuations, cut where another question would begin; batched by length with a KV cache."""
+    encodings = encode_prompts(tokenizer, prompts)
+    order = sorted(range(len(prompts)), key=lambda n: len(encodings[n]))
+    texts = [""] * len(prompts)
+    size = settings.generation_batch_size
+    before = model.generation_config
+    stops = _stops(model, tokenizer)
+    try:
+        for first in range(0, len(order), size):
+            batch = order[first : first + size]
+            ids, mask = padded([encodings[n] for n in batch], "left", model.device)
+            rows = _continued(model, tokenizer, ids, mask, settings.max_new_tokens, stops)
+            for n, row in zip(batch, rows, strict=True):
+                ended = torch.isin(row, torch.tensor(stops, device=row.device)).nonzero()
+                row = row[: ended[0, 0]] if len(ended) else row
+                texts[n] = tokenizer.decode(row, skip_special_tokens=True).split(_NEXT_QUESTION)[0]
+            progress(total - len(order) + first + len(batch), total)
+    finally:
+        model.generation_config = before
+    return texts
+
+
+def _stops(model: PreTrainedModel, tokenizer: Any) -> list[int]:
+    """Every id that ends a text: the tokenizer's EOS, and those that the model's generation config names."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    several = named if isinstance(named, list) else [named]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *(i for i in several if i is not None)]))
+
+
+def _continued(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    ids: Int[Tensor, "B T"],
+    mask: Int[Tensor, "B T"],
+    limit: int,
+    stops: list[int],
+) -> list[Int[Tensor, "N"]]:
+    """What follows each row of left-padded ids, at most `limit` tokens; a text that has ended leaves the batch."""
+    start, cache = ids.shape[1], DynamicCache(config=model.config)
+    found, rows = [ids[0]] * len(ids), torch.arange(len(ids))
+    stop = StoppingCriteriaList([_NextQuestion(tokenizer, start)])
+    ending = torch.tensor(stops, device=ids.device)
+    for made in range(0, limit, _STRETCH):
+        greedy = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=min(_STRETCH, limit - made),
+            eos_token_id=stops,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
+        model.generation_config = greedy  # a model's own penalties must not count
+        ids = model.generate(ids, attention_mask=mask, generation_config=greedy, stopping_criteria=stop, cache=cache)
+        mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+        for n, row in zip(rows.tolist(), ids, strict=True):
+            found[n] = row[start:]
+        ended = torch.isin(ids[:, start:], ending).any(1).cpu()
+        ended |= torch.tensor([_NEXT_QUESTION in text for text in tokenizer.batch_decode(ids[:, start:])])
+        if ended.all():
+            break
+        if ended.any():
+            kept = (~ended).nonzero()[:, 0]
+            rows, kept = rows[kept], kept.to(ids.device)
+            ids, mask = ids[kept], mask[kept]
+            cache.batch_select_indices(kept)
+    return found

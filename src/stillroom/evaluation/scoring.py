@@ -1,0 +1,188 @@
+"""A model's predictions: choices by the likelihood of their text, generation by greedy decoding; every one kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from transformers import PreTrainedModel
+
+from stillroom.config import Evaluation
+from stillroom.data.encoding import Encoding, encode_many, in_answer
+from stillroom.data.tasks import Example, task_of
+from stillroom.errors import UserError
+from stillroom.evaluation.generation import generate
+from stillroom.models.forward import last_hidden_state, padded
+from stillroom.models.output_head import output_logits
+from stillroom.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One sequence to score: where its next-token distribution is read, and which target counts for which answer."""
+
+    encoding: Encoding
+    positions: tuple[int, ...]
+    reads: tuple[tuple[int, int, int], ...]
+    """(index into positions, target id, answer)"""
+    example: int
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    settings: Evaluation,
+    progress: Progress = silent,
+) -> pd.DataFrame:
+    """Predictions for every example, one row each, in the order given.
+
+    Columns: example_id, task, prediction, gold, correct, correct_flexible (generation only, else equal to correct),
+    scores (log-likelihood of each choice, nats), generated, answer_nll (nats of the gold answer's text), answer_tokens.
+    """
+    scores, tokens = answer_scores(model, tokenizer, examples, settings.batch_tokens)
+    generating = [n for n, example in enumerate(examples) if example.choices is None]
+    progress(len(examples) - len(generating), len(examples))
+    texts = dict(
+        zip(
+            generating,
+            generate(model, tokenizer, [examples[n].prompt for n in generating], settings, progress, len(examples)),
+            strict=True,
+        )
+    )
+    rows = [_prediction(example, scores[n], tokens[n], texts.get(n)) for n, example in enumerate(examples)]
+    return pd.DataFrame(rows)
+
+
+def _prediction(example: Example, scores: list[float], tokens: int, text: str | None) -> dict[str, Any]:
+    common = {"example_id": example.example_id, "task": example.task, "answer_tokens": tokens}
+    if example.choices is not None and example.gold is not None:
+        best = max(range(len(scores)), key=scores.__getitem__)
+        right = best == example.gold
+        return {
+            **common,
+            "prediction": example.choices[best].strip(),
+            "gold": example.answer.strip(),
+            "correct": right,
+            "correct_flexible": right,
+            "scores": scores,
+            "generated": None,
+            "answer_nll": -scores[example.gold],
+        }
+    task = task_of(example)
+    assert text is not None
+    assert task.extract_strict is not None
+    assert task.extract_flexible is not None
+    gold, strict = task.extract_strict(example.answer), task.extract_strict(text)
+    return {
+        **common,
+        "prediction": strict,
+        "gold": gold,
+        "correct": strict == gold,
+        "correct_flexible": task.extract_flexible(text) == gold,
+        "scores": None,
+        "generated": text,
+        "answer_nll": -scores[0],
+    }
+
+
+@torch.no_grad()
+def answer_scores(
+    model: PreTrainedModel, tokenizer: Any, examples: Sequence[Example], batch_tokens: int
+) -> tuple[list[list[float]], list[int]]:
+    """Log-likelihood (nats) of each choice, or of the gold answer alone, and the gold answer's token count.
+
+    A choice is scored by its own text in `prompt + choice`, tokenised as one. Where choices differ in their last
+    token only, one forward pass of what they share gives all of them.
+    """
+    rows, lengths = _scoring_rows(tokenizer, examples)
+    scores = [[0.0] * len(example.choices or (1,)) for example in examples]
+    order = sorted(rows, key=lambda row: -len(row.encoding))
+    for batch in _within(order, batch_tokens):
+        ids, mask = padded([row.encoding for row in batch], device=model.device)
+        hidden = last_hidden_state(model, ids, mask)
+        where = [(n, p) for n, row in enumerate(batch) for p in row.positions]
+        picked = hidden[[n for n, _ in where], [p for _, p in where]]
+        _add_scores(model, picked, batch, scores)
+    return scores, lengths
+
+
+def _add_scores(model: PreTrainedModel, picked: torch.Tensor, batch: Sequence[_Row], scores: list[list[float]]) -> None:
+    reads, first = [], 0
+    for row in batch:
+        reads += [(first + at, target, row.example, answer) for at, target, answer in row.reads]
+        first += len(row.positions)
+    chunk, done = 512, 0
+    for part in picked.split(chunk):
+        logprobs = torch.log_softmax(output_logits(model, part).float(), -1)
+        own = [read for read in reads if done <= read[0] < done + chunk]
+        values = logprobs[[r[0] - done for r in own], [r[1] for r in own]].tolist()
+        for (_, _, example, answer), value in zip(own, values, strict=True):
+            scores[example][answer] += value
+        done += chunk
+
+
+def _scoring_rows(tokenizer: Any, examples: Sequence[Example]) -> tuple[list[_Row], list[int]]:
+    texts = [example.prompt + answer for example in examples for answer in example.choices or (example.answer,)]
+    encodings = iter(encode_many(tokenizer, texts))
+    rows, lengths = [], []
+    for number, example in enumerate(examples):
+        own = [next(encodings) for _ in example.choices or (1,)]
+        _require_tokens(example, own)
+        lengths.append(int(in_answer(own[example.gold or 0], len(example.prompt)).sum()))
+        rows += _rows_of_example(number, own, len(example.prompt))
+    return rows, lengths
+
+
+def _require_tokens(example: Example, encodings: Sequence[Encoding]) -> None:
+    """`UserError` where an answer has no token: its likelihood would be 1, and no other could win."""
+    for answer, encoding in zip(example.choices or (example.answer,), encodings, strict=True):
+        if not (in_answer(encoding, len(example.prompt)).nonzero()[0] > 0).any():
+            raise UserError(
+                f"example {example.example_id} ({example.task}): the tokenizer has no token of its own for the answer "
+                f"{answer!r}, so it cannot be scored; leave the row out or write that answer in another way"
+            )
+
+
+def _rows_of_example(number: int, encodings: Sequence[Encoding], prompt_length: int) -> list[_Row]:
+    targets = [[int(t) for t in in_answer(e, prompt_length).nonzero()[0] if t > 0] for e in encodings]
+    shared = _shared_prefix(encodings)
+    if len(encodings) > 1 and all(len(e) == shared + 1 for e in encodings):
+        positions = sorted({t - 1 for own in targets for t in own})
+        at = {p: n for n, p in enumerate(positions)}
+        reads = tuple(
+            (at[t - 1], int(e.ids[t]), answer)
+            for answer, (e, own) in enumerate(zip(encodings, targets, strict=True))
+            for t in own
+        )
+        prefix = encodings[0]
+        prefix = Encoding(prefix.ids[:shared], prefix.ends[:shared], prefix.special[:shared])
+        return [_Row(prefix, tuple(positions), reads, number)]
+    return [
+        _Row(e, tuple(t - 1 for t in own), tuple((n, int(e.ids[t]), answer) for n, t in enumerate(own)), number)
+        for answer, (e, own) in enumerate(zip(encodings, targets, strict=True))
+    ]
+
+
+def _shared_prefix(encodings: Sequence[Encoding]) -> int:
+    shortest = min(len(e) for e in encodings)
+    for t in range(shortest):
+        if len({int(e.ids[t]) for e in encodings}) > 1:
+            return t
+    return shortest
+
+
+def _within(rows: Sequence[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
+    """Batches of rows that come longest first: within the budget, and no row under 4/5 of its batch's longest."""
+    batch: list[_Row] = []
+    for row in rows:
+        longest = len(batch[0].encoding) if batch else 0
+        if batch and (longest * (len(batch) + 1) > batch_tokens or 5 * len(row.encoding) < 4 * longest):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch

@@ -1,0 +1,1 @@
+"""A study's stages, and its trials on one machine or many."""

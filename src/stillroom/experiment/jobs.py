@@ -1,0 +1,159 @@
+"""Work that any process can do that sees the same files: one trial, or one share of a capture; and what it gets."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stillroom.config import (
+    ERROR,
+    RESULT,
+    Evaluation,
+    ModelRef,
+    Objective,
+    Precision,
+    Retention,
+    Signals,
+    Training,
+)
+from stillroom.credentials import redact
+from stillroom.data.corpus import Examples, examples_digest, load_corpus
+from stillroom.errors import UserError
+from stillroom.files import exclusive, read_json, write_json
+from stillroom.models.hub import load_model, load_tokenizer
+from stillroom.offline_teacher_data.capturing import capture_share
+from stillroom.offline_teacher_data.shards import Share, hold
+from stillroom.offline_teacher_data.store import SignalStore
+from stillroom.progress import Progress, silent
+from stillroom.provenance import package_digest
+from stillroom.training.train_student import Trial, train
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """All that one trial needs, by path."""
+
+    trial: Trial
+    student: ModelRef
+    training: Training
+    objective: Objective
+    evaluation: Evaluation
+    corpus: Path
+    store: Path
+    experiment: Path
+    minimum_coverage: float
+    keep_checkpoints: Retention
+
+    @property
+    def folder(self) -> Path:
+        """Where the trial writes."""
+        return self.experiment / self.trial.name
+
+
+@dataclass(frozen=True)
+class CapturePlan:
+    """All that a capturing process needs, by path."""
+
+    teacher: ModelRef
+    tokenizer: ModelRef
+    precision: Precision
+    signals: Signals
+    corpus: Path
+    store: Path
+    origin: dict[str, Any]
+
+
+def run_capture(plan: CapturePlan, share: Share, progress: Progress = silent) -> bool:
+    """Capture one share of the store; returns whether the store is finished with it."""
+    with hold(plan.store, share):  # refused now, not once a large teacher is loaded
+        examples = _load_examples(plan.corpus, plan.origin["corpus"])
+    teacher, tokenizer = load_model(plan.teacher, plan.precision, "auto"), load_tokenizer(plan.tokenizer)
+    return capture_share(teacher, tokenizer, examples.all, plan.signals, plan.store, plan.origin, share, progress)
+
+
+def run_trial(
+    plan: TrialPlan,
+    report: Callable[[dict[str, Any]], None] = lambda metrics: None,
+    progress: Progress = silent,
+    wait: float = 0,
+) -> dict[str, Any]:
+    """Train one trial to its end, or return its result if it has one; on failure leave `error.json` and raise.
+
+    `wait`: seconds to wait for another process that has this trial, such as one whose sweep is being stopped.
+    """
+    with exclusive(plan.folder, "trial", wait=wait):
+        if finished(plan):
+            result: dict[str, Any] = read_json(plan.folder / RESULT)
+            return result
+        try:
+            examples = _load_examples(plan.corpus, SignalStore.open(plan.store).manifest["made_from"]["corpus"])
+            result = train(
+                plan.trial,
+                plan.student,
+                plan.training,
+                plan.objective,
+                plan.evaluation,
+                examples,
+                plan.store,
+                plan.folder,
+                minimum_coverage=plan.minimum_coverage,
+                keep_checkpoints=plan.keep_checkpoints,
+                official=examples.official,
+                report=report,
+                progress=progress,
+            )
+        except Exception as error:
+            said = {"error": redact(f"{type(error).__name__}: {error}"), "failures": failures(plan) + 1}
+            write_json(plan.folder / ERROR, {**said, "traceback": redact(traceback.format_exc())})
+            raise
+        (plan.folder / ERROR).unlink(missing_ok=True)
+        return result
+
+
+def _load_examples(corpus: Path, digest: str) -> Examples:
+    examples, _ = load_corpus(corpus)
+    if examples_digest(examples.all) != digest:
+        raise UserError(f"{corpus} was made anew, for another study, since this one started; run the command again")
+    return examples
+
+
+def finished(plan: TrialPlan) -> bool:
+    """Whether the trial has its result. Its folder's name holds a fingerprint of all it was made from."""
+    return (plan.folder / RESULT).is_file()
+
+
+def failures(plan: TrialPlan) -> int:
+    """How often the trial itself has failed since `error.json` was last cleared."""
+    path = plan.folder / ERROR
+    return int(read_json(path, "failures")["failures"]) if path.is_file() else 0
+
+
+def error_of(plan: TrialPlan) -> str:
+    """Why the trial has no result."""
+    path = plan.folder / ERROR
+    if path.is_file():
+        return str(read_json(path, "error")["error"])
+    return "no result and no error message: the process was stopped"
+
+
+def unseen(digest: str, paths: list[Path], probes: list[Path]) -> list[str]:
+    """What this process sees otherwise than the one that asks; empty where the work can be done here.
+
+    `digest` is that one's `package_digest`, `paths` must be there, and `probes` are files it has just written into
+    folders that both must be able to write: each is removed.
+    """
+    faults = []
+    if package_digest() != digest:
+        faults.append(f"its stillroom ({Path(__file__).parent}) is not the one used here; install the same version")
+    faults += [f"{path} is not there" for path in paths if not path.exists()]
+    for probe in probes:
+        try:
+            probe.unlink()
+        except FileNotFoundError:
+            faults.append(f"{probe.parent} is not the folder of that name here")
+        except OSError as error:
+            faults.append(f"{probe.parent} cannot be written: {error.strerror}")
+    return faults

@@ -1,0 +1,45 @@
+"""What a job gets of a machine's GPUs and cores, and how many run at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stillroom.config import (
+    Sweep,
+)
+from stillroom.errors import UserError
+
+
+def trial_resources(settings: Sweep, nodes: Sequence[dict[str, float]]) -> tuple[dict[str, float], int]:
+    """Resources of a trial, and how many run at once: as many as the GPUs found allow, else the cores.
+
+    `nodes` are the resources of each node; a trial runs within one.
+    """
+    resources, fit = _fitting(settings.gpus_per_trial, settings.cpus_per_trial, nodes, "sweep.gpus_per_trial")
+    return resources, min(fit, settings.max_concurrent or fit)
+
+
+def worker_resources(workers: int, nodes: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Resources of one of so many capturing workers: its part of the GPUs, one at least, and of the cores."""
+    gpus, cores = (sum(node.get(name, 0.0) for node in nodes) / workers for name in ("GPU", "CPU"))
+    within = max(node.get("GPU", 0.0) for node in nodes)
+    return _fitting(min(max(1, int(gpus)), within), max(1, int(cores)), nodes, "--workers")[0]
+
+
+def _fitting(
+    gpus: float, cpus: float, nodes: Sequence[dict[str, float]], asked_by: str
+) -> tuple[dict[str, float], int]:
+    """What a job gets where there are GPUs, or else cores, and how many such jobs fit; fewer cores stop none."""
+    with_gpus = [node for node in nodes if node.get("GPU", 0) > 0 and node.get("CPU", 0) >= 1] if gpus else []
+    usable = [node for node in with_gpus or nodes if node.get("GPU", 0) >= gpus or not with_gpus]
+    if not usable:
+        found = max(node["GPU"] for node in with_gpus)
+        raise UserError(f"{asked_by}: {gpus} asked for, {found:g} found on a node")
+    if with_gpus:
+        part = min(node.get("CPU", 1.0) * gpus / node["GPU"] for node in usable)
+        return {"CPU": max(1.0, float(int(min(cpus, part)))), "GPU": gpus}, sum(int(n["GPU"] / gpus) for n in usable)
+    cores = max((node.get("CPU", 0.0) for node in usable), default=0.0)
+    if not cores:
+        raise UserError("no node of the Ray cluster has a CPU to give")
+    cpus = min(float(cpus), cores)
+    return {"CPU": cpus}, sum(int(node.get("CPU", 0.0) / cpus) for node in usable)

@@ -1,0 +1,182 @@
+"""What a study is made from: its models, tokenizers and examples, and what pins each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from stillroom.config import BASELINES, UNTOUCHED, ModelRef, Study, fingerprint
+from stillroom.data.corpus import (
+    Examples,
+    build_corpus,
+    examples_digest,
+    load_corpus,
+    require_unchanged,
+    save_corpus,
+    source_digest,
+    with_official,
+)
+from stillroom.data.encoding import encode, encode_many
+from stillroom.data.tasks import Example
+from stillroom.data.vocabulary import largest_id
+from stillroom.errors import UserError
+from stillroom.evaluation.baselines import Baseline
+from stillroom.files import exclusive, remove_leftovers
+from stillroom.models.architecture import PROBE, check_capture, check_model, try_miniature
+from stillroom.models.builtin_pair import materialise
+from stillroom.models.hub import load_config, load_tokenizer, model_identity, require_embedded, tokenizer_hash
+from stillroom.models.precision import resolve_precision
+from stillroom.models.sizes import context_length
+from stillroom.progress import NamedProgress, silent
+from stillroom.provenance import Meter
+
+
+@dataclass
+class Sources:
+    """A study with its models, tokenizers and examples, each made or read on first use."""
+
+    study: Study
+    progress: NamedProgress = silent
+    meter: Meter = field(default_factory=Meter)
+
+    def __post_init__(self) -> None:
+        """What `auto` stands for on this machine is part of the study's identity."""
+        self.study = resolve_precision(self.study)
+
+    def require_supported(self) -> None:
+        """Try both architectures, small and at random, before anything is trained or captured.
+
+        Raises `UserError` naming one that cannot do what the study asks. One of which no small model can be built is
+        checked when it is loaded.
+        """
+        attention = any("attention" in group.terms for group in self.study.groups)
+        for ref, captured in ((self.teacher_ref, True), (self.student_ref, attention)):
+            if (model := try_miniature(load_config(ref))) is not None:
+                (check_capture if captured else check_model)(model, PROBE)
+
+    @property
+    def results(self) -> Path:
+        """The results folder."""
+        return self.study.paths.results
+
+    @property
+    def store_path(self) -> Path:
+        """The folder of the teacher's data."""
+        return self.study.paths.store_path
+
+    @cached_property
+    def teacher_ref(self) -> ModelRef:
+        """The teacher before adaptation, built-in ones written to disk."""
+        return materialise(self.study.teacher, self.results / "models")
+
+    @cached_property
+    def student_ref(self) -> ModelRef:
+        """The untouched student."""
+        return materialise(self.study.student, self.results / "models")
+
+    @cached_property
+    def student_identity(self) -> str:
+        """What pins the student."""
+        return model_identity(self.student_ref)
+
+    @cached_property
+    def tokenizers(self) -> tuple[Any, Any]:
+        """The teacher's and the student's."""
+        return self._tokenizer(self.teacher_ref), self._tokenizer(self.student_ref)
+
+    def _tokenizer(self, ref: ModelRef) -> Any:
+        """A model's tokenizer, whose EOS and other added tokens the model knows."""
+        tokenizer = load_tokenizer(ref)
+        require_embedded(ref, tokenizer, [*encode(tokenizer, "a").ids.tolist(), tokenizer.eos_token_id])
+        return tokenizer
+
+    @cached_property
+    def examples(self) -> Examples:
+        """The corpus, built on first use and then read."""
+        folder = self.results / "corpus"
+        self.require_supported()
+        remove_leftovers(self.results, within=True)
+        for place in (self.store_path, self.store_path.parent):
+            remove_leftovers(place)
+        official, longest = self.study.official, self._context - self.study.evaluation.max_new_tokens
+        if self.study.corpus.max_length > self._context:
+            raise UserError(
+                f"corpus.max_length={self.study.corpus.max_length}: a model reads {self._context} tokens at most"
+            )
+        sources = [*self.study.corpus.tasks.values(), *official.values()]
+        digests = [source_digest(data) for data in sources]
+        own = fingerprint(
+            self.study.corpus,
+            {name: data.model_dump() for name, data in official.items()},
+            longest,
+            [tokenizer_hash(t) for t in self.tokenizers],
+            digests,
+        )
+        if (examples := _known_corpus(folder, own)) is None:
+            # the processes of a divided capture start together
+            with exclusive(folder, "build of the corpus", wait=600):
+                if (examples := _known_corpus(folder, own)) is None:
+                    examples = build_corpus(self.study.corpus, self.tokenizers)
+                    examples = with_official(examples, official, self.study.corpus, self.tokenizers, longest)
+                    require_unchanged(sources, digests)
+                    self._require_embedded([*examples.all, *examples.official])
+                    save_corpus(examples, folder, own)
+        self._require_room(examples.validation, longest)
+        return examples
+
+    def _require_embedded(self, examples: Sequence[Example]) -> None:
+        """`UserError` where a text has a token that its model has no embedding for."""
+        for ref, tokenizer in zip((self.teacher_ref, self.student_ref), self.tokenizers, strict=True):
+            if largest_id(tokenizer) >= (getattr(load_config(ref).get_text_config(), "vocab_size", None) or 0):
+                for encoding in encode_many(tokenizer, [example.text for example in examples]):
+                    require_embedded(ref, tokenizer, encoding.ids.tolist())
+
+    def _require_room(self, examples: Sequence[Example], room: int) -> None:
+        """`UserError` unless after every prompt both models can still read what they generate."""
+        prompts = [example.prompt for example in examples if example.choices is None]
+        found = max((len(own) for t in self.tokenizers for own in encode_many(t, prompts)), default=0)
+        if found > room:
+            raise UserError(
+                f"evaluation.max_new_tokens={self.study.evaluation.max_new_tokens}: with a prompt of {found} tokens "
+                f"that is more than the {self._context} a model reads; lower it or corpus.max_length"
+            )
+
+    @cached_property
+    def _context(self) -> int:
+        """Tokens that both models can read."""
+        return min(context_length(load_config(ref)) for ref in (self.teacher_ref, self.student_ref))
+
+    @cached_property
+    def teacher_identity(self) -> str:
+        """What pins the teacher: its weights and, if it is adapted, how and on what."""
+        base = model_identity(self.teacher_ref)
+        if self.study.teacher.adapt.method == "none":
+            return base
+        return f"{base} adapted {self.adaptation_fingerprint(base)}"
+
+    @cached_property
+    def untouched(self) -> list[Baseline]:
+        """What is measured of the models that no trial touches: each on the validation part and on official splits."""
+        settings, folder = self.study.evaluation, self.results / BASELINES
+        teacher, student = (self.teacher_identity, self.study.teacher.dtype), (self.student_identity, settings.dtype)
+        parts = {"validation": self.examples.validation, "official": self.examples.official}
+        return [
+            Baseline(folder, role, part, *model, examples, settings)
+            for role, model in zip(UNTOUCHED, (teacher, student), strict=True)
+            for part, examples in parts.items()
+            if examples
+        ]
+
+    def adaptation_fingerprint(self, base: str) -> str:
+        """What an adapted teacher was made from; `base` pins the teacher before it."""
+        return fingerprint(base, self.study.teacher.adapt, examples_digest(self.examples.train))
+
+
+def _known_corpus(folder: Path, own: str) -> Examples | None:
+    if not (folder / "corpus.json").is_file():
+        return None
+    examples, found = load_corpus(folder)
+    return examples if found == own else None

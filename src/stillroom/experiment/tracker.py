@@ -1,0 +1,127 @@
+"""MLflow: one parent run a study, one child a trial. A local SQLite file, or the server MLFLOW_TRACKING_URI names."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from stillroom.config import RESULT, Study
+from stillroom.errors import UserError
+from stillroom.files import read_json
+
+
+class Tracker:
+    """Writes what is in the results folder to MLflow; nothing is kept there alone."""
+
+    def __init__(self, study: Study, results: Path) -> None:
+        """The tracker is opened when something is first logged."""
+        self.study, self.results = study, results
+        self._mlflow: Any = None
+        self._parent = ""
+
+    def _open(self) -> Any:
+        if self._mlflow is None:
+            logging.getLogger("alembic").setLevel(logging.ERROR)
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # a sweep must not wait minutes for a server
+            import mlflow
+
+            logging.getLogger("mlflow").setLevel(logging.ERROR)
+            self.results.mkdir(parents=True, exist_ok=True)
+            default = f"sqlite:///{(self.results / 'mlflow.db').resolve()}"
+            server = os.environ.get("MLFLOW_TRACKING_URI")
+            mlflow.set_tracking_uri(server or default)
+            if not server:  # MLflow sets it for its children; another study of this process has a file of its own
+                os.environ.pop("MLFLOW_TRACKING_URI", None)
+            if mlflow.get_experiment_by_name(self.study.name) is None:
+                artifacts = None
+                if not server:
+                    artifacts = (self.results / "mlartifacts").resolve().as_uri()
+                mlflow.create_experiment(self.study.name, artifact_location=artifacts)
+            mlflow.set_experiment(self.study.name)
+            self._mlflow = mlflow
+            self._parent = self._find_or_start(str(self.results.resolve()))
+        return self._mlflow
+
+    def _find_or_start(self, results: str) -> str:
+        """The parent run of this results folder."""
+        quoted = results.replace("'", "")
+        found = self._mlflow.search_runs(
+            filter_string=f"tags.results = '{quoted}' and tags.kind = 'study'", output_format="list"
+        )
+        if found:
+            return str(found[0].info.run_id)
+        with self._mlflow.start_run(run_name=self.study.name, tags={"results": quoted, "kind": "study"}) as run:
+            self._mlflow.log_params(_flat(self.study.model_dump(mode="json")))
+            return str(run.info.run_id)
+
+    @contextmanager
+    def _running(self) -> Iterator[Any]:
+        """MLflow with the study's run open; whatever fails there is one message that says nothing is lost."""
+        try:
+            mlflow = self._open()
+            with mlflow.start_run(run_id=self._parent):
+                yield mlflow
+        except Exception as error:
+            where = os.environ.get("MLFLOW_TRACKING_URI") or self.results / "mlflow.db"
+            raise UserError(
+                f"the tracker, {where}, cannot be written ({type(error).__name__}: {str(error).splitlines()[0]}); "
+                f"all of it is in {self.results} too: mend it or unset MLFLOW_TRACKING_URI, and run the command again"
+            ) from error
+
+    def check(self) -> None:
+        """Raise `UserError` if the tracker cannot be written: better before a sweep than after it."""
+        with self._running():
+            pass
+
+    def log_snapshot(self, path: Path, fingerprint: str) -> None:
+        """The archived store's name and fingerprint, on the parent run."""
+        with self._running() as mlflow:
+            mlflow.set_tags({"snapshot": path.name, "snapshot_fingerprint": fingerprint})
+
+    def log_trial(self, folder: Path) -> None:
+        """A finished trial, once: its settings, the metrics of each epoch and of the official splits, its gradients."""
+        result = read_json(folder / RESULT)
+        with self._running() as mlflow:
+            tags = {"kind": "trial", "trial": result["trial"], "study_run": self._parent}
+            if self._whole_run(tags):
+                return
+            with mlflow.start_run(run_name=result["trial"], nested=True, tags=tags):
+                mlflow.log_params(_flat(result["config"]))
+                for epoch in result["epochs"]:
+                    numbers = {k: float(v) for k, v in epoch.items() if isinstance(v, int | float)}
+                    mlflow.log_metrics(numbers, step=epoch["step"])
+                official = {k: float(v) for k, v in result.items() if k.startswith("official_")}
+                shares = {f"gradient_share_{term}": share for term, share in result["gradient_shares"].items()}
+                mlflow.log_metrics({**official, **shares}, step=result["step"])
+                for row in result["gradients"]:
+                    norms = {f"gradient_norm_{term}": value for term, value in row["norms"].items()}
+                    mlflow.log_metrics(norms, step=row["step"])
+
+    def _whole_run(self, tags: dict[str, str]) -> bool:
+        """Whether a finished run has these tags; what a killed process left of one is deleted."""
+        wanted = " and ".join(f"tags.{name} = '{value}'" for name, value in tags.items())
+        found = self._mlflow.search_runs(filter_string=wanted, output_format="list")
+        for run in found:
+            if run.info.status != "FINISHED":
+                self._mlflow.delete_run(run.info.run_id)
+        return any(run.info.status == "FINISHED" for run in found)
+
+    def log_report(self, path: Path) -> None:
+        """The report as an artefact of the parent run."""
+        with self._running() as mlflow:
+            mlflow.log_artifact(str(path))
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as `a.b` keys, values short enough for the tracker."""
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        if isinstance(inner, dict):
+            flat |= _flat(inner, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = str(inner)[:500]
+    return flat

@@ -1,0 +1,296 @@
+"""The stages of a study, in order: what each reads, what it writes, and whether it is done.
+
+A stage's output carries the fingerprint of what it was made from; a stage whose output has the right one is not
+run again. Stages meet in files, so each can be run alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from stillroom import offline_teacher_data as otd
+from stillroom.analysis.frame import PLANNED, worse_or_equal, write_summary
+from stillroom.analysis.report import write_report
+from stillroom.config import EXPERIMENT, UNTOUCHED, Group, ModelRef, fingerprint
+from stillroom.data.corpus import examples_digest
+from stillroom.errors import UserError
+from stillroom.evaluation.baselines import Baseline
+from stillroom.experiment.jobs import CapturePlan, TrialPlan, finished, run_capture, run_trial
+from stillroom.experiment.ray_sweep import capture_on_workers, sweep
+from stillroom.experiment.sources import Sources
+from stillroom.experiment.tracker import Tracker
+from stillroom.experiment.watching import SweepWatch
+from stillroom.files import exclusive, read_json, remove_tree, write_json
+from stillroom.models.hub import absolute, load_model, model_identity
+from stillroom.models.output_head import load_output_head
+from stillroom.models.precision import DTYPES, default_device, release_memory
+from stillroom.offline_teacher_data.recomputation import check_with_head, recompute, sample_ids
+from stillroom.offline_teacher_data.shards import Share
+from stillroom.offline_teacher_data.store import MANIFEST, SignalStore
+from stillroom.provenance import record_run
+from stillroom.training.fine_tuning import adapt_teacher, adapted_teacher
+from stillroom.training.train_student import Trial
+
+
+class Workspace(Sources):
+    """A study and its stages."""
+
+    def adapt(self) -> ModelRef:
+        """The teacher to capture: adapted if the study says so, and then only once."""
+        if self.study.teacher.adapt.method == "none":
+            return self.teacher_ref
+        folder = self.results / "teacher"
+        origin = self.adaptation_fingerprint(model_identity(self.teacher_ref))
+        if (known := adapted_teacher(folder, origin)) is not None:
+            return ModelRef(model=str(known), trust_remote_code=self.study.teacher.trust_remote_code)
+        with exclusive(folder, "adaptation"):
+            ref = adapt_teacher(
+                self.teacher_ref,
+                self.study.teacher.adapt,
+                self.study.evaluation,
+                self.examples,
+                folder,
+                origin,
+                partial(self.progress, "adapting the teacher, steps"),
+            )
+        self._record("adapt", {"teacher": self.teacher_identity})
+        return ref
+
+    def origin(self) -> dict[str, Any]:
+        """What the study's store must have been made from."""
+        teacher, signals = self.study.teacher, self.study.signals
+        return otd.made_from(self.teacher_identity, teacher.dtype, self.tokenizers[0], signals, self.examples.all)
+
+    def capture(self, share: Share | None = None, workers: int = 0) -> SignalStore | None:
+        """Run the teacher over the corpus, unless a finished store of the same origin, or its snapshot, is there.
+
+        With a share, this process does that part, and the result is None until every part is done. With workers,
+        so many on Ray share the work. A finished and archived store of another origin gives way; one that is not
+        archived is refused.
+        """
+        origin = self.origin()
+        if (captured := self._captured()) == self.store_path:
+            self._make_room(origin)
+        if (captured / MANIFEST).is_file():
+            store = SignalStore.open(captured)
+            otd.require_matching(store, origin)
+            return store
+        plan = CapturePlan(
+            teacher=absolute(self.adapt()),
+            tokenizer=absolute(self.teacher_ref),
+            precision=self.study.teacher.dtype,
+            signals=self.study.signals,
+            corpus=(self.results / "corpus").resolve(),
+            store=self.store_path.resolve(),
+            origin=origin,
+        )
+        of_share = f", share {share.number} of {share.of}" if share else ""
+        progress = partial(self.progress, f"capturing the teacher's signals{of_share}, examples")
+        if workers:
+            capture_on_workers(plan, workers, self.study.sweep.address, len(self.examples.all), progress)
+        elif not run_capture(plan, share or Share(), progress):
+            return None
+        self._record("capture", {"made_from": origin, "store": str(self.store_path)})
+        return SignalStore.open(self.store_path)
+
+    def _captured(self) -> Path:
+        """The store to go on with: the working one or, where that is gone or another study's, this one's snapshot."""
+        origin, there = self.origin(), (self.store_path / MANIFEST).is_file()
+        if there and SignalStore.open(self.store_path).manifest["made_from"] == origin:
+            return self.store_path
+        return self._archived(origin) or self.store_path
+
+    def _make_room(self, origin: dict[str, Any]) -> None:
+        def in_the_way() -> bool:
+            if not (self.store_path / MANIFEST).is_file():
+                return False
+            made_from = SignalStore.open(self.store_path).manifest["made_from"]
+            return bool(made_from != origin) and self._archived(made_from) is not None
+
+        if in_the_way():
+            # the processes of a divided capture start together: what one has begun, another must not remove
+            with exclusive(self.store_path.parent, "capture", f".{self.store_path.name}.lock", wait=60):
+                if in_the_way():
+                    remove_tree(self.store_path)
+
+    def verify(self, samples: int = 20, recomputed: int = 0) -> dict[str, Any]:
+        """The gate: check the store and that it is this study's; see `verify_saved_data`.
+
+        `recomputed` examples are run through the teacher again; with none, stored hidden states times the output
+        head must give the stored top-k back, where the teacher's files are at hand.
+        """
+        store = SignalStore.open(self._captured())
+        otd.require_matching(store, self.origin())
+        record = otd.verify_saved_data(store.path, samples)
+        if (snapshot := self._archived(self.origin())) is not None:
+            otd.require_record(snapshot)
+        teacher = self.adapt()
+        if recomputed:
+            model = load_model(teacher, self.study.teacher.dtype, "auto")
+            record["recomputed"] = recompute(store, model, sample_ids(store, recomputed))
+        elif (head := load_output_head(teacher)) is not None:
+            dtype = DTYPES[self.study.teacher.dtype]
+            record["with_output_head"] = check_with_head(store, head, sample_ids(store, 2), dtype)
+        else:
+            record["not_checked"] = "values against the teacher: its output head is not among its files here"
+        record |= {"store": str(store.path), "fingerprint": store.manifest["fingerprint"]}
+        self._record("verify", record)
+        return record
+
+    def archive(self) -> Path:
+        """The dated snapshot of the verified store; the one there is, if it is archived."""
+        store = SignalStore.open(self._captured())
+        otd.require_matching(store, self.origin())
+        path = otd.archive(store.path) if store.path == self.store_path else otd.seal(store.path)
+        self._record("archive", {"snapshot": str(path), "fingerprint": store.manifest["fingerprint"]})
+        self.tracker.log_snapshot(path, store.manifest["fingerprint"])
+        return path
+
+    def _archived(self, origin: dict[str, Any]) -> Path | None:
+        """The newest snapshot beside the store with this origin."""
+        for path in reversed(otd.snapshots_of(self.store_path)):
+            if (path / MANIFEST).is_file() and SignalStore.open(path).manifest["made_from"] == origin:
+                return path
+        return None
+
+    def snapshot(self) -> Path:
+        """The archived store the trials read. `UserError` says what to run if there is none."""
+        found = self._archived(self.origin())
+        if found is None:
+            if (self.store_path / MANIFEST).is_file():
+                otd.require_matching(SignalStore.open(self.store_path), self.origin())
+            raise UserError(
+                f"no archived teacher data of this study beside {self.store_path}: run `stillroom capture`, "
+                "`stillroom verify` and `stillroom archive`, or `stillroom run`"
+            )
+        return found
+
+    def baselines(self) -> dict[str, dict[str, Any]]:
+        """Teacher and untouched student on validation part and official splits; where the teacher is no better."""
+        if due := [baseline for baseline in self.untouched if baseline.read() is None]:
+            for role in UNTOUCHED:
+                self._measure(role, [baseline for baseline in due if baseline.role == role])
+                release_memory()  # of one model, before the next is loaded
+            self._record("evaluate", {"measured": [baseline.name for baseline in due]})
+        found = {baseline.name: baseline.read() or {} for baseline in self.untouched}
+        no_better = worse_or_equal(found["teacher"]["metrics"], found["student"]["metrics"])
+        return {**{role: found[role] for role in UNTOUCHED}, "teacher_no_better": {"tasks": no_better}}
+
+    def _measure(self, role: str, due: list[Baseline]) -> None:
+        if not due:
+            return
+        ref, device = (self.adapt(), "auto") if role == "teacher" else (self.student_ref, default_device())
+        model = load_model(ref, due[0].precision, device)
+        for baseline in due:
+            shown = partial(self.progress, f"evaluating the {UNTOUCHED[role]}, examples")
+            baseline.measure(model, self.tokenizers[role == "student"], shown)
+
+    def plans(self) -> list[TrialPlan]:
+        """Every trial of the study, group by group, seed by seed; needs the archived snapshot."""
+        store = self.snapshot()
+        plans = [
+            TrialPlan(
+                trial=Trial(self.trial_id(group, seed, store), group, seed),
+                student=absolute(self.student_ref),
+                training=self.study.training,
+                objective=self.study.objective,
+                evaluation=self.study.evaluation,
+                corpus=(self.results / "corpus").resolve(),
+                store=store,
+                experiment=(self.results / EXPERIMENT).resolve(),
+                minimum_coverage=self.study.signals.minimum_coverage,
+                keep_checkpoints=self.study.sweep.keep_checkpoints,
+            )
+            for group in self.study.groups
+            for seed in self.study.sweep.seeds
+        ]
+        trials = [{"name": p.trial.name, "group": p.trial.group.name, "seed": p.trial.seed} for p in plans]
+        planned = {
+            "study": self.study.model_dump(mode="json"),
+            "snapshot": store.name,
+            "fingerprint": read_json(store / MANIFEST)["fingerprint"],
+            "corpus": read_json(self.results / "corpus" / "corpus.json")["fingerprint"],
+            "baselines": {baseline.name: baseline.fingerprint for baseline in self.untouched},
+            "trials": trials,
+        }
+        write_json(self.results / PLANNED, planned)
+        return plans
+
+    def trial_id(self, group: Group, seed: int, store: Path) -> str:
+        """8 digits of the fingerprint of all that decides a trial's numbers."""
+        made_from = read_json(store / MANIFEST)["fingerprint"]
+        objective = group.objective(self.study.objective)
+        return fingerprint(
+            made_from,
+            self.student_identity,
+            self.study.training,
+            self.study.evaluation,
+            examples_digest(self.examples.official),
+            objective,
+            group.name,
+            seed,
+        )[:8]
+
+    def train_one(self, group: str, seed: int) -> dict[str, Any]:
+        """Train one trial here, without Ray, unless it is finished; returns its result."""
+        self.study.group(group)
+        chosen = [p for p in self.plans() if p.trial.group.name == group and p.trial.seed == seed]
+        if not chosen:
+            raise UserError(f"seed {seed} is not in the study; it has {list(self.study.sweep.seeds)}")
+        known = finished(chosen[0])
+        result = run_trial(chosen[0], progress=partial(self.progress, f"training {group}, seed {seed}, steps"))
+        write_summary(self.results)
+        if not known:
+            self._record("train", {"trial": result["trial"]})
+        self.tracker.log_trial(chosen[0].folder)
+        return result
+
+    def sweep(self) -> dict[str, str]:
+        """Run the trials that are missing, then write the summary; returns the errors of failed trials by name."""
+        plans = self.plans()
+        release_memory()  # the teacher's, where it ran in this process
+        shown = SweepWatch(plans, self.progress)
+
+        def watch(event: str, facts: dict[str, Any]) -> None:
+            if event == "finished":
+                with suppress(UserError):  # the trials go on; at the end it is done again, and then it must succeed
+                    write_summary(self.results)
+                    self.tracker.log_trial(self.results / EXPERIMENT / facts["trial"])
+            shown.tell(event, facts)
+
+        self.tracker.check()
+        write_summary(self.results)
+        shown.show()
+        storage = self.study.sweep.storage or str(self.results / "ray")
+        errors = sweep(plans, self.study.sweep, storage if "://" in storage else str(Path(storage).resolve()), watch)
+        write_summary(self.results)
+        self._record("sweep", {"trials": len(plans), "failed": errors})
+        for plan in plans:
+            if finished(plan):
+                self.tracker.log_trial(plan.folder)
+        return errors
+
+    def report(self) -> Path:
+        """Write `report.html` and its figures from what is in the results folder, of the study as it is now.
+
+        Where models or teacher's data are not at hand, of what was planned last, with a warning.
+        """
+        try:
+            self.plans()
+        except UserError as error:
+            logging.getLogger("stillroom").warning("warning: reported as planned last, since: %s", error)
+        path = write_report(self.results)
+        self.tracker.log_report(path)
+        return path
+
+    @cached_property
+    def tracker(self) -> Tracker:
+        """The experiment tracker."""
+        return Tracker(self.study, self.results)
+
+    def _record(self, stage: str, facts: dict[str, Any]) -> None:
+        record_run(self.results / "run.json", stage, {**self.meter.read(), **facts}, self.study.model_dump(mode="json"))

@@ -1,0 +1,1 @@
+"""A model at a pinned revision: loaded, checked against its own path, run, sized."""

@@ -1,0 +1,93 @@
+"""Devices and dtypes: which a machine multiplies natively, and a model cast to one."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import platform
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from stillroom.config import Precision, Study, Training
+
+DTYPES: dict[Precision, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def native_bfloat16(device: torch.device | None = None) -> bool:
+    """Whether a device has instructions that multiply bfloat16; without, a CPU is many times slower in it."""
+    device = device or default_device()
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    try:
+        described = Path("/proc/cpuinfo").read_text("utf-8", "replace")
+    except OSError:
+        return device.type != "cpu" or platform.machine() == "arm64"  # Apple's processors have them
+    flags = {word for line in described.splitlines() if line.startswith(("flags", "Features")) for word in line.split()}
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16", "svebf16"})
+
+
+def resolve_precision(study: Study) -> Study:
+    """The study with a dtype for each `auto`: bfloat16 where this machine multiplies it natively, else float32."""
+    chosen: Precision = "bfloat16" if native_bfloat16() else "float32"
+
+    def training(given: Training) -> Training:
+        return given.model_copy(update={"precision": chosen}) if given.precision == "auto" else given
+
+    teacher, evaluation = study.teacher, study.evaluation
+    adapt = teacher.adapt.model_copy(update={"training": training(teacher.adapt.training)})
+    dtype = chosen if teacher.dtype == "auto" else teacher.dtype
+    scored = chosen if evaluation.dtype == "auto" else evaluation.dtype
+    return study.model_copy(
+        update={
+            "teacher": teacher.model_copy(update={"dtype": dtype, "adapt": adapt}),
+            "training": training(study.training),
+            "evaluation": evaluation.model_copy(update={"dtype": scored}),
+        }
+    )
+
+
+def default_device() -> torch.device:
+    """The first GPU, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def release_memory() -> None:
+    """Give a GPU's memory back that nothing uses any more: other processes may need it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, or, if it carries LoRA layers, a copy with them merged into its weights."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        return model
+    merged = copy.deepcopy(model)
+    for name, module in list(merged.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            parent, _, leaf = name.rpartition(".")
+            setattr(merged.get_submodule(parent), leaf, module.get_base_layer())
+    return merged
+
+
+def scoring_copy(model: PreTrainedModel, saved: Precision, dtype: Precision) -> PreTrainedModel:
+    """The model as its checkpoint, `saved` in one dtype, is loaded in another; without rounding, the model itself.
+
+    Parameters alone are cast, on the way: buffers such as rotary frequencies lose their meaning in 16 bits.
+    """
+    model = without_adapters(model)
+    if saved == dtype == "float32":
+        return model.eval()
+    cast = {
+        id(p): torch.nn.Parameter(p.detach().to(DTYPES[saved]).to(DTYPES[dtype]), False) for p in model.parameters()
+    }
+    return copy.deepcopy(model, cast).eval()  # deepcopy takes what is copied already from the dictionary

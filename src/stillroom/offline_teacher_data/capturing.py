@@ -1,0 +1,210 @@
+"""The teacher's data: captured once, verified before anything trains on it, archived under a date.
+
+capture → store/part-*.parquet, manifest.json → verify_saved_data → verified.json → archive → store_<UTC date>/
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from stillroom.config import Precision, Signals, fingerprint
+from stillroom.data.corpus import examples_digest
+from stillroom.data.encoding import Encoding, encode_many
+from stillroom.data.tasks import Example
+from stillroom.errors import UserError
+from stillroom.files import exclusive, read_json, write_json
+from stillroom.models.architecture import check_capture
+from stillroom.models.hub import tokenizer_hash
+from stillroom.models.sizes import heads, vocabulary_size, width
+from stillroom.offline_teacher_data.cells import Layout, id_dtype
+from stillroom.offline_teacher_data.shards import Share, hold, plan_shards, token_batches
+from stillroom.offline_teacher_data.store import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    SignalStore,
+    shard_entry,
+    shard_is_whole,
+    shard_name,
+    write_manifest,
+    write_shard,
+)
+from stillroom.offline_teacher_data.verification import (
+    refuse_difference,
+)
+from stillroom.progress import Progress, silent
+from stillroom.provenance import package_versions, utc_now
+from stillroom.signals.teacher_signals import TeacherSignals, compute_signals
+
+
+def made_from(
+    teacher_identity: str, teacher_dtype: Precision, tokenizer: Any, signals: Signals, examples: Sequence[Example]
+) -> dict[str, Any]:
+    """Everything that decides a store's values; its fingerprint is the store's."""
+    return {
+        "teacher": teacher_identity,
+        "teacher_dtype": teacher_dtype,
+        "tokenizer": tokenizer_hash(tokenizer),
+        "corpus": examples_digest(examples),
+        "examples": len(examples),
+        "top_k": signals.top_k,
+        "dtype": signals.dtype,
+        "attention_dtype": signals.attention_dtype,
+        "shard_examples": signals.shard_examples,
+        "batch_tokens": signals.batch_tokens,
+    }
+
+
+def capture(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    signals: Signals,
+    store: Path,
+    origin: dict[str, Any],
+    progress: Progress = silent,
+) -> SignalStore:
+    """Run the teacher over every example and write the store: `capture_share` of all of it."""
+    capture_share(model, tokenizer, examples, signals, store, origin, Share(), progress)
+    return SignalStore.open(store)
+
+
+def capture_share(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    signals: Signals,
+    store: Path,
+    origin: dict[str, Any],
+    share: Share,
+    progress: Progress = silent,
+) -> bool:
+    """Run the teacher over a share of the examples; shards that are whole already are kept.
+
+    The process that makes the last missing shard also writes the manifest. Returns whether the store is finished.
+    `origin` comes from `made_from`. Raises `UserError` if the folder holds another capture, if k exceeds the
+    vocabulary, if the disk is too small, or if the architecture's attention cannot be captured.
+    """
+    layout = _layout(model, signals)
+    encodings = encode_many(tokenizer, [example.text for example in examples])
+    own = fingerprint(origin)
+    shards = plan_shards(encodings, signals.shard_examples)
+
+    def missing() -> list[int]:
+        return [n for n, rows in enumerate(shards) if not _done(store, n, rows, examples, own)]
+
+    with hold(store, share):
+        _claim(store, origin)
+        absent = missing()
+        _require_space(store, sum(len(encodings[i]) for n in absent for i in shards[n]), encodings, layout)
+        mine = share.shards(len(shards))
+        total = sum(len(shards[n]) for n in mine)
+        done = sum(len(shards[n]) for n in mine if n not in absent)
+        if done < total:
+            longest = max(encodings, key=len)
+            probe = torch.from_numpy(longest.ids.astype("int64"))[None].to(model.device)
+            check_capture(model, probe)
+        progress(done, total)
+        for number in (n for n in mine if n in absent):
+            rows = _signals_of(model, examples, encodings, shards[number], signals)
+            counted = _counted(rows, lambda n, base=done: progress(base + n, total))  # type: ignore[misc]
+            write_shard(store / shard_name(number), own, layout, counted)
+            done += len(shards[number])
+    with exclusive(store, "capture", ".merging", wait=-1):
+        if finished := not missing():
+            _finish(store, layout, origin, len(shards), examples, tokenizer, vocabulary_size(model))
+    return finished
+
+
+def _layout(model: PreTrainedModel, signals: Signals) -> Layout:
+    vocabulary = vocabulary_size(model)
+    if signals.top_k > vocabulary:
+        raise UserError(f"signals.top_k: {signals.top_k} exceeds the teacher's vocabulary of {vocabulary}")
+    shape = (signals.top_k, width(model.config), heads(model.config))
+    return Layout(*shape, signals.dtype, id_dtype(vocabulary), signals.attention_dtype)
+
+
+def _claim(store: Path, origin: dict[str, Any]) -> None:
+    """Mark an empty folder as this capture's, or check that it is; a finished store counts as marked."""
+    marker = store / "capture.json"
+    foreign = any(store.glob("*.parquet")) or (store / MANIFEST).exists()  # looked for first: others may be starting
+    if marker.exists():
+        refuse_difference(store, read_json(marker), origin)
+    elif foreign:
+        raise UserError(f"{store} holds files of another capture; choose another folder with paths.store")
+    else:
+        write_json(marker, origin)
+
+
+def _done(store: Path, number: int, rows: list[int], examples: Sequence[Example], own: str) -> bool:
+    return shard_is_whole(store / shard_name(number), own, [examples[i].example_id for i in rows])
+
+
+def _require_space(store: Path, tokens: int, encodings: Sequence[Encoding], layout: Layout) -> None:
+    total = sum(len(e) for e in encodings)
+    planned = sum(sum(layout.payload_bytes(len(e)).values()) for e in encodings)
+    needed = int(1.05 * planned * tokens / total)
+    free = shutil.disk_usage(store).free
+    if needed > free:
+        raise UserError(
+            f"{store}: the teacher's data need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
+            "free some space or choose another disk with OFFLINE_DATA_PATH or --set paths.store=DIR"
+        )
+
+
+def _signals_of(
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    encodings: Sequence[Encoding],
+    rows: Sequence[int],
+    signals: Signals,
+) -> Iterator[tuple[str, str, Encoding, TeacherSignals]]:
+    dtype = {"float16": torch.float16, "float32": torch.float32}[signals.dtype]
+    for batch in token_batches(rows, encodings, signals.batch_tokens):
+        try:
+            results = compute_signals(model, [encodings[i] for i in batch], signals.top_k, dtype)
+        except UserError as error:
+            raise UserError(f"examples {[examples[i].example_id for i in batch]}: {error}") from None
+        for i, result in zip(batch, results, strict=True):
+            yield examples[i].example_id, examples[i].task, encodings[i], result
+
+
+def _counted(rows: Iterator[Any], report: Callable[[int], None]) -> Iterator[Any]:
+    for number, row in enumerate(rows, 1):
+        yield row
+        report(number)
+
+
+def _finish(
+    store: Path,
+    layout: Layout,
+    origin: dict[str, Any],
+    shards: int,
+    examples: Sequence[Example],
+    tokenizer: Any,
+    vocabulary: int,
+) -> None:
+    """Write the manifest, and the tokenizer beside it, unless they are there."""
+    if (store / MANIFEST).exists():
+        return
+    tokenizer.save_pretrained(store / "tokenizer")
+    prompts: dict[str, str] = {}
+    for example in examples:
+        prompts.setdefault(example.task, example.prompt)
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "fingerprint": fingerprint(origin),
+        "made_from": origin,
+        "created": utc_now(),
+        "versions": package_versions(),
+        "layout": layout.__dict__,
+        "vocabulary": vocabulary,
+        "prompts": prompts,
+        "shards": [shard_entry(store / shard_name(n)) for n in range(shards)],
+    }
+    write_manifest(store, manifest)

@@ -1,0 +1,58 @@
+"""Dated, read-only snapshots of a verified store, which trials read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+
+from stillroom.files import atomic_path, file_sha256
+from stillroom.offline_teacher_data.store import (
+    MANIFEST,
+    SignalStore,
+)
+from stillroom.offline_teacher_data.verification import (
+    VERIFIED,
+    require_record,
+    require_verified,
+    seal,
+)
+
+
+def archive(path: Path | str) -> Path:
+    """An immutable copy beside the store, `<store>_<UTC date>`; the one there is, if this store is archived already.
+
+    Hard links where the file system has them. Raises `UserError` unless the store is verified.
+    """
+    path = Path(path).resolve()
+    store = SignalStore.open(path)
+    require_verified(store)
+    digest = file_sha256(path / MANIFEST)
+    for known in snapshots_of(path):
+        if (known / MANIFEST).is_file() and file_sha256(known / MANIFEST) == digest:
+            require_record(known)
+            return seal(known)
+    target = path.with_name(f"{path.name}_{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}")
+    with atomic_path(target) as building:
+        building.mkdir()
+        for name in [*(shard["name"] for shard in store.manifest["shards"]), MANIFEST, VERIFIED]:
+            _link_or_copy(path / name, building / name)
+        shutil.copytree(path / "tokenizer", building / "tokenizer")
+    return seal(target)
+
+
+def snapshots_of(path: Path) -> list[Path]:
+    """What stands beside a store under its name and a date, oldest first."""
+    path = path.resolve()  # no pattern: the name is the user's
+    found = path.parent.iterdir() if path.parent.is_dir() else ()
+    return sorted(p for p in found if p.is_dir() and p.name.startswith(f"{path.name}_"))
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        if source.suffix != ".parquet":
+            raise OSError("small files are copied, so that the store's own stay writable")
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

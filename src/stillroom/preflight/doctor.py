@@ -1,0 +1,323 @@
+"""Checks before hours are spent: each line is fine, or says what to do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stillroom.config import ModelRef, Study
+from stillroom.data.encoding import encode
+from stillroom.data.vocabulary import compare_vocabularies
+from stillroom.errors import UserError
+from stillroom.experiment.resources import trial_resources
+from stillroom.models.builtin_pair import materialise
+from stillroom.models.hub import is_local, load_config, load_tokenizer, require_embedded
+from stillroom.models.precision import DTYPES, default_device, resolve_precision
+from stillroom.preflight.planning import plan_study
+from stillroom.provenance import hardware, package_versions
+
+SAMPLE = 50
+"""Examples a task on which coverage is measured."""
+_EMULATED = 3.0
+"""How many times slower than float32 a dtype is that the device has no instructions for, at least."""
+_KEPT_ON_CPU = 2.0
+"""What a trial's process holds of what the plan estimates: a CPU's allocator keeps part of what is given back."""
+
+Lines = Iterator["Finding"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's report."""
+
+    subject: str
+    fine: bool
+    says: str
+
+
+def examine(study: Study) -> list[Finding]:
+    """Everything that can be known without loading weights; Ray and the tracker are started and stopped."""
+    findings = [_packages(), *_precision(study)]
+    study = resolve_precision(study)
+    findings += [*_models(study), *_tokenizers(study)]
+    try:
+        plan = plan_study(study)
+    except UserError as error:
+        findings.append(Finding("data", False, str(error)))
+    else:
+        findings += [*_data(plan), *_disk(study, plan), *_memory(study, plan)]
+    return [*findings, _tracker(study), _ray(study)]
+
+
+def _packages() -> Finding:
+    versions = package_versions()
+    absent = [name for name, version in versions.items() if version == "absent"]
+    listed = ", ".join(f"{name} {version}" for name, version in versions.items() if version != "absent")
+    return Finding("packages", not absent, f"missing: {', '.join(absent)}; run make install" if absent else listed)
+
+
+def _precision(study: Study) -> Lines:
+    """What `auto` stands for here, and whether a dtype that the study names is emulated by this device."""
+    device = default_device()
+    rates = {dtype: _products(DTYPES[dtype], device) for dtype in ("float32", "bfloat16", "float16")}
+    measured = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
+    chosen = resolve_precision(study).training.precision
+    asked = {"teacher.dtype": study.teacher.dtype, "training.precision": study.training.precision}
+    asked["evaluation.dtype"] = study.evaluation.dtype
+    if study.teacher.adapt.method != "none":
+        asked["teacher.adapt.training.precision"] = study.teacher.adapt.training.precision
+    slow = [f"{field}={d}" for field, d in asked.items() if d != "auto" and rates[d] < rates["float32"] / _EMULATED]
+    says = f"matrix products on this device, GFLOP/s: {measured}"
+    if slow:
+        yield Finding("precision", False, f"{says}; emulated: {', '.join(slow)}; set auto, or float32")
+    else:
+        yield Finding("precision", True, f"{says}; training in {chosen}")
+
+
+def _products(dtype: Any, device: Any) -> float:
+    """Billions of floating-point operations a second in a matrix product: the best of a few short tries."""
+    import torch
+
+    size, best = 384, 0.0
+    left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    for _ in range(4):
+        started = time.perf_counter()
+        product = left @ right
+        float(product[0, 0])  # waits for a GPU
+        best = max(best, 2e-9 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+def _models(study: Study) -> Lines:
+    for role, ref in (("teacher", study.teacher), ("student", study.student)):
+        if ref.model.startswith("builtin:"):
+            yield Finding(role, True, f"{ref.model}, made on first use")
+            continue
+        try:
+            config = load_config(ref)
+        except UserError as error:
+            yield Finding(role, False, str(error))
+            continue
+        where = "local directory" if is_local(ref) else f"hub id, revision {ref.revision or 'not pinned'}"
+        yield Finding(role, True, f"{ref.model}: {config.model_type}, {where}")
+        yield _weights(role, ref)
+        yield _architecture(role, config, role == "teacher" or any("attention" in g.terms for g in study.groups))
+
+
+def _weights(role: str, ref: ModelRef) -> Finding:
+    """Whether the weights are here, or the hub would give them."""
+    subject = f"{role}'s weights"
+    if is_local(ref):
+        here = any(Path(ref.model).glob("*.safetensors"))
+        return Finding(
+            subject, here, "here" if here else f"{ref.model} has no .safetensors file; put the weights there"
+        )
+    from huggingface_hub import auth_check, snapshot_download
+    from huggingface_hub.errors import GatedRepoError
+
+    try:
+        cached = snapshot_download(
+            ref.model, revision=ref.revision, allow_patterns=["*.safetensors"], local_files_only=True
+        )
+        if any(Path(cached).glob("*.safetensors")):
+            return Finding(subject, True, "in the hub's cache")
+        auth_check(ref.model)
+        return Finding(subject, True, "on the hub, and this login may read them; downloaded on first use")
+    except GatedRepoError:
+        return Finding(subject, False, "gated: accept the licence on the hub, then set HF_TOKEN or run `hf auth login`")
+    except Exception as error:  # no network, offline mode, no such model: the hub's library has a class for each
+        says = f"neither in the cache nor to be had from the hub here ({_first_line(error)}); use a local directory"
+        return Finding(subject, False, says)
+
+
+def _architecture(role: str, config: Any, captured: bool) -> Finding:
+    """Runs the check that stands before a capture or a trial, on a miniature of the architecture."""
+    from transformers import AutoModelForCausalLM
+
+    from stillroom.models.architecture import PROBE, check_capture, check_model, miniature
+
+    subject = f"{role}'s architecture"
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        return Finding(subject, False, f"{config.model_type} is no causal language model; choose another model")
+    try:
+        model = miniature(config)
+    except UserError as error:
+        return Finding(subject, True, f"{error}; checked when the stage starts")
+    try:
+        (check_capture if captured else check_model)(model, PROBE)
+    except UserError as error:
+        return Finding(subject, False, f"{error}; choose another model")
+    says = (
+        "its attention is captured as its own code computes it" if captured else "computed as its own code computes it"
+    )
+    return Finding(subject, True, f"{config.model_type}: {says}")
+
+
+def _tokenizers(study: Study) -> Lines:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            teacher, student = (load_tokenizer(materialise(r, Path(folder))) for r in (study.teacher, study.student))
+        except UserError:
+            return  # the models' own lines say why
+        try:
+            for ref, tokenizer in ((study.teacher, teacher), (study.student, student)):
+                if not ref.model.startswith("builtin:"):
+                    require_embedded(ref, tokenizer, [*encode(tokenizer, "a").ids.tolist(), tokenizer.eos_token_id])
+        except UserError as error:
+            yield Finding("tokenizers", False, str(error))
+            return
+        yield _vocabularies(teacher, student)
+        yield _coverage(study, teacher, student)
+
+
+def _vocabularies(teacher: Any, student: Any) -> Finding:
+    figures = compare_vocabularies(teacher, student)
+    if figures["same"]:
+        return Finding("tokenizers", True, "the same vocabulary: alignment is the identity")
+    share = figures["mapped_ids"] / figures["teacher_size"]
+    says = (
+        f"different: {figures['shared_strings']:,} strings in common, {figures['same_ids']:,} ids that mean the same; "
+        f"{share:.0%} of the teacher's ids have a student id of the same bytes"
+    )
+    return Finding("tokenizers", share > 0.2, says if share > 0.2 else f"{says}; choose a pair that shares more")
+
+
+def _coverage(study: Study, teacher: Any, student: Any) -> Finding:
+    from stillroom.data.alignment import align_encodings, coverage
+    from stillroom.data.corpus import build_corpus
+    from stillroom.data.encoding import encode_many
+    from stillroom.training.batches import coverage_by_task
+
+    sampled = {n: d.model_copy(update={"examples": min(d.examples, SAMPLE)}) for n, d in study.corpus.tasks.items()}
+    try:
+        examples = build_corpus(study.corpus.model_copy(update={"tasks": sampled}), [teacher, student])
+    except UserError as error:
+        return Finding("coverage", False, str(error))
+    texts = [example.text for example in examples.all]
+    pairs = zip(encode_many(teacher, texts), encode_many(student, texts, add_eos=True), strict=True)
+    counted = (
+        (example.task, coverage(*pair, align_encodings(*pair), len(example.prompt)))
+        for example, pair in zip(examples.all, pairs, strict=True)
+    )
+    shares = {task: own["token_coverage"] for task, own in coverage_by_task(counted).items()}
+    low = min(shares.values()) < study.signals.minimum_coverage
+    says = ", ".join(f"{task} {share:.0%}" for task, share in shares.items())
+    says += f" of the student's tokens have an aligned teacher token ({SAMPLE} examples a task at most)"
+    remedy = f"; signals.minimum_coverage is {study.signals.minimum_coverage:.0%}: choose another pair or lower it"
+    return Finding("coverage", not low, says + (remedy if low else ""))
+
+
+def _data(plan: dict[str, Any]) -> Lines:
+    assumed = [a for a in plan["assumptions"] if a.startswith("tokens per example")]
+    yield Finding("data", not assumed, assumed[0] if assumed else f"{plan['corpus']['examples']:,} examples")
+
+
+def _disk(study: Study, plan: dict[str, Any]) -> Lines:
+    """What each folder is to hold, against the room on its device, which they may share."""
+    disk, found = plan["disk_bytes"], []
+    students = disk["checkpoints"] + _at_once(study) * disk["more_while_a_trial_runs"]
+    for path, needed in ((study.paths.store_path, plan["store_bytes"]["total"]), (study.paths.results, students)):
+        place = next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
+        found.append((place, place.stat().st_dev, needed))
+    for subject, (place, device, needed) in zip(("teacher data", "students"), found, strict=True):
+        free = shutil.disk_usage(place).free
+        in_all = sum(other for _, its_device, other in found if its_device == device)
+        says = f"{_size(needed)} needed, {_size(in_all)} on that disk in all, {_size(free)} free at {place}"
+        fine = free > in_all and os.access(place, os.W_OK)
+        yield Finding(f"disk for {subject}", fine, says if fine else f"{says}; free some, or set other paths")
+
+
+def _at_once(study: Study) -> int:
+    """Trials that run at once, were this machine alone to run them."""
+    import torch
+
+    node = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+    try:
+        return min(trial_resources(study.sweep, [node])[1], len(study.groups) * len(study.sweep.seeds))
+    except UserError:
+        return 1  # Ray's own line says why
+
+
+def _memory(study: Study, plan: dict[str, Any]) -> Lines:
+    """The accelerator, and whether the teacher and a trial fit it by the plan's estimate."""
+    import torch
+
+    needs = dict(plan["memory_bytes"])
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    if gpus:
+        names = ", ".join(sorted({gpu.name for gpu in gpus}))
+        yield Finding("accelerator", True, f"{len(gpus)} × {names}")
+        share = min(1.0, study.sweep.gpus_per_trial or 1.0)
+        room = {"capture": sum(gpu.total_memory for gpu in gpus), "trial": share * min(g.total_memory for g in gpus)}
+    else:
+        hours = sum(plan["hours"].values())
+        says = "no GPU: everything runs on the CPU"
+        says += f"; this study is about {hours:.1f} hours of a GPU, too much for it" if hours > 1 else ""
+        yield Finding("accelerator", hours <= 1, says)
+        memory = hardware()["memory_bytes"] or 0
+        room = {"capture": memory, "trial": memory / _at_once(study)}
+        needs["trial"] = int(_KEPT_ON_CPU * needs["trial"])
+    where = "of GPU memory" if gpus else "of memory"
+    remedies = {
+        "capture": "set a smaller signals.batch_tokens or teacher.dtype=float16",
+        "trial": "set training.micro_batch_size, or run fewer at once with sweep.max_concurrent",
+    }
+    for stage, needed in needs.items():
+        says = f"about {_size(needed)} needed, {_size(room[stage])} {where}"
+        fine = needed < room[stage]
+        yield Finding(f"memory for a {stage}", fine, says if fine else f"{says}; {remedies[stage]}")
+
+
+def _tracker(study: Study) -> Finding:
+    from stillroom.experiment.tracker import Tracker
+
+    server = os.environ.get("MLFLOW_TRACKING_URI")
+    with tempfile.TemporaryDirectory() as folder:
+        # a server gets the study's own run, which it will have anyway; a file of ours is tried elsewhere
+        fine, says = _tried(Tracker(study, study.paths.results if server else Path(folder)).check)
+    where = f"the server {server}" if server else "a file in the results folder"
+    return Finding(
+        "tracker", fine, f"MLflow in {where}" if fine else f"{where}: {says}; set or unset MLFLOW_TRACKING_URI"
+    )
+
+
+def _ray(study: Study) -> Finding:
+    from stillroom.experiment.ray_sweep import describe_cluster
+
+    found: dict[str, float] = {}
+    fine, says = _tried(lambda: found.update(describe_cluster(study.sweep)))
+    listed = ", ".join(f"{name} {value:g}" for name, value in found.items())
+    return Finding("ray", fine, listed if fine else f"{says}; `stillroom train` runs one trial at a time without Ray")
+
+
+def _tried(action: Callable[[], Any]) -> tuple[bool, str]:
+    """Whether it could be done; if not, the first line of the reason."""
+    try:
+        action()
+    except Exception as error:  # whatever a service's library raises, the user is to read it as a line
+        return False, _first_line(error)
+    return True, ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _size(value: float) -> str:
+    return f"{value / 1e9:.1f} GB" if value >= 1e8 else f"{value / 1e6:.1f} MB"
+
+
+def print_findings(findings: list[Finding]) -> None:
+    """Print a line each."""
+    from rich.console import Console
+
+    console = Console()
+    for finding in findings:
+        line = f"{'ok  ' if finding.fine else 'todo'} {finding.subject}: {finding.says}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

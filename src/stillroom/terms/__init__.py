@@ -1,0 +1,1 @@
+"""What the student is asked for: the loss terms."""

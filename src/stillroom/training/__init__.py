@@ -1,0 +1,1 @@
+"""One trial: a student, its batches, its steps, its checkpoints."""

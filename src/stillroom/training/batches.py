@@ -1,0 +1,142 @@
+"""Examples as the student reads them, their order, and making batches ahead of the training step."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from jaxtyping import Int32
+from numpy import ndarray
+
+from stillroom.config import Objective
+from stillroom.data.alignment import Alignment, align_encodings, coverage
+from stillroom.data.encoding import Encoding, encode_many, in_answer, supervised_predictions
+from stillroom.data.tasks import Example
+from stillroom.errors import UserError
+from stillroom.offline_teacher_data.store import SignalStore
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An example as the student reads it, and how it lines up with the teacher's reading."""
+
+    example: Example
+    encoding: Encoding
+    positions: Int32[ndarray, "N"]
+    """Those whose next token is supervised."""
+    targets: Int32[ndarray, "N"]
+    """Ids of those next tokens."""
+    alignment: Alignment | None = None
+    kd_pairs: Int32[ndarray, "M 2"] | None = None
+    """(teacher, student) positions whose next-token distributions are compared."""
+
+
+def prepare(
+    examples: Sequence[Example], tokenizer: Any, store: SignalStore | None, objective: Objective
+) -> list[Prepared]:
+    """Tokenise for the student and align with the store; without a store, for the task loss alone."""
+    encodings = encode_many(tokenizer, [example.text for example in examples], add_eos=True)
+    return [_prepare(*row, store, objective) for row in zip(examples, encodings, strict=True)]
+
+
+def _prepare(example: Example, encoding: Encoding, store: SignalStore | None, objective: Objective) -> Prepared:
+    positions, targets = supervised_predictions(encoding, len(example.prompt))
+    if store is None:
+        return Prepared(example, encoding, positions, targets)
+    alignment = align_encodings(store.read(example.example_id, ()).encoding, encoding)
+    if not len(alignment.pairs):
+        raise UserError(
+            f"example {example.example_id} ({example.task}): no teacher token ends where a student token does; "
+            "leave the row out"
+        )
+    compared = in_answer(encoding, len(example.prompt) if objective.kd_positions == "answer" else 0)
+    following = alignment.pairs[:, 1] + 1
+    inside = following < len(encoding)
+    inside[inside] = compared[following[inside]]
+    return Prepared(example, encoding, positions, targets, alignment, alignment.pairs[inside])
+
+
+def measure_coverage(prepared: Iterable[Prepared], store: SignalStore) -> dict[str, dict[str, float]]:
+    """`coverage_by_task` of prepared examples."""
+    return coverage_by_task(_counted(prepared, store))
+
+
+def _counted(prepared: Iterable[Prepared], store: SignalStore) -> Iterator[tuple[str, dict[str, int]]]:
+    for item in prepared:
+        assert item.alignment is not None
+        teacher = store.read(item.example.example_id, ()).encoding
+        yield item.example.task, coverage(teacher, item.encoding, item.alignment, len(item.example.prompt))
+
+
+def coverage_by_task(counted: Iterable[tuple[str, dict[str, int]]]) -> dict[str, dict[str, float]]:
+    """Per task: sums of counts from `alignment.coverage`, and the shares of tokens and predictions that are aligned."""
+    totals: dict[str, dict[str, float]] = {}
+    for task, counts in counted:
+        own = totals.setdefault(task, dict.fromkeys(counts, 0))
+        for key, value in counts.items():
+            own[key] += value
+    for own in totals.values():
+        own["token_coverage"] = own["aligned"] / own["tokens"]
+        own["prediction_coverage"] = own["aligned_predictions"] / max(own["predictions"], 1)
+    return totals
+
+
+def require_coverage(measured: dict[str, dict[str, float]], minimum: float) -> None:
+    """Raise `UserError` with the figures if a task's token coverage is under the declared floor."""
+    low = {task: own for task, own in measured.items() if own["token_coverage"] < minimum}
+    if low:
+        figures = "; ".join(
+            f"{task}: {own['token_coverage']:.1%} of student tokens, {own['prediction_coverage']:.1%} of predictions"
+            for task, own in measured.items()
+        )
+        raise UserError(
+            f"the two tokenizers share too few token ends (signals.minimum_coverage={minimum:.0%}): {figures}; "
+            "choose another pair, or lower the floor if that is what you want to study"
+        )
+
+
+def epoch_order(lengths: Sequence[int], batch_size: int, bucket_batches: int, seed: int, epoch: int) -> list[list[int]]:
+    """The batches of one epoch, as indices: a function of seed and epoch alone, the same for every group.
+
+    A seeded shuffle is cut into pools of `bucket_batches` batches; each pool is sorted by length and cut into
+    batches, so that little is padded; then all batches are shuffled.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    shuffled = rng.permutation(len(lengths))
+    size = batch_size * bucket_batches
+    batches = []
+    for first in range(0, len(shuffled), size):
+        pool = sorted(shuffled[first : first + size], key=lambda i: lengths[i])
+        batches += [[int(i) for i in pool[n : n + batch_size]] for n in range(0, len(pool), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+class Prefetched(Generic[T]):
+    """Iterates over `make(item)` for each item, in order, made ahead by threads; `waited` is seconds spent waiting."""
+
+    def __init__(self, items: Iterable[Any], make: Callable[[Any], T], workers: int = 1, depth: int = 4) -> None:
+        """`depth` results at most are held or being made; what `make` raises is raised where its result is due."""
+        self.waited = 0.0
+        self._items, self._make, self._workers, self._depth = items, make, workers, depth
+
+    def __iter__(self) -> Iterator[T]:
+        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="batches")
+        upcoming = (pool.submit(self._make, item) for item in self._items)
+        ahead = deque(islice(upcoming, self._depth))
+        try:
+            while ahead:
+                started = time.perf_counter()
+                result = ahead.popleft().result()
+                self.waited += time.perf_counter() - started
+                ahead.extend(islice(upcoming, 1))
+                yield result
+        finally:
+            pool.shutdown(cancel_futures=True)

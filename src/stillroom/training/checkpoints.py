@@ -1,0 +1,153 @@
+"""What a trial has done so far, on disk after each epoch, so that it goes on from there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stillroom.config import Retention, Training, fingerprint
+from stillroom.errors import UserError
+from stillroom.files import atomic_path, file_sha256, read_json, remove_tree, write_json
+from stillroom.models.precision import DTYPES
+from stillroom.training.collation import Batch
+from stillroom.training.distillation_student import PROJECTOR, DistillationStudent, save_student
+
+STATE = "trainer_state.pt"
+DIGESTS = "digests.json"
+"""SHA-256 of every file of a checkpoint, by name: what is read back is checked against it."""
+
+
+@dataclass
+class TrainingState:
+    """What a trial has done so far."""
+
+    epoch: int = 0
+    skipped: int = 0
+    consecutive: int = 0
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    gradients: list[dict[str, Any]] = field(default_factory=list)
+
+    def count_step(self, finite: bool, micro: Sequence[Batch], limit: int) -> None:
+        """Count skipped steps; stop the trial, naming the examples, when too many follow each other."""
+        self.consecutive = 0 if finite else self.consecutive + 1
+        self.skipped += not finite
+        if self.consecutive > limit:
+            ids = [example for batch in micro for example in batch.examples]
+            raise UserError(f"{self.consecutive} steps in a row had non-finite gradients; the last on examples {ids}")
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints of a trial, oldest first."""
+    found = [p for p in folder.glob("checkpoint_*") if p.is_dir() and p.name.split("_")[1].isdigit()]
+    return sorted(found, key=lambda p: int(p.name.split("_")[1]))
+
+
+def drop_unusable(folder: Path, last: Path | None) -> None:
+    """Drop what an earlier training left that this one, which resumes from `last` or starts, would take for newer."""
+    whole = checkpoints(folder)
+    for old in whole[whole.index(last) + 1 :] if last else whole:
+        remove_tree(old)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that a trial can go on from."""
+    whole = [p for p in checkpoints(folder) if (p / STATE).is_file()]
+    return whole[-1] if whole else None
+
+
+def save_checkpoint(
+    student: DistillationStudent,
+    tokenizer: Any,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    state: TrainingState,
+    folder: Path,
+    training: Training,
+    final: bool,
+) -> None:
+    """Write `checkpoint_<epoch>`, in one step.
+
+    The weights lie there in the training precision; `trainer_state.pt` holds them in float32 until the trial is
+    finished, with the optimizer while there is an epoch to come.
+    """
+    target = folder / f"checkpoint_{state.epoch}"
+    with atomic_path(target) as building:
+        building.mkdir()
+        save_student(student, tokenizer, building, DTYPES[training.precision])
+        digests = _digests(building)
+        weights = sorted(item for item in digests.items() if item[0].endswith(".safetensors") and item[0] != PROJECTOR)
+        state.epochs[-1]["weights"] = fingerprint(weights)
+        whole = {"student": student.state_dict(), "state": {**vars(state)}}
+        if not final:
+            whole |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        with (building / STATE).open("wb") as handle:  # a full disk is an OSError only through a handle of ours
+            torch.save(whole, handle)
+        write_json(building / DIGESTS, {**digests, STATE: file_sha256(building / STATE)})
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    return {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
+
+
+def require_whole(checkpoint: Path) -> None:
+    """Raise `UserError` unless every file of a checkpoint has the bytes that were written.
+
+    What resuming alone needs may be gone: a finished trial has dropped it.
+    """
+    digests = read_json(checkpoint / DIGESTS)
+    for name, digest in digests.items() if isinstance(digests, dict) else ():
+        path = checkpoint / name
+        if name == STATE and not path.exists():
+            continue
+        if not path.is_file():
+            raise UserError(f"{path} is missing; {_REMEDY.format(checkpoint)}")
+        if file_sha256(path) != digest:
+            raise UserError(
+                f"{path} is damaged: its bytes are not those that were written; {_REMEDY.format(checkpoint)}"
+            )
+
+
+_REMEDY = "delete {} and run the same command: the trial resumes from the checkpoint before it, or from the start"
+
+
+def drop_superseded(folder: Path, keep: Retention, epochs: Sequence[dict[str, Any]], finished: bool) -> None:
+    """Drop the checkpoints that `keep` does not ask for, and every `trainer_state.pt` that nothing goes on from.
+
+    A trial goes on from its newest checkpoint until it is finished: until its result is on disk.
+    """
+    *older, newest = checkpoints(folder)
+    best = folder / f"checkpoint_{best_epoch(epochs)}"
+    for old in older:
+        if keep == "all" or (keep == "best" and old == best):
+            (old / STATE).unlink(missing_ok=True)
+        else:
+            remove_tree(old)
+    if finished:
+        (newest / STATE).unlink(missing_ok=True)
+        if keep == "best" and newest != best:
+            remove_tree(newest)
+
+
+def best_epoch(epochs: Sequence[dict[str, Any]]) -> int:
+    """The epoch of highest `validation_accuracy`; the earliest of several."""
+    return int(max(epochs, key=lambda metrics: (metrics["validation_accuracy"], -metrics["epoch"]))["epoch"])
+
+
+def restore_checkpoint(
+    checkpoint: Path,
+    student: DistillationStudent,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> TrainingState:
+    """Load weights, optimizer and scaler in place; returns what the trial had done."""
+    require_whole(checkpoint)
+    saved = torch.load(checkpoint / STATE, map_location=student.model.device, weights_only=True)
+    student.load_state_dict(saved["student"])
+    if "optimizer" in saved:
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+    return TrainingState(**saved["state"])

@@ -1,0 +1,168 @@
+"""One optimizer step: the losses of its micro-batches, their gradient, and each term's share of it."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stillroom.config import Objective, Term, Training
+from stillroom.models.output_head import logit_softcap, scaled_for_head
+from stillroom.models.precision import DTYPES
+from stillroom.terms.losses import HeadTargets, aligned_attention, attention_loss, head_losses, hidden_loss
+from stillroom.training.collation import Batch
+from stillroom.training.distillation_student import DistillationStudent, StudentOutputs
+
+
+class StepRunner:
+    """Losses of micro-batches, the gradient of a whole step, and each term's share of it."""
+
+    def __init__(
+        self,
+        student: DistillationStudent,
+        objective: Objective,
+        training: Training,
+        device: torch.device,
+        scaler: torch.amp.GradScaler,
+        hidden_scale: float,
+    ) -> None:
+        """`hidden_scale` divides the hidden loss (1, or the teacher's mean square)."""
+        self.student, self.objective, self.training = student, objective, training
+        self.device, self.scaler, self.hidden_scale = device, scaler, hidden_scale
+
+    def autocast(self) -> Any:
+        """The study's precision for the forward pass; float32 needs none."""
+        if self.training.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, DTYPES[self.training.precision])
+
+    def losses(
+        self, batch: Batch, weights: Mapping[Term, float], counts: dict[str, int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted loss of one micro-batch, each term divided by the whole step's count, and the terms' sums."""
+        with self.autocast():
+            output = self.student(batch.ids, batch.mask, weights.get("attention", 0.0) > 0)
+            flat = output.hidden.flatten(0, 1)
+            head = self.student.model.get_output_embeddings()
+            targets = HeadTargets(
+                batch.targets,
+                batch.outcomes if weights.get("kd", 0.0) > 0 else None,
+                weights["task"] / counts["task"],
+                weights.get("kd", 0.0) / max(counts.get("kd", 0), 1),
+                self.objective.temperature,
+                logit_softcap(self.student.model.config),
+            )
+            rows = scaled_for_head(self.student.model, flat[batch.head_rows])
+            total, task, kd = head_losses(rows, head.weight, getattr(head, "bias", None), targets)
+        sums: dict[str, Tensor] = {"task": task, "kd": kd}
+        for name, value in self._alignment_sums(batch, output, flat, weights).items():
+            sums[name] = value.detach()
+            total = total + weights[name] / max(counts[name], 1) * value
+        return total, sums
+
+    def _alignment_sums(
+        self, batch: Batch, output: StudentOutputs, flat: Tensor, weights: Mapping[Term, float]
+    ) -> dict[Term, Tensor]:
+        sums: dict[Term, Tensor] = {}
+        if weights.get("hidden", 0.0) > 0 and batch.hidden_rows is not None and batch.teacher_hidden is not None:
+            projected = self.student.project(flat[batch.hidden_rows])
+            sums["hidden"] = hidden_loss(projected, batch.teacher_hidden) / self.hidden_scale
+        if weights.get("attention", 0.0) > 0 and output.attention is not None and batch.teacher_attention is not None:
+            assert batch.segment_rows is not None
+            assert batch.segment_of is not None
+            assert batch.segments is not None
+            attention = output.attention
+            if batch.teacher_attention.shape[1] != attention.shape[1]:
+                attention = attention.mean(1, keepdim=True)
+            aligned = aligned_attention(attention.float(), batch.segment_rows, batch.segment_of)
+            sums["attention"] = attention_loss(aligned, batch.teacher_attention, batch.segments)
+        return sums
+
+    def update(
+        self, micro: Sequence[Batch], optimizer: torch.optim.Optimizer
+    ) -> tuple[dict[str, Tensor], dict[str, int], bool]:
+        """One optimizer step, skipped if a gradient is not finite: the terms' sums, counts, and whether it stepped."""
+        optimizer.zero_grad(set_to_none=True)
+        sums, counts = self._backward(micro, self.objective.weights, self.scaler.scale)
+        self.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.training.max_gradient_norm)
+        finite = bool(torch.isfinite(norm))
+        if finite or self.scaler.is_enabled():
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        return sums, counts, finite
+
+    def measure(self, micro: Sequence[Batch]) -> dict[str, Any]:
+        """Norm over the student's weights of each active term's gradient, weight included, and its share.
+
+        Norms are of the step's gradient before clipping; shares divide by the sum of the norms.
+        """
+        norms = {}
+        for term, weight in self.objective.weights.items():
+            if weight > 0:
+                alone = {**dict.fromkeys(self.objective.weights, 0.0), term: weight}
+                scale = self.scaler.get_scale()  # 1 unless in float16, where unscaled gradients vanish
+                while not math.isfinite(norm := self._norm(micro, alone, scale)) and scale > 1:
+                    scale /= 16
+                norms[term] = norm
+        self.student.zero_grad(set_to_none=True)
+        whole = sum(norms.values())
+        return {
+            "norms": norms,
+            "shares": {term: norm / whole if whole else 0.0 for term, norm in norms.items()},
+        }
+
+    def _norm(self, micro: Sequence[Batch], weights: Mapping[Term, float], scale: float) -> float:
+        """Norm of the gradient, taken of `scale` times the loss."""
+        self.student.zero_grad(set_to_none=True)
+        self._backward(micro, weights, lambda loss: scale * loss)
+        gradients = [p.grad for p in self.student.model.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients)) / scale if gradients else 0.0
+
+    def _backward(
+        self, micro: Sequence[Batch], weights: Mapping[Term, float], scale: Callable[[Tensor], Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, int]]:
+        counts: dict[str, int] = defaultdict(int)
+        for batch in micro:
+            for name, count in batch.counts.items():
+                counts[name] += count
+        sums: dict[str, Tensor] = {}
+        for batch in micro:
+            total, own = self.losses(batch.to(self.device), weights, counts)
+            scale(total).backward()
+            for name, value in own.items():
+                sums[name] = sums[name] + value if name in sums else value
+        return sums, counts
+
+
+def accumulate(totals: dict[str, Any], sums: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
+    """Add one step's sums and counts to `totals`, a `defaultdict(float)` of `<term>_sum` and `<term>_count`."""
+    for name, value in sums.items():
+        if name in counts:
+            totals[f"{name}_sum"] = totals[f"{name}_sum"] + value
+            totals[f"{name}_count"] += counts[name]
+
+
+def losses_of(totals: dict[str, Any], objective: Objective) -> dict[str, float]:
+    """Means of the active terms and their weighted total, from sums and counts over many batches."""
+    means = {
+        f"{name}_loss": float(totals[f"{name}_sum"]) / totals[f"{name}_count"]
+        for name, weight in objective.weights.items()
+        if weight > 0 and totals.get(f"{name}_count")
+    }
+    total = sum(objective.weights[name.removesuffix("_loss")] * value for name, value in means.items())  # type: ignore[index]
+    return {"loss": total, **means}
+
+
+def mean_shares(gradients: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Each term's share of the gradient, averaged over the measurements."""
+    shares: dict[str, list[float]] = defaultdict(list)
+    for row in gradients:
+        for term, share in row["shares"].items():
+            shares[term].append(share)
+    return {term: sum(values) / len(values) for term, values in shares.items()}

@@ -1,0 +1,312 @@
+"""One trial: a student trained with its group's loss, evaluated and saved after each epoch.
+
+`train` reads top to bottom; nothing here knows of Ray. A trial is a function of its arguments: the same seed
+gives every group the same weights, batches and dropout, and a trial run again gives the same numbers on a CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stillroom.config import RESULT, Evaluation, Group, ModelRef, Objective, Retention, Training
+from stillroom.data.corpus import Examples
+from stillroom.data.tasks import Example
+from stillroom.errors import UserError
+from stillroom.evaluation.metrics import accuracy_metrics, save_predictions
+from stillroom.evaluation.scoring import evaluate
+from stillroom.files import remove_leftovers, write_json
+from stillroom.models.architecture import check_capture, check_model
+from stillroom.models.hub import load_model, load_tokenizer, tokenizer_hash
+from stillroom.models.precision import default_device, scoring_copy
+from stillroom.models.sizes import heads, vocabulary_size, width
+from stillroom.offline_teacher_data.store import SignalStore
+from stillroom.offline_teacher_data.verification import require_verified
+from stillroom.progress import Progress, silent
+from stillroom.training.batches import Prefetched, Prepared, epoch_order, measure_coverage, prepare, require_coverage
+from stillroom.training.checkpoints import (
+    TrainingState,
+    drop_superseded,
+    drop_unusable,
+    last_checkpoint,
+    restore_checkpoint,
+    save_checkpoint,
+)
+from stillroom.training.collation import Batch, Collator, teacher_to_student_ids
+from stillroom.training.distillation_student import DistillationStudent
+from stillroom.training.step import StepRunner, accumulate, losses_of, mean_shares
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One cell of groups × seeds; `trial_id` names what it was made from."""
+
+    trial_id: str
+    group: Group
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Folder name."""
+        return f"trial_{self.trial_id}_{self.group.name}_seed_{self.seed}"
+
+
+def train(
+    trial: Trial,
+    student_ref: ModelRef,
+    training: Training,
+    objective: Objective,
+    evaluation: Evaluation,
+    examples: Examples,
+    store_path: Path | None,
+    folder: Path,
+    *,
+    minimum_coverage: float = 0.0,
+    keep_checkpoints: Retention = "last",
+    adapter: Callable[[Any], Any] | None = None,
+    official: Sequence[Example] = (),
+    report: Report = lambda metrics: None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Train one student and return its result, which is also `folder/result.json`.
+
+    `objective` is the study's; the group's own settings are applied to it. Without a store only the task loss can
+    be on. `official` examples are evaluated once, after the last epoch. Goes on from the last whole checkpoint in
+    `folder`, which no other process may write.
+    """
+    own = trial.group.objective(objective)
+    _set_determinism(training.deterministic)
+    device = default_device()
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
+    tokenizer = load_tokenizer(student_ref)
+    store = _open(store_path)
+    last = last_checkpoint(folder)
+    drop_unusable(folder, last)
+    student = _build(student_ref, store, trial.seed, device, adapter)
+    parts = {
+        n: prepare(part, tokenizer, store, own)
+        for n, part in (("train", examples.train), ("validation", examples.validation))
+    }
+    student_heads = heads(student.model.config) if own.weights["attention"] > 0 else 0
+    collate = Collator(store, own, _vocabulary_map(store, tokenizer, student), student_heads)
+    coverage = measure_coverage([*parts["train"], *parts["validation"]], store) if store else {}
+    require_coverage(coverage, minimum_coverage)
+    _check_architecture(student, parts["train"], own)
+    optimizer = torch.optim.AdamW(
+        [p for p in student.parameters() if p.requires_grad],
+        lr=training.learning_rate,
+        weight_decay=training.weight_decay,
+        fused=True,
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=training.precision == "float16")
+    state = restore_checkpoint(last, student, optimizer, scaler) if last else TrainingState()
+    lengths = [len(item.encoding) for item in parts["train"]]
+    steps = math.ceil(len(lengths) / training.batch_size)
+    hidden_scale = store.hidden_mean_square if store and own.hidden_scale == "teacher_rms" else 1.0
+    step_of = StepRunner(student, own, training, device, scaler, hidden_scale)
+    workers = 1 if device.type == "cpu" else max(1, torch.get_num_threads() - 1)  # a CPU's step takes every core
+
+    for epoch in range(state.epoch, training.epochs):
+        started, tokens = time.perf_counter(), 0
+        totals: dict[str, Any] = defaultdict(float)
+        order = epoch_order(lengths, training.batch_size, training.bucket_batches, trial.seed, epoch)
+        batches = Prefetched(order, lambda chosen: _micro_batches(parts["train"], chosen, training, collate), workers)
+        student.train()
+        for number, micro in enumerate(batches):
+            step = epoch * steps + number
+            seed_step(trial.seed, step)
+            if training.gradient_interval and step % training.gradient_interval == 0:
+                state.gradients.append({"step": step, **step_of.measure(micro)})
+            seed_step(trial.seed, step)
+            _set_rate(optimizer, training, step)
+            sums, counts, finite = step_of.update(micro, optimizer)
+            state.count_step(finite, micro, training.max_skipped_steps)
+            accumulate(totals, sums, counts)
+            tokens += sum(batch.tokens for batch in micro)
+            progress(step + 1, steps * training.epochs)
+        _require_every_term(own, totals)
+        trained = time.perf_counter()
+        metrics = {f"train_{name}": value for name, value in losses_of(totals, own).items()}
+        validation, predictions = _validate(
+            student, tokenizer, parts["validation"], examples, step_of, collate, training, evaluation
+        )
+        metrics |= validation
+        metrics |= {
+            "epoch": epoch + 1,
+            "step": (epoch + 1) * steps,
+            "tokens": tokens,
+            "skipped_steps": state.skipped,
+            "train_seconds": trained - started,
+            "data_wait_seconds": batches.waited,
+            "evaluation_seconds": time.perf_counter() - trained,
+        }
+        state.epoch, state.epochs = epoch + 1, [*state.epochs, metrics]
+        save_predictions(predictions, folder / f"predictions_{epoch + 1}.parquet")
+        save_checkpoint(student, tokenizer, optimizer, scaler, state, folder, training, epoch + 1 == training.epochs)
+        drop_superseded(folder, keep_checkpoints, state.epochs, finished=False)
+        report(metrics)
+
+    official_metrics = _evaluate_official(student, tokenizer, official, training, evaluation, folder)
+    result = _finish(trial, own, state, coverage, folder, student, official_metrics)
+    drop_superseded(folder, keep_checkpoints, state.epochs, finished=True)
+    return result
+
+
+def _set_determinism(on: bool) -> None:
+    """Refuse operations that may differ from run to run; cuBLAS needs a workspace of fixed size for it."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(on)
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Dropout is a function of seed and step, so it is the same in every group and after a restart."""
+    torch.manual_seed((seed << 32) + step)
+
+
+def _open(store_path: Path | None) -> SignalStore | None:
+    if store_path is None:
+        return None
+    store = SignalStore.open(store_path)
+    require_verified(store)
+    return store
+
+
+def _build(
+    ref: ModelRef,
+    store: SignalStore | None,
+    seed: int,
+    device: torch.device,
+    adapter: Callable[[Any], Any] | None,
+) -> DistillationStudent:
+    model = load_model(ref, "float32", device)
+    teacher_width = store.layout.width if store else width(model.config)
+    if adapter is not None:
+        torch.manual_seed(seed)  # of the adapter's first weights
+        model = adapter(model)
+    return DistillationStudent(model, teacher_width, seed)
+
+
+def _vocabulary_map(store: SignalStore | None, tokenizer: Any, student: DistillationStudent) -> Any:
+    if store is None:
+        return None
+    teacher_tokenizer = load_tokenizer(ModelRef(model=str(store.path / "tokenizer")))
+    if tokenizer_hash(teacher_tokenizer) != store.manifest["made_from"]["tokenizer"]:
+        raise UserError(f"{store.path / 'tokenizer'} is not the tokenizer the store was made with")
+    teacher_size = store.manifest["vocabulary"]
+    return teacher_to_student_ids(teacher_tokenizer, tokenizer, teacher_size, vocabulary_size(student.model))
+
+
+def _check_architecture(student: DistillationStudent, items: Sequence[Prepared], objective: Objective) -> None:
+    check = check_capture if objective.weights["attention"] > 0 else check_model
+    ids = torch.from_numpy(items[0].encoding.ids.astype("int64"))[None].to(student.model.device)
+    student.eval()
+    check(student.model, ids)
+
+
+def _micro_batches(
+    items: Sequence[Prepared], chosen: Sequence[int], training: Training, collate: Collator
+) -> list[Batch]:
+    size = training.micro_batch_size or training.batch_size
+    batches = [collate([items[i] for i in chosen[n : n + size]]) for n in range(0, len(chosen), size)]
+    return [batch.pinned() for batch in batches] if torch.cuda.is_available() else batches
+
+
+def _require_every_term(objective: Objective, totals: Mapping[str, Any]) -> None:
+    """Raise `UserError` if a term that is on has compared nothing in a whole epoch: its group would be another's."""
+    idle = [term for term, weight in objective.weights.items() if weight > 0 and not totals[f"{term}_count"]]
+    if idle:
+        raise UserError(
+            f"the term {idle[0]} is on, but in a whole epoch no example had anything to compare for it; "
+            "see how one is aligned with `stillroom inspect`, choose another pair, or take the term out of the group"
+        )
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, training: Training, step: int) -> None:
+    warm = min(1.0, (step + 1) / training.warmup_steps) if training.warmup_steps else 1.0
+    for group in optimizer.param_groups:
+        group["lr"] = training.learning_rate * warm
+
+
+@torch.no_grad()
+def _validate(
+    student: DistillationStudent,
+    tokenizer: Any,
+    items: Sequence[Prepared],
+    examples: Examples,
+    step_of: StepRunner,
+    collate: Collator,
+    training: Training,
+    evaluation: Evaluation,
+) -> tuple[dict[str, Any], Any]:
+    student.eval()
+    totals: dict[str, Any] = defaultdict(float)
+    size = training.micro_batch_size or training.batch_size
+    order = sorted(range(len(items)), key=lambda i: len(items[i].encoding))
+    for first in range(0, len(order), size):
+        batch = collate([items[i] for i in order[first : first + size]])
+        _, sums = step_of.losses(batch.to(step_of.device), step_of.objective.weights, batch.counts)
+        accumulate(totals, sums, batch.counts)
+    metrics = {f"validation_{name}": value for name, value in losses_of(totals, step_of.objective).items()}
+    scored = scoring_copy(student.model, training.precision, evaluation.dtype)
+    predictions = evaluate(scored, tokenizer, examples.validation, evaluation)
+    return metrics | accuracy_metrics(predictions), predictions
+
+
+def _evaluate_official(
+    student: DistillationStudent,
+    tokenizer: Any,
+    official: Sequence[Example],
+    training: Training,
+    evaluation: Evaluation,
+    folder: Path,
+) -> dict[str, float]:
+    if not official:
+        return {}
+    started = time.perf_counter()
+    student.eval()
+    predictions = evaluate(
+        scoring_copy(student.model, training.precision, evaluation.dtype), tokenizer, official, evaluation
+    )
+    save_predictions(predictions, folder / "predictions_official.parquet")
+    return {**accuracy_metrics(predictions, "official_"), "official_evaluation_seconds": time.perf_counter() - started}
+
+
+def _finish(
+    trial: Trial,
+    objective: Objective,
+    state: TrainingState,
+    coverage: dict[str, Any],
+    folder: Path,
+    student: DistillationStudent,
+    official: dict[str, float],
+) -> dict[str, Any]:
+    last = state.epochs[-1]
+    if (newest := folder / f"predictions_{last['epoch']}.parquet").is_file():  # else stopped right after this line
+        newest.replace(folder / "predictions.parquet")
+    for old in folder.glob("predictions_[0-9]*.parquet"):
+        old.unlink()
+    result = {
+        "trial": trial.name,
+        "config": {"distill_type": trial.group.name, "seed": trial.seed, "objective": objective.model_dump()},
+        **last,
+        **official,
+        "epochs": state.epochs,
+        "gradients": state.gradients,
+        "gradient_shares": mean_shares(state.gradients),
+        "coverage": coverage,
+        "parameters": sum(p.numel() for p in student.model.parameters()),
+    }
+    write_json(folder / RESULT, result)
+    return result
