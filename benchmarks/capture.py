@@ -24,19 +24,23 @@ from inputs import mixed, model_of, no_gradients, open_study, study_arguments
 from ratios import PeakMemory, begin, finish, in_turn, memory_ratio, ratio, value
 from stillroom.config import Signals
 from stillroom.data.encoding import Encoding, encode_many
-from stillroom.models.attention_capture import ATTENTION
 from stillroom.models.forward import padded
 from stillroom.models.sizes import heads, vocabulary_size, width
-from stillroom.offline_teacher_data.cells import Layout, id_dtype
 from stillroom.offline_teacher_data.shards import plan_shards, token_batches
 from stillroom.offline_teacher_data.store import shard_entry, shard_name, write_shard
-from stillroom.signals.teacher_signals import compute_signals
+from stillroom.signals import Layout, compute_signals, id_dtype
 
 
 def batched(encodings: list[Encoding], budget: int) -> list[list[Encoding]]:
     """The forward passes a capture makes of them."""
     (order,) = plan_shards(encodings, len(encodings))
     return [[encodings[i] for i in part] for part in token_batches(order, encodings, budget)]
+
+
+def layout_of(model: PreTrainedModel, signals: Signals) -> Layout:
+    """What a store of this model keeps."""
+    sizes = (signals.top_k, width(model.config), heads(model.config))
+    return Layout(*sizes, "float16", id_dtype(vocabulary_size(model)))
 
 
 def bare(model: PreTrainedModel, batches: list[list[Encoding]]) -> None:
@@ -49,16 +53,15 @@ def bare(model: PreTrainedModel, batches: list[list[Encoding]]) -> None:
 
 def ours(model: PreTrainedModel, batches: list[list[Encoding]], signals: Signals, folder: Path) -> None:
     """The same batches captured and stored."""
-    model.set_attn_implementation(ATTENTION)
+    model.set_attn_implementation("sdpa")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    vocabulary = vocabulary_size(model)
-    layout = Layout(signals.top_k, width(model.config), heads(model.config), "float16", id_dtype(vocabulary))
+    layout = layout_of(model, signals)
     rows = (
         (f"{number}-{place}", "task", encoding, found)
         for number, batch in enumerate(batches)
         for place, (encoding, found) in enumerate(
-            zip(batch, compute_signals(model, batch, signals.top_k, torch.float16), strict=True)
+            zip(batch, compute_signals(model, batch, layout, torch.float16), strict=True)
         )
     )
     write_shard(folder / shard_name(0), "benchmark", layout, rows)
@@ -75,8 +78,8 @@ def difference(model: PreTrainedModel, encoding: Encoding, signals: Signals) -> 
     """Of the last hidden states that either way stores of an example, over their norm."""
     model.set_attn_implementation("eager")
     theirs = next(outline_way.forward(model, [encoding], signals.top_k))["hidden"][: len(encoding)].float()
-    model.set_attn_implementation(ATTENTION)
-    own = compute_signals(model, [encoding], signals.top_k, torch.float16)[0].hidden.float()
+    model.set_attn_implementation("sdpa")
+    own = compute_signals(model, [encoding], layout_of(model, signals), torch.float16)[0]["hidden"].float()
     return float((own - theirs).norm() / theirs.norm())
 
 

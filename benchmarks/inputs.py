@@ -14,7 +14,6 @@ from ratios import arguments
 from stillroom.config import ModelRef, Precision
 from stillroom.data.tasks import Example
 from stillroom.experiment.workspace import Workspace
-from stillroom.models.attention_capture import ATTENTION
 from stillroom.models.hub import load_config, load_model
 from stillroom.models.precision import DTYPES
 from stillroom.studies import load_study
@@ -49,7 +48,7 @@ def model_of(ref: ModelRef, dtype: Precision, layers: int | None) -> PreTrainedM
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], attn_implementation=ATTENTION)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
     assert isinstance(model, PreTrainedModel)
     return model.eval()
 

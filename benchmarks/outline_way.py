@@ -6,7 +6,7 @@ Python lists, default Parquet, read back row by row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stillroom.data.encoding import Encoding
-from stillroom.signals.teacher_signals import TeacherSignals
 
 LENGTH = 512
 """Tokens to which everything is padded."""
@@ -45,16 +44,16 @@ def forward(
             }
 
 
-def whole(signals: TeacherSignals, length: int) -> dict[str, Tensor]:
+def whole(signals: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
     """Our signals of an example of `length` tokens as the outline keeps them: the attention map with its zeros."""
-    heads = signals.attention.shape[0]
-    attention = torch.zeros(heads, length, length, dtype=signals.attention.dtype)
+    heads = signals["attention"].shape[0]
+    attention = torch.zeros(heads, length, length, dtype=signals["attention"].dtype)
     lower, left = torch.tril_indices(length, length)
-    attention[:, lower, left] = signals.attention
+    attention[:, lower, left] = signals["attention"]
     return {
-        "topk_ids": signals.topk_ids,
-        "topk_logprobs": signals.topk_logprobs,
-        "hidden": signals.hidden,
+        "topk_ids": signals["topk_ids"],
+        "topk_logprobs": signals["topk_logprobs"],
+        "hidden": signals["hidden"],
         "attention": attention,
     }
 

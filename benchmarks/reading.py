@@ -30,18 +30,19 @@ from stillroom.config import GROUPS, Objective, fingerprint
 from stillroom.data.encoding import encode_many
 from stillroom.data.tasks import Example
 from stillroom.models.hub import load_config, tokenizer_hash
-from stillroom.models.sizes import heads
 from stillroom.offline_teacher_data.store import (
     SCHEMA_VERSION,
     SHARDS,
     SignalStore,
+    payload_bytes,
     shard_entry,
     shard_name,
     write_manifest,
     write_shard,
 )
+from stillroom.terms import NextToken, teacher_to_student_ids, terms_of
 from stillroom.training.batches import Prefetched, epoch_order, prepare
-from stillroom.training.collation import Collator, teacher_to_student_ids
+from stillroom.training.collation import Collator
 from writing import layout_of, random_signals
 
 
@@ -139,14 +140,10 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, A
     tokens = sum(shard["tokens"] for shard in store.manifest["shards"])
     teacher, student = workspace.tokenizers
     objective = GROUPS["combined"].objective(Objective())
-    items = prepare(examples, student, store, objective)
+    items = prepare(examples, student, store)
     sizes = [load_config(ref).get_text_config().vocab_size for ref in (workspace.teacher_ref, workspace.student_ref)]
-    collate = Collator(
-        store,
-        objective,
-        teacher_to_student_ids(teacher, student, *sizes),
-        heads(load_config(workspace.student_ref)),
-    )
+    head = NextToken(objective, teacher_to_student_ids(teacher, student, *sizes))
+    collate = Collator(store, head, terms_of(objective, store, load_config(workspace.student_ref)))
     training = workspace.study.training
     lengths = [len(item.encoding) for item in items]
     batches = epoch_order(lengths, training.batch_size, training.bucket_batches, 0, 0)
@@ -155,7 +152,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, A
     few = list(range(0, len(examples), max(1, len(examples) // options.list_examples)))
     stored = {example.example_id: example for example in map(store.read, (examples[i].example_id for i in few))}
     payload, few_payload = (
-        sum(sum(store.layout.payload_bytes(length).values()) for length in some)
+        sum(payload_bytes(store.layout, int(length)) for length in some)
         for some in ((s.encoding.ids.size for s in store), (len(s.encoding) for s in stored.values()))
     )
     lists = folder / "lists.parquet"

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from ratios import PeakMemory, arguments, begin, finish, in_turn, memory_ratio, ratio, value
-from stillroom.terms.losses import HEAD_CHUNK, HeadTargets, Outcomes, head_losses
+from stillroom.terms.output_head import HEAD_CHUNK, HeadTargets, Outcomes, head_losses
 
 
 def dense_kl(hidden: Tensor, weight: Tensor, outcomes: Outcomes) -> Tensor:
-    """Sum over positions of KL(teacher ‖ student) over the K entries and the ghost, every tensor whole."""
+    """Sum over positions of KL(teacher ‖ student) over the K entries and everything else, every tensor whole."""
     logprobs = torch.log_softmax(torch.nn.functional.linear(hidden, weight).float(), -1)
     entries = (torch.xlogy(outcomes.probs, outcomes.probs) - outcomes.probs * logprobs.gather(1, outcomes.ids)).sum()
     others = logprobs.scatter(1, outcomes.ids, -torch.inf).logsumexp(-1)
-    ghost = torch.xlogy(outcomes.ghost, outcomes.ghost) - outcomes.ghost * others
-    return entries + ghost.sum()
+    rest = torch.xlogy(outcomes.other, outcomes.other) - outcomes.other * others
+    return entries + rest.sum()
 
 
 def sparse_kl(hidden: Tensor, weight: Tensor, outcomes: Outcomes) -> Tensor:

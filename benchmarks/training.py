@@ -25,14 +25,14 @@ from inputs import mixed, open_study, study_arguments
 from ratios import begin, finish, in_turn, ratio, value
 from stillroom.config import GROUPS, ModelRef, Objective, Study
 from stillroom.data.tasks import Example
-from stillroom.models.attention_capture import ATTENTION
 from stillroom.models.hub import load_model, load_tokenizer
 from stillroom.models.precision import DTYPES
-from stillroom.models.sizes import heads, vocabulary_size
+from stillroom.models.sizes import vocabulary_size
 from stillroom.offline_teacher_data import capture, made_from
 from stillroom.offline_teacher_data.store import SignalStore
+from stillroom.terms import NextToken, Term, teacher_to_student_ids, terms_of
 from stillroom.training.batches import epoch_order, prepare
-from stillroom.training.collation import Batch, Collator, teacher_to_student_ids
+from stillroom.training.collation import Batch, Collator
 from stillroom.training.distillation_student import DistillationStudent
 from stillroom.training.step import StepRunner
 
@@ -41,7 +41,7 @@ class Bench:
     """A student with its optimizer, and batches of a store by group."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, store: SignalStore, study: Study) -> None:
-        self.student = DistillationStudent(model, store.layout.width)
+        self.student = DistillationStudent(model, terms_of(Objective(), store, model.config))
         self.student.train()
         self.tokenizer, self.store, self.study = tokenizer, store, study
         rate = study.training.learning_rate
@@ -50,22 +50,28 @@ class Bench:
     def batches(self, group: str, examples: Sequence[Example], count: int) -> list[Callable[[], Batch]]:
         """How to make the first batches of an epoch; the same examples for every group. `task_only` reads no store."""
         objective = GROUPS[group].objective(Objective())
-        store = None if group == "task_only" else self.store
-        items = prepare(examples, self.tokenizer, store, objective)
-        teacher = load_tokenizer(ModelRef(model=str(self.store.path / "tokenizer")))
-        sizes = self.store.manifest["vocabulary"], vocabulary_size(self.student.model)
-        mapped = teacher_to_student_ids(teacher, self.tokenizer, *sizes)
-        collate = Collator(store, objective, mapped, heads(self.student.model.config))
+        items = prepare(examples, self.tokenizer, None if group == "task_only" else self.store)
+        head, terms = self.terms(objective)
+        collate = Collator(None if group == "task_only" else self.store, head, terms)
         training = self.study.training
         order = epoch_order([len(i.encoding) for i in items], training.batch_size, training.bucket_batches, 0, 0)
         return [lambda own=[items[i] for i in chosen]: collate(own) for chosen in order[:count]]  # type: ignore[misc]
 
-    def ours(self, group: str, batches: Sequence[Callable[[], Batch]]) -> None:
-        """One optimizer step a batch, read and collated first, as a trial makes it."""
+    def terms(self, objective: Objective) -> tuple[NextToken, Sequence[Term]]:
+        """An objective's terms for this student."""
+        sizes = self.store.manifest["vocabulary"], vocabulary_size(self.student.model)
+        mapped = teacher_to_student_ids(self.store.tokenizer, self.tokenizer, *sizes)
+        return NextToken(objective, mapped), terms_of(objective, self.store, self.student.model.config)
+
+    def runner(self, group: str) -> StepRunner:
+        """What makes a group's optimizer steps."""
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         objective = GROUPS[group].objective(Objective())
-        runner = StepRunner(self.student, objective, self.study.training, torch.device("cpu"), scaler, 1.0)
-        self.student.model.set_attn_implementation(ATTENTION)
+        return StepRunner(self.student, *self.terms(objective), objective, self.study.training, scaler)
+
+    def ours(self, group: str, batches: Sequence[Callable[[], Batch]]) -> None:
+        """One optimizer step a batch, read and collated first, as a trial makes it."""
+        runner = self.runner(group)
         for make in batches:
             runner.update([make()], self.optimizer)
 
@@ -93,18 +99,16 @@ class Bench:
     @torch.no_grad()
     def difference(self, batch: Batch) -> float:
         """Relative difference of Transformers' loss and our task loss on a batch."""
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        objective = GROUPS["task_only"].objective(Objective())
-        runner = StepRunner(self.student, objective, self.study.training, torch.device("cpu"), scaler, 1.0)
-        own = float(runner.losses(batch, objective.weights, batch.counts)[0])
+        runner = self.runner("task_only")
+        own = float(runner.losses(batch, runner.objective.weights, batch.counts)[0])
         return abs(own - float(self.own_loss(batch))) / own
 
 
 def labels_of(batch: Batch) -> torch.Tensor:
     """Transformers' labels: the token at each supervised place, −100 elsewhere; the model shifts them."""
     labels = torch.full((batch.ids.numel() + 1,), -100)
-    supervised = batch.targets >= 0
-    labels[batch.head_rows[supervised] + 1] = batch.targets[supervised]
+    supervised = batch.head.targets >= 0
+    labels[batch.head.rows[supervised] + 1] = batch.head.targets[supervised]
     return labels[:-1].view_as(batch.ids)
 
 

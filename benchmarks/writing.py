@@ -20,9 +20,10 @@ from ratios import begin, finish, in_turn, ratio, value
 from stillroom.data.encoding import Encoding, encode_many
 from stillroom.models.hub import load_config
 from stillroom.models.sizes import heads, width
-from stillroom.offline_teacher_data.cells import Layout, id_dtype
-from stillroom.offline_teacher_data.store import write_shard
-from stillroom.signals.teacher_signals import TeacherSignals
+from stillroom.offline_teacher_data.store import payload_bytes, write_shard
+from stillroom.signals.attention_maps import AttentionMaps, triangle
+from stillroom.signals.next_token import top_k
+from stillroom.signals.signal import Layout, id_dtype
 
 
 def layout_of(options: argparse.Namespace, folder: Path) -> tuple[Layout, list[Encoding], Any]:
@@ -35,27 +36,28 @@ def layout_of(options: argparse.Namespace, folder: Path) -> tuple[Layout, list[E
     return layout, encode_many(workspace.tokenizers[0], texts), workspace
 
 
-def random_signals(layout: Layout, length: int, vocabulary: int) -> TeacherSignals:
+def random_signals(layout: Layout, length: int, vocabulary: int) -> dict[str, torch.Tensor]:
     """Signals as a teacher would give them: distinct ids, log-probabilities falling, attention rows that sum to 1."""
     rng = torch.Generator().manual_seed(length)
     logits = torch.randn(length, vocabulary, generator=rng)
-    top = torch.log_softmax(3 * logits, -1).topk(layout.top_k, dim=-1)
+    ids, logprobs, tails = top_k(3 * logits, layout.top_k)
     scores = torch.randn(layout.heads, length, length, generator=rng).mul_(3)
-    lower, left = torch.tril_indices(length, length)
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     attention = torch.softmax(scores.masked_fill(~causal, -torch.inf), -1)
-    return TeacherSignals(
-        topk_ids=top.indices.int(),
-        topk_logprobs=top.values.half(),
-        hidden=torch.randn(length, layout.width, generator=rng).half(),
-        attention=attention[:, lower, left].half(),
-    )
+    return {
+        "topk_ids": ids.int(),
+        "topk_logprobs": logprobs.half(),
+        "tail_logprobs": tails,
+        "hidden": torch.randn(length, layout.width, generator=rng).half(),
+        "attention": triangle(attention).half(),
+    }
 
 
 def sqrt_error(attention: torch.Tensor, layout: Layout) -> tuple[float, float]:
     """Largest and root-mean-square error of attention kept as round(255·√p)."""
     companded = Layout(**{**layout.__dict__, "attention_dtype": "uint8_sqrt"})
-    kept = companded.restored("attention", companded.stored("attention", attention).numpy())  # type: ignore[union-attr]
+    (column,) = AttentionMaps(companded).columns
+    kept = column.unpack(column.pack(attention).numpy())
     difference = torch.from_numpy(kept) - attention.float()
     return float(difference.abs().max()), float(difference.square().mean().sqrt())
 
@@ -79,10 +81,10 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, A
         options.rounds,
     )
     each = [duration * len(rows) / len(padded) for duration in seconds["padded lists"]]
-    payload = sum(sum(layout.payload_bytes(len(encoding)).values()) for encoding in encodings)
+    payload = sum(payload_bytes(layout, len(encoding)) for encoding in encodings)
     small = Layout(**{**layout.__dict__, "attention_dtype": "uint8_sqrt"})
-    companded = sum(sum(small.payload_bytes(len(encoding)).values()) for encoding in encodings)
-    errors = [sqrt_error(signals.attention, layout) for signals in ready]
+    companded = sum(payload_bytes(small, len(encoding)) for encoding in encodings)
+    errors = [sqrt_error(signals["attention"], layout) for signals in ready]
     tokens = sum(len(encoding) for encoding in encodings)
     table = [
         ratio("speed of writing / nested lists at true lengths", seconds["lists"], seconds["ours"], "≥ 40"),

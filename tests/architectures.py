@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from stillroom.errors import UserError
 from stillroom.models.architecture import PROBE, check_capture, check_model, miniature
-from stillroom.models.attention_capture import capture_attention
+from stillroom.models.attention_capture import attention_recorder
 from stillroom.models.forward import last_hidden_state
 from stillroom.models.output_head import output_logits
 
@@ -36,7 +36,7 @@ def logits_before_the_last(model, last, captured=False):
     """Our logits (T − 1, V) of a text whose last token is `last`; `captured`: with the attention function of ours."""
     ids = PROBE.clone()
     ids[0, -1] = last
-    with capture_attention(model) if captured else contextlib.nullcontext():
+    with attention_recorder(model, frozenset()) if captured else contextlib.nullcontext():
         hidden = last_hidden_state(model, ids, torch.ones_like(ids))
     return output_logits(model, hidden)[0, :-1]
 

@@ -36,8 +36,23 @@ def task_terms(student, prompt_length):
     return terms
 
 
-def kd_terms(teacher, student, prompt_length, vocabulary_map, top_k, temperature=1.0):
-    """KL(teacher ‖ student) over mapped ids and the ghost, at aligned positions whose next token is in the answer."""
+def divergence(p, q, name, mixing):
+    """Of two distributions over the same outcomes, by its definition."""
+
+    def kl(a, b):
+        return sum(x * (np.log(x) - np.log(y)) for x, y in zip(a, b, strict=True) if x > 0)
+
+    if name == "forward_kl":
+        return kl(p, q)
+    if name == "reverse_kl":
+        return kl(q, np.maximum(p, 1e-10))
+    assert name == "jensen_shannon"
+    middle = mixing * p + (1 - mixing) * q
+    return mixing * kl(p, middle) + (1 - mixing) * kl(q, middle)
+
+
+def kd_terms(teacher, student, prompt_length, vocabulary_map, top_k, temperature=1.0, name="forward_kl", mixing=0.5):
+    """The divergence over mapped ids and all else, at aligned positions whose next token is in the answer."""
     terms = []
     for j, i in pairs(teacher, student):
         if i + 1 >= len(student["ids"]) or student["special"][i + 1] or student["ends"][i + 1] <= prompt_length:
@@ -55,9 +70,7 @@ def kd_terms(teacher, student, prompt_length, vocabulary_map, top_k, temperature
         p_all, q_all = np.array(p_all) ** (1 / temperature), np.array(q_all) ** (1 / temperature)
         if temperature != 1.0:
             p_all, q_all = p_all / p_all.sum(), q_all / q_all.sum()
-        terms.append(
-            temperature**2 * sum(a * (np.log(a) - np.log(b)) for a, b in zip(p_all, q_all, strict=True) if a > 0)
-        )
+        terms.append(temperature**2 * divergence(p_all, q_all, name, mixing))
     return terms
 
 

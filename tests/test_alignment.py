@@ -18,8 +18,7 @@ from conftest import SHARED, real_tokenizer
 from stillroom.data.alignment import align, align_encodings, coverage
 from stillroom.data.encoding import encode, ending_tokens, supervised_predictions
 from stillroom.data.vocabulary import compare_vocabularies, map_vocabulary, token_bytes
-from stillroom.terms.losses import aligned_attention
-from stillroom.training.collation import segment_map
+from stillroom.terms.attention_maps import aligned_attention, segment_map
 
 PIECES = [
     "the", " cat", "Question: ", " 12,345.67", "<<3+4=7>>", "\n", "\n\n", "\t", "   ", " ", "  \n \n", "Answer:",

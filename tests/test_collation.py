@@ -4,39 +4,43 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
-from stillroom.config import ModelRef, Objective
-from stillroom.models.hub import load_tokenizer
-from stillroom.terms.losses import Outcomes
-from stillroom.training.batches import Prefetched, prepare
-from stillroom.training.collation import Collator, teacher_to_student_ids
+from setups import Setup
+from stillroom.training.batches import Prefetched
+
+
+def devices(value):
+    """The device of every tensor in a batch, by its place."""
+    if isinstance(value, Tensor):
+        return value.device.type
+    if isinstance(value, dict):
+        return {name: devices(inner) for name, inner in value.items()}
+    return {f.name: devices(getattr(value, f.name)) for f in fields(value)} if is_dataclass(value) else None
 
 
 def test_every_tensor_of_a_batch_moves_but_the_rows_that_the_host_cuts(student_ref, store, examples):
     """A tensor left behind would stop a GPU's first step; outcome rows on the GPU would stop every chunk of it."""
-    tokenizer = load_tokenizer(student_ref)
-    teacher_tokenizer = load_tokenizer(ModelRef(model=str(store.path / "tokenizer")))
-    mapped = teacher_to_student_ids(teacher_tokenizer, tokenizer, store.manifest["vocabulary"], len(tokenizer))
-    objective = Objective()
-    batch = Collator(store, objective, mapped)(prepare(examples.train[:6], tokenizer, store, objective))
-    moved = batch.to(torch.device("meta"))
-    for field in fields(batch):
-        value = getattr(moved, field.name)
-        if isinstance(value, Tensor):
-            assert value.device.type == "meta", field.name
-        elif isinstance(value, Outcomes):
-            assert {f.name: getattr(value, f.name).device.type for f in fields(value)} == {
-                f.name: "cpu" if f.name == "rows" else "meta" for f in fields(value)
-            }
-        else:
-            assert value == getattr(batch, field.name), field.name
-    assert isinstance(moved.outcomes, Outcomes)
+    setup = Setup(student_ref, store)
+    batch = setup.collate(setup.items(examples.train[:6]))
+    found = devices(batch.to(torch.device("meta")))
+    assert found["head"]["outcomes"].pop("rows") == "cpu"
+    assert {*devices_in(found)} == {"meta"}
+    assert len([*devices_in(found)]) == 2 + 2 + 4 + 2 + 4
     assert batch.to(torch.device("cpu")) is batch
+
+
+def devices_in(found):
+    """Every device named at any depth."""
+    for value in found.values():
+        if isinstance(value, dict):
+            yield from devices_in(value)
+        elif value is not None:
+            yield value
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -78,6 +82,6 @@ def test_threads_read_one_store_at_once(store):
     together = list(Prefetched(ids, store.read, workers=4, depth=8))
     for one, other in zip(alone, together, strict=True):
         assert one.example_id == other.example_id
-        assert (one.hidden == other.hidden).all()
-        assert (one.attention == other.attention).all()
-        assert (one.topk_ids == other.topk_ids).all()
+        assert (one["hidden"] == other["hidden"]).all()
+        assert (one["attention"] == other["attention"]).all()
+        assert (one["topk_ids"] == other["topk_ids"]).all()

@@ -28,7 +28,7 @@ def test_paper_is_the_study_as_given():
     assert {n: t.examples for n, t in study.corpus.tasks.items()} == {"sst2": 5000, "mmlu": 1000, "gsm8k": 1000}
     assert all(len(task.revision) == 40 for task in study.corpus.tasks.values())
     assert study.objective.weights == {"task": 1.0, "kd": 0.5, "hidden": 0.1, "attention": 0.1}
-    assert (study.objective.temperature, study.objective.hidden_scale, study.objective.attention_scale) == (
+    assert (study.objective.kd.temperature, study.objective.hidden.scale, study.objective.attention.scale) == (
         1,
         "none",
         "none",
@@ -80,9 +80,9 @@ def test_a_study_declares_its_own_groups():
     """Weights and scales of one group override the study's for it alone."""
     study = load_study("small")
     scaled = study.group("attention_scaled").objective(study.objective)
-    assert scaled.attention_scale == "row_sum"
+    assert scaled.attention.scale == "row_sum"
     assert scaled.weights["hidden"] == 0
-    assert study.group("attention").objective(study.objective).attention_scale == "none"
+    assert study.group("attention").objective(study.objective).attention.scale == "none"
 
 
 def test_overrides_reach_any_field():
@@ -95,7 +95,10 @@ MISTAKES = [
     ("training.epoch=1", "training.epoch: unknown key; did you mean epochs?"),
     ("trainign.epochs=1", "trainign: unknown key; did you mean training?"),
     ("corpus.tasks.quiz.exmples=9", "corpus.tasks.quiz.exmples: unknown key; did you mean examples?"),
-    ("groups=[{name: x, terms: [task], temprature: 2}]", "groups.0.temprature: unknown key; did you mean temperature?"),
+    (
+        "groups=[{name: x, terms: [kd], kd: {temprature: 2}}]",
+        "kd.temprature: unknown key; did you mean temperature?",
+    ),
     ("evaluation.official.quiz.splt=x", "unknown key; did you mean split?"),
     ("teacher.adapt.training.epoch=1", "unknown key; did you mean epochs?"),
     ("training.zzz=1", "training.zzz: unknown key (given 1)"),
@@ -106,11 +109,15 @@ MISTAKES = [
     ("training.learning_rate=-1", "training.learning_rate"),
     ("training.precision=int8", "training.precision"),
     ("training.max_gradient_norm=0", "training.max_gradient_norm"),
-    ("objective.weights.kd=-0.5", "objective.weights.kd"),
-    ("objective.weights={task: 1}", "missing: kd, hidden, attention"),
-    ("objective.weights.logits=1", "objective.weights.logits"),
-    ("objective.temperature=0", "objective.temperature"),
-    ("objective.hidden_scale=rms", "objective.hidden_scale"),
+    ("objective.kd.weight=-0.5", "objective.kd.weight"),
+    ("objective.logits.weight=1", "objective.logits"),
+    ("objective.kd.temperature=0", "objective.kd.temperature"),
+    ("objective.kd.divergence=forward", "objective.kd.divergence"),
+    ("objective.hidden.scale=rms", "objective.hidden.scale"),
+    (
+        "groups=[{name: x, terms: [task], kd: {temperature: 2}}]",
+        "has settings for kd, which is not among",
+    ),
     ("sweep.seeds=[]", "sweep.seeds"),
     ("sweep.seeds=[1, 1]", "seeds are repeated"),
     ("sweep.seeds=[-1]", "sweep.seeds"),

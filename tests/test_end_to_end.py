@@ -360,7 +360,7 @@ def test_a_report_without_the_teachers_data_is_of_what_was_planned_last(tmp_path
         ("corpus.split_seed=5", "teacher"),
         ("training.micro_batch_size=2", "trials"),
         ("evaluation.max_new_tokens=9", "trials"),
-        ("objective.temperature=2.0", "trials"),
+        ("objective.kd.temperature=2.0", "trials"),
         ("sweep.seeds=[0, 1]", "none"),
         ("sweep.max_concurrent=1", "none"),
         ("signals.minimum_coverage=0.1", "none"),

@@ -74,7 +74,7 @@ def test_marked_ends_are_the_ends_that_both_tokenizers_have(store, example, stud
         assert not any(t["shared"] for t in facts[side] if t["special"])
     assert facts["covered"] == pytest.approx(len(shared) / sum(not t["special"] for t in facts["student"]))
     for token in facts["teacher"]:
-        assert token["tail"] - 1e-6 <= token["ghost"] <= 1
+        assert token["tail"] - 1e-6 <= token["other"] <= 1
 
 
 def test_the_picture_is_the_models_own_attention(tmp_path, teacher_ref, student_ref):
@@ -170,7 +170,7 @@ def test_control_characters_of_a_text_never_reach_the_terminal(tmp_path, teacher
 
 
 def test_a_student_whose_ids_have_a_gap_loses_no_token(store, example, tmp_path, teacher_ref):
-    """The largest id counts, not how many there are: the ghost is that of the same vocabulary without the gap."""
+    """The largest id counts, not how many there are: the other is that of the same vocabulary without the gap."""
     gapped = tmp_path / "gapped"
     shutil.copytree(teacher_ref.model, gapped)
     described = json.loads((gapped / "tokenizer.json").read_text("utf-8"))
@@ -178,11 +178,11 @@ def test_a_student_whose_ids_have_a_gap_loses_no_token(store, example, tmp_path,
     moved = {token: number + 500 if number >= len(vocabulary) - 100 else number for token, number in vocabulary.items()}
     described["model"]["vocab"] = moved
     (gapped / "tokenizer.json").write_text(json.dumps(described), "utf-8")
-    ghosts = [
-        [token["ghost"] for token in describe_example(store, example.example_id, example.text, student)["teacher"]]
+    others = [
+        [token["other"] for token in describe_example(store, example.example_id, example.text, student)["teacher"]]
         for student in (teacher_ref, ModelRef(model=str(gapped)))
     ]
-    assert ghosts[1] == pytest.approx(ghosts[0], abs=1e-6)
+    assert others[1] == pytest.approx(others[0], abs=1e-6)
 
 
 def test_a_folder_that_is_no_store_is_refused(tmp_path):
@@ -198,6 +198,6 @@ def test_a_stranger_reads_a_store_by_the_page_on_its_format(store):
     read = {"store": str(store.path)}
     exec(compile(block.text, "docs/store.md", "exec"), read)
     stored = store.read(read["row"]["example_id"])
-    assert np.array_equal(read["hidden"], stored.hidden)
-    assert np.array_equal(read["topk_ids"], stored.topk_ids)
-    assert np.array_equal(read["attention"], stored.attention)
+    assert np.array_equal(read["hidden"], stored["hidden"])
+    assert np.array_equal(read["topk_ids"], stored["topk_ids"])
+    assert np.array_equal(read["attention"], stored["attention"])

@@ -46,7 +46,7 @@ def test_a_wrong_setting(mistaken, override, message):
     [
         ("training.learning_rate=.inf", "training.learning_rate"),
         ("training.learning_rate=.nan", "training.learning_rate"),
-        ("objective.weights.kd=.nan", "objective.weights.kd"),
+        ("objective.kd.weight=.nan", "objective.kd.weight"),
         ("sweep.seeds=0", "sweep.seeds"),
         ("sweep.retries=-1", "sweep.retries"),
         ("sweep.keep_checkpoints=some", "sweep.keep_checkpoints"),

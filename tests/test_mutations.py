@@ -16,6 +16,7 @@ from scipy import stats
 
 import reference
 from conftest import STUDENT_SHAPE, make_store, texts, write_model
+from setups import ALL, EVALUATION, Setup, changed, dense, reference_means, run
 from stillroom.analysis.frame import SUMMARY, write_summary
 from stillroom.analysis.results import StudyResults
 from stillroom.analysis.statistics import Comparison, bootstrap_interval, sign_flip_p
@@ -40,15 +41,13 @@ from stillroom.offline_teacher_data.shards import token_batches
 from stillroom.offline_teacher_data.store import SignalStore
 from stillroom.preflight.planning import plan_study
 from stillroom.studies import load_study
-from stillroom.training.batches import epoch_order, prepare
+from stillroom.terms.next_token import map_outcomes, teacher_to_student_ids
+from stillroom.training.batches import epoch_order
 from stillroom.training.checkpoints import TrainingState, best_epoch
-from stillroom.training.collation import map_outcomes, teacher_to_student_ids
 from stillroom.training.step import accumulate, losses_of
 from synthetic import write_results
 from test_corpus import ROWS, local
-from test_losses import ALL, Setup, dense, reference_means
 from test_offline_teacher_data import damaged, set_values
-from test_training import EVALUATION, run
 from test_verdicts import ANALYSIS, NOTHING, SEEDS, answer_questions, frame, verdicts
 
 
@@ -95,15 +94,15 @@ def test_positions_without_a_mapped_entry_count_with_a_kl_of_nought(student_ref,
     """All of the teacher's probability is the ghost there: nothing to learn, but a position like any other."""
     setup = Setup(student_ref, store)
     setup.map[np.arange(len(setup.map)) % 50 != 1] = -1
-    batch = setup.collate(prepare(some, setup.tokenizer, store, ALL))
-    assert 0 < len(batch.outcomes.rows) < batch.counts["kd"]
+    batch = setup.collate(setup.items(some))
+    assert 0 < len(batch.head.outcomes.rows) < batch.counts["kd"]
     found = setup.step(some)[0]["kd_loss"]
     assert found == pytest.approx(reference_means(student_ref, teacher_ref, setup, some)["kd_loss"], rel=2e-5)
 
 
 def test_kd_over_the_whole_text_equals_the_reference(student_ref, teacher_ref, store, some):
-    """`kd_positions: all` takes the prompt's aligned tokens too."""
-    setup = Setup(student_ref, store, ALL.model_copy(update={"kd_positions": "all"}))
+    """`kd.positions: all` takes the prompt's aligned tokens too."""
+    setup = Setup(student_ref, store, changed(kd={"positions": "all"}))
     terms = []
     for example in some:
         teacher, student = dense(teacher_ref, example.text), dense(student_ref, example.text, add_eos=True)
@@ -135,7 +134,7 @@ def test_the_gradient_is_clipped_at_its_own_norm(student_ref, store, some, scale
     setup.runner.scaler = torch.amp.GradScaler("cpu", enabled=scaled)
     setup.runner.training = Training(precision="float32", max_gradient_norm=0.25)
     before = [p.detach().clone() for p in setup.student.parameters()]
-    batch = setup.collate(prepare(some, setup.tokenizer, store, ALL))
+    batch = setup.collate(setup.items(some))
     _, _, finite = setup.runner.update([batch], torch.optim.SGD(setup.student.parameters(), lr=1.0))
     moved = [a - b for a, b in zip(setup.student.parameters(), before, strict=True)]
     assert finite
@@ -145,10 +144,10 @@ def test_the_gradient_is_clipped_at_its_own_norm(student_ref, store, some, scale
 def test_a_measured_gradient_is_that_of_the_model_alone(student_ref, store, some):
     """The projector is thrown away after training: its own gradient is no part of the hidden term's share."""
     setup = Setup(student_ref, store)
-    measured = setup.runner.measure([setup.collate(prepare(some, setup.tokenizer, store, ALL))])
-    alone = ALL.model_copy(update={"weights": {**dict.fromkeys(ALL.weights, 0.0), "hidden": 0.1}})
+    measured = setup.runner.measure([setup.collate(setup.items(some))])
+    alone = changed(task={"weight": 0.0}, kd={"weight": 0.0}, attention={"weight": 0.0})
     gradient = Setup(student_ref, store, alone).step(some)[1]
-    own = [g for name, g in gradient.items() if not name.startswith("projector")]
+    own = [g for name, g in gradient.items() if not name.startswith("trained")]
     assert measured["norms"]["hidden"] == pytest.approx(float(torch.nn.utils.get_total_norm(own)), rel=1e-4)
 
 
@@ -340,8 +339,8 @@ def test_a_baseline_is_kept_only_for_the_very_same_measurement(tmp_path, model, 
     assert first.read() is None
     assert first.measure(model, tokenizer) == first.read()
     other = EVALUATION.model_copy(update={"max_new_tokens": 13})
-    for changed in ({"identity": "n"}, {"settings": other}, {"precision": "bfloat16"}, {"examples": own[:3]}):
-        assert replace(first, **changed).read() is None, changed
+    for other_way in ({"identity": "n"}, {"settings": other}, {"precision": "bfloat16"}, {"examples": own[:3]}):
+        assert replace(first, **other_way).read() is None, other_way
     shutil.copy(first.path, tmp_path / "student_official.json")
     assert replace(first, part="official").read() is None
 
@@ -375,7 +374,7 @@ def test_the_teachers_mean_square_leaves_its_bos_out(tmp_path, student_ref, exam
     """BOS has a hidden state of another size, and none is compared there; this teacher has one."""
     store = make_store(tmp_path / "s", student_ref, examples)
     assert all(example.encoding.special.any() for example in store)
-    stored = np.concatenate([e.hidden[~e.encoding.special].ravel() for e in store]).astype(np.float64)
+    stored = np.concatenate([e["hidden"][~e.encoding.special].ravel() for e in store]).astype(np.float64)
     assert store.hidden_mean_square == pytest.approx(np.mean(stored**2), rel=1e-6)
 
 

@@ -28,10 +28,11 @@ from stillroom.offline_teacher_data import (
     snapshots_of,
     verify_saved_data,
 )
-from stillroom.offline_teacher_data.cells import Layout, cell_bytes, parquet_cell
-from stillroom.offline_teacher_data.recomputation import _topk_error, check_with_head, recompute, sample_ids
-from stillroom.offline_teacher_data.store import SignalStore
-from stillroom.signals.teacher_signals import compute_signals
+from stillroom.offline_teacher_data.cells import cell_bytes, parquet_cell
+from stillroom.offline_teacher_data.recomputation import check_with_head, recompute, sample_ids
+from stillroom.offline_teacher_data.store import SignalStore, columns_of
+from stillroom.signals import Layout, compute_signals
+from stillroom.signals.next_token import distribution_error
 
 LAYOUT = Layout(top_k=4, width=6, heads=2, dtype="float16", id_dtype="uint16")
 DTYPES = {
@@ -48,7 +49,8 @@ DTYPES = {
 @pytest.mark.parametrize("column", ["ids", "ends", "special", "topk_ids", "topk_logprobs", "hidden", "attention"])
 def test_every_signal_survives_the_round_trip(column, tokens):
     """A cell gives back the tensor that went in: values, shape and dtype, for every column of the store."""
-    dtype, shape = LAYOUT.cell(column, tokens)
+    kept = columns_of(LAYOUT)[column]
+    dtype, shape = kept.dtype, kept.shape(tokens)
     torch.manual_seed(0)
     tensor = torch.randint(0, 2, shape) if dtype == "bool" else torch.randn(shape) * 100
     tensor = tensor.abs() if dtype == "uint16" else tensor
@@ -108,11 +110,11 @@ def test_attention_in_eight_bits_is_within_its_rounding(tmp_path, teacher_ref, e
     assert small.manifest["fingerprint"] != store.manifest["fingerprint"]
     for example in examples.all[::9]:
         found, whole = (s.read(example.example_id) for s in (small, store))
-        assert found.attention.dtype == np.float32
-        assert found.attention.shape == whole.attention.shape
-        assert np.abs(np.sqrt(found.attention) - np.sqrt(whole.attention)).max() <= 0.5 / 255 + 1e-6
-        assert small.layout.payload_bytes(len(found.encoding))["attention"] == whole.attention.size
-        assert (found.hidden == whole.hidden).all()
+        assert found["attention"].dtype == np.float32
+        assert found["attention"].shape == whole["attention"].shape
+        assert np.abs(np.sqrt(found["attention"]) - np.sqrt(whole["attention"])).max() <= 0.5 / 255 + 1e-6
+        assert small.columns["attention"].bytes(len(found.encoding)) == whole["attention"].size
+        assert (found["hidden"] == whole["hidden"]).all()
     recompute(small, load_model(teacher_ref), sample_ids(small, 3))
 
 
@@ -124,11 +126,11 @@ def test_the_store_holds_what_the_teacher_said(teacher_ref, examples, store):
     assert len(store) == len(examples.all)
     for example in examples.all[::7]:
         stored = store.read(example.example_id)
-        alone = compute_signals(model, [encode(tokenizer, example.text)], 32, torch.float32)[0]
+        alone = compute_signals(model, [encode(tokenizer, example.text)], store.layout, torch.float32)[0]
         assert stored.task == example.task
         assert (stored.encoding.ids == encode(tokenizer, example.text).ids).all()
         for name in ("topk_logprobs", "hidden", "attention"):
-            assert np.allclose(getattr(stored, name), getattr(alone, name).numpy(), atol=2e-5), name
+            assert np.allclose(stored[name], alone[name].numpy(), atol=2e-5), name
 
 
 @pytest.fixture
@@ -419,15 +421,14 @@ def test_ids_that_are_not_the_most_probable_are_found(store, teacher_ref):
     """Their own probabilities may be right: one left out must not be more probable than one that is kept."""
     example_id = next(iter(store.index))
     stored, head = store.read(example_id), load_output_head(teacher_ref)
-    logits = head.logits(torch.from_numpy(stored.hidden))
+    logits = head.logits(torch.tensor(stored["hidden"]))
     logprobs = logits.double().log_softmax(-1)
     worst = (-logits).topk(32, dim=-1).indices
     tail = logprobs.scatter(1, worst, -torch.inf).logsumexp(-1)
-    wrong = dataclasses.replace(
-        stored,
-        topk_ids=worst.numpy(),
-        topk_logprobs=logprobs.gather(1, worst).numpy(),
-        tail_logprobs=tail.numpy(),
-    )
-    assert _topk_error(stored, logits) < 1e-4
-    assert _topk_error(wrong, logits) > 0.1
+    wrong = {
+        "topk_ids": worst.numpy(),
+        "topk_logprobs": logprobs.gather(1, worst).numpy(),
+        "tail_logprobs": tail.numpy(),
+    }
+    assert distribution_error(stored.arrays, logits) < 1e-4
+    assert distribution_error(wrong, logits) > 0.1

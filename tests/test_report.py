@@ -247,10 +247,16 @@ def test_groups_of_other_weights_or_of_one_objective_are_no_error(tmp_path, weig
     assert identical_groups([one, other]) == {}
     same = {**one, "config": {**one["config"], "distill_type": "again"}}
     assert identical_groups([one, same]) == {}
-    objective = {**one["config"]["objective"], "attention_scale": "row_sum"}
+    objective = {
+        **one["config"]["objective"],
+        "attention": {**one["config"]["objective"]["attention"], "scale": "row_sum"},
+    }
     scaled = {**one, "config": {**one["config"], "distill_type": "scaled", "objective": objective}}
     assert identical_groups([one, scaled]) == {("attention", "scaled"): [0]}
-    objective = {**one["config"]["objective"], "hidden_scale": "teacher_rms"}  # of a term that is off
+    objective = {
+        **one["config"]["objective"],
+        "hidden": {**one["config"]["objective"]["hidden"], "scale": "teacher_rms"},
+    }  # of a term that is off
     scaled = {**one, "config": {**one["config"], "distill_type": "scaled", "objective": objective}}
     assert identical_groups([one, scaled]) == {}
 

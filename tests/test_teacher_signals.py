@@ -24,7 +24,8 @@ from stillroom.errors import UserError
 from stillroom.evaluation.baselines import Baseline
 from stillroom.models.architecture import check_capture
 from stillroom.models.hub import load_model, load_tokenizer
-from stillroom.signals.teacher_signals import compute_signals
+from stillroom.models.sizes import heads, width
+from stillroom.signals import Layout, compute_signals
 from stillroom.training.train_student import Trial, train
 
 COMMON = {
@@ -84,35 +85,41 @@ def build(config):
     return ours, eager
 
 
+def layout_of(model, top_k):
+    """What a store of this model would keep."""
+    return Layout(top_k, width(model.config), heads(model.config), "float32", "int32")
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float16, 2e-3)])
 def test_captured_signals_are_those_of_an_eager_unpadded_pass(name, side, dtype, tolerance):
     """Batching, padding on either side, sdpa and the storage dtype change nothing that matters."""
     ours, eager = build(CONFIGS[name])
-    for encoding, found in zip(encodings(), compute_signals(ours, encodings(), 20, dtype, side), strict=True):
+    signals = compute_signals(ours, encodings(), layout_of(ours, 20), dtype, side)
+    for encoding, found in zip(encodings(), signals, strict=True):
         ids = torch.from_numpy(encoding.ids.astype("int64"))[None]
         with torch.no_grad():
             output = eager(ids, output_attentions=True, output_hidden_states=True)
-        assert found.hidden.dtype == found.attention.dtype == found.topk_logprobs.dtype == dtype
-        assert torch.allclose(found.hidden.float(), output.hidden_states[-1][0], atol=tolerance, rtol=tolerance)
+        assert found["hidden"].dtype == found["attention"].dtype == found["topk_logprobs"].dtype == dtype
+        assert torch.allclose(found["hidden"].float(), output.hidden_states[-1][0], atol=tolerance, rtol=tolerance)
         lower = torch.tril_indices(len(encoding), len(encoding))
         expected = output.attentions[-1][0][:, lower[0], lower[1]]
-        assert torch.allclose(found.attention.float(), expected, atol=tolerance)
+        assert torch.allclose(found["attention"].float(), expected, atol=tolerance)
         logprobs = output.logits[0].log_softmax(-1)
         top = logprobs.topk(20).values
-        assert torch.allclose(found.topk_logprobs.float(), top, atol=5 * tolerance, rtol=tolerance)
-        picked = logprobs.gather(1, found.topk_ids.long())
-        assert torch.allclose(found.topk_logprobs.float(), picked, atol=5 * tolerance, rtol=tolerance)
+        assert torch.allclose(found["topk_logprobs"].float(), top, atol=5 * tolerance, rtol=tolerance)
+        picked = logprobs.gather(1, found["topk_ids"].long())
+        assert torch.allclose(found["topk_logprobs"].float(), picked, atol=5 * tolerance, rtol=tolerance)
 
 
 def test_a_window_shorter_than_the_text_hides_what_is_behind_it():
     """The captured map shows the sliding window: nothing further back than it is attended."""
     ours, _ = build(CONFIGS["mistral with a window shorter than the text"])
-    found = compute_signals(ours, encodings()[:1], 5, torch.float32)[0]
+    found = compute_signals(ours, encodings()[:1], layout_of(ours, 5), torch.float32)[0]
     square = torch.zeros(4, 23, 23)
     lower = torch.tril_indices(23, 23)
-    square[:, lower[0], lower[1]] = found.attention
+    square[:, lower[0], lower[1]] = found["attention"]
     assert (square.tril(-5) == 0).all()
     assert (square.tril(-4) != 0).any()
 
@@ -166,4 +173,4 @@ def test_non_finite_teacher_output_is_refused_with_its_signal_named():
     with torch.no_grad():
         ours.model.norm.weight.mul_(1e6)
     with pytest.raises(UserError, match=r"topk_logprobs has NaN or infinite values .*bfloat16"):
-        compute_signals(ours, encodings(), 5, torch.float16)
+        compute_signals(ours, encodings(), layout_of(ours, 5), torch.float16)

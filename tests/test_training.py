@@ -12,34 +12,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conftest import make_store
-from stillroom.config import GROUPS, Evaluation, ModelRef, Objective, Training
+from setups import ALL, EVALUATION, TRAINING, run
+from stillroom.config import GROUPS, Group, ModelRef, Objective
 from stillroom.data.tasks import TASKS
 from stillroom.errors import UserError
 from stillroom.evaluation.scoring import evaluate
 from stillroom.files import read_json
 from stillroom.models.hub import load_model, load_tokenizer
 from stillroom.models.precision import without_adapters
+from stillroom.terms import terms_of
 from stillroom.training import train_student
 from stillroom.training.batches import epoch_order
 from stillroom.training.train_student import Trial, train
 
-TRAINING = Training(learning_rate=3e-3, batch_size=8, epochs=2, precision="float32", gradient_interval=3)
-EVALUATION = Evaluation(max_new_tokens=12)
 TIMES = ("train_seconds", "data_wait_seconds", "evaluation_seconds")
-
-
-def run(folder, student_ref, store, examples, group="combined", seed=0, **changes):
-    """Train one trial with small settings."""
-    options = {
-        k: changes.pop(k)
-        for k in ("report", "keep_checkpoints", "adapter", "minimum_coverage", "official")
-        if k in changes
-    }
-    training = TRAINING.model_copy(update=changes)
-    trial = Trial("t", GROUPS[group], seed)
-    return train(
-        trial, student_ref, training, Objective(), EVALUATION, examples, store and store.path, folder, **options
-    )
 
 
 def numbers(result):
@@ -117,20 +103,20 @@ def test_a_checkpoint_is_a_plain_model_with_the_projector_beside_it(combined, st
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     assert not any("projector" in name for name in load_file(checkpoint / "model.safetensors"))
     projector = load_file(checkpoint / "projector.safetensors")
-    assert projector["weight"].shape == (store.layout.width, model.config.hidden_size)
+    assert projector["hidden.weight"].shape == (store.layout.width, model.config.hidden_size)
     before = load_model(student_ref)
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
     from stillroom.training.distillation_student import DistillationStudent
 
-    untrained = DistillationStudent(before, store.layout.width, seed=0).projector.weight
-    assert not torch.equal(projector["weight"], untrained)
+    untrained = DistillationStudent(before, terms_of(ALL, store, before.config), seed=0).trained["hidden"].weight
+    assert not torch.equal(projector["hidden.weight"], untrained)
     assert not (checkpoint / "trainer_state.pt").exists()
     assert load_tokenizer(type(student_ref)(model=str(checkpoint))).eos_token_id is not None
 
 
 def test_a_groups_scale_reaches_its_training(tmp_path, student_ref, store, examples):
     """With weights that do not move, `teacher_rms` divides the hidden loss by the store's mean square, exactly."""
-    scaled = GROUPS["hidden"].model_copy(update={"hidden_scale": "teacher_rms"})
+    scaled = Group(name="hidden", terms=("task", "kd", "hidden"), hidden={"scale": "teacher_rms"})
     still = TRAINING.model_copy(update={"learning_rate": 1e-12, "epochs": 1})
     found = [
         train(Trial("t", group, 0), student_ref, still, Objective(), EVALUATION, examples, store.path, tmp_path / name)
@@ -227,7 +213,7 @@ def test_groups_of_a_seed_start_alike_and_seeds_differ(tmp_path, student_ref, st
         def update(self, micro, optimizer):
             key = (self.key, "first")
             if key not in seen:
-                weights = [p.detach().clone() for p in self.student.parameters()]
+                weights = {n: p.detach().clone() for n, p in self.student.named_parameters()}
                 seen[key] = weights, [b.examples for b in micro], torch.random.get_rng_state()
             return super().update(micro, optimizer)
 
@@ -236,7 +222,8 @@ def test_groups_of_a_seed_start_alike_and_seeds_differ(tmp_path, student_ref, st
         Spy.key = (group, seed)
         run(tmp_path / f"{group}{seed}", student_ref, store, examples, group, seed, epochs=1)
     a, b, c = (seen[((g, s), "first")] for g, s in (("black_box", 0), ("combined", 0), ("black_box", 1)))
-    assert all(torch.equal(x, y) for x, y in zip(a[0], b[0], strict=True))
+    assert {*b[0]} - {*a[0]} == {"trained.hidden.weight", "trained.hidden.bias"}
+    assert all(torch.equal(weight, b[0][name]) for name, weight in a[0].items())
     assert a[1] == b[1]
     assert torch.equal(a[2], b[2])
     assert a[1] != c[1]
@@ -397,7 +384,7 @@ def test_recomputation_finds_a_store_of_another_teacher(tmp_path, teacher_ref, s
     other = load_model(teacher_ref)
     with torch.no_grad():
         other.model.layers[0].mlp.down_proj.weight.mul_(1.5)
-    with pytest.raises(UserError, match=r"part-\d+.parquet: example [0-9a-f]{16}: stored hidden differs"):
+    with pytest.raises(UserError, match=r"part-\d+.parquet: example [0-9a-f]{16}: stored (topk|hidden) differs"):
         recompute(store, other, ids)
 
 

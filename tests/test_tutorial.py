@@ -52,7 +52,7 @@ def test_the_added_group_was_added_and_no_other_trained_again(followed):
     assert shares["hidden_scaled"] > shares["hidden"]
     results = [read_json(p) for p in followed.glob("results/knowledge_distillation_experiment/*/result.json")]
     scaled = next(r for r in results if r["config"]["distill_type"] == "hidden_scaled")
-    assert scaled["config"]["objective"]["hidden_scale"] == "teacher_rms"
+    assert scaled["config"]["objective"]["hidden"]["scale"] == "teacher_rms"
     written = {p.parent.name: p.stat().st_mtime for p in followed.glob("results/*/trial_*/result.json")}
     newest = sorted(written, key=written.get)[-2:]
     assert all("hidden_scaled" in name for name in newest)

@@ -90,8 +90,8 @@ def _card(trial: Path, checkpoint: Path) -> str:
         "group": result["config"]["distill_type"],
         "seed": result["config"]["seed"],
         "terms": _term_rows(result),
-        "distilled": any(weight > 0 for term, weight in objective["weights"].items() if term != "task"),
-        "projected": objective["weights"].get("hidden", 0) > 0,
+        "distilled": any(settings["weight"] > 0 for term, settings in objective.items() if term != "task"),
+        "projected": objective["hidden"]["weight"] > 0,
         "training": study["training"],
         "epoch": epoch,
         "metrics": _metric_rows(trial, _of_epoch(trial, result, epoch), examples.counts),
@@ -140,9 +140,13 @@ def _data_rows(study: dict[str, Any], counts: dict[str, dict[str, int]]) -> list
 def _term_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     shares = result["gradient_shares"]
     return [
-        {"name": term, "weight": weight, "share": f"{shares[term]:.1%}" if term in shares else "not measured"}
-        for term, weight in result["config"]["objective"]["weights"].items()
-        if weight > 0
+        {
+            "name": term,
+            "weight": settings["weight"],
+            "share": f"{shares[term]:.1%}" if term in shares else "not measured",
+        }
+        for term, settings in result["config"]["objective"].items()
+        if settings["weight"] > 0
     ]
 
 

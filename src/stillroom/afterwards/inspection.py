@@ -21,7 +21,8 @@ from stillroom.errors import UserError
 from stillroom.models.hub import load_tokenizer
 from stillroom.offline_teacher_data.store import SignalStore, StoredExample
 from stillroom.offline_teacher_data.verification import VERIFIED
-from stillroom.training.collation import map_outcomes, segment_map, teacher_to_student_ids
+from stillroom.terms.attention_maps import segment_map
+from stillroom.terms.next_token import map_outcomes, teacher_to_student_ids
 
 
 def describe_store(path: Path) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def text_of(store: SignalStore, stored: StoredExample, corpus: Path | None = Non
             if example.example_id == stored.example_id:
                 return example.text
         raise UserError(f"{corpus}: example {stored.example_id} is not in this corpus")
-    tokenizer = load_tokenizer(ModelRef(model=str(store.path / "tokenizer")))
+    tokenizer = store.tokenizer
     text: str = tokenizer.decode(stored.encoding.ids[~stored.encoding.special], clean_up_tokenization_spaces=False)
     again = encode(tokenizer, text)
     if not (np.array_equal(again.ids, stored.encoding.ids) and np.array_equal(again.ends, stored.encoding.ends)):
@@ -93,22 +94,18 @@ def describe_example(
     `teacher` and `student` list tokens: `position`, `id`, `token` (the stretch of text it stands for), `end`
     (characters), `special`, `shared` (the other model has a token that ends there). The teacher's have also
     `predictions` (its `top` next tokens with their probabilities), `tail` (probability outside the stored top-k),
-    `ghost` (with a student: probability that no student id stands for) and `hidden_norm` (L2).
+    `other` (with a student: probability that no student id stands for) and `hidden_norm` (L2).
     """
     stored = store.read(example_id)
-    assert stored.topk_ids is not None
-    assert stored.topk_logprobs is not None
-    assert stored.tail_logprobs is not None
-    assert stored.hidden is not None
-    tokenizer = load_tokenizer(ModelRef(model=str(store.path / "tokenizer")))
+    tokenizer = store.tokenizer
     words = _words(tokenizer)
-    probabilities = np.exp(stored.topk_logprobs.astype(np.float64))
+    probabilities = np.exp(stored["topk_logprobs"].astype(np.float64))
     teacher = _tokens(stored.encoding, text, words)
     for row, token in enumerate(teacher):
-        best = zip(stored.topk_ids[row, :top].tolist(), probabilities[row, :top].tolist(), strict=True)
+        best = zip(stored["topk_ids"][row, :top].tolist(), probabilities[row, :top].tolist(), strict=True)
         token["predictions"] = [{"token": words.get(i, f"<{i}>"), "probability": p} for i, p in best]
-        token["tail"] = float(np.exp(stored.tail_logprobs[row]))
-        token["hidden_norm"] = float(np.linalg.norm(stored.hidden[row].astype(np.float64)))
+        token["tail"] = float(np.exp(stored["tail_logprobs"][row]))
+        token["hidden_norm"] = float(np.linalg.norm(stored["hidden"][row].astype(np.float64)))
     facts: dict[str, Any] = {"example_id": example_id, "task": stored.task, "text": text, "teacher": teacher}
     if student is not None:
         facts |= _beside_student(store, stored, text, tokenizer, load_tokenizer(student), teacher)
@@ -130,14 +127,11 @@ def _beside_student(
     for side, column in ((teacher, 0), (student, 1)):
         for position in pairs[:, column]:
             side[position]["shared"] = True
-    assert stored.topk_ids is not None
-    assert stored.topk_logprobs is not None
-    assert stored.tail_logprobs is not None
     size = max(student_tokenizer.get_vocab().values()) + 1  # its ids may have gaps
     mapped = teacher_to_student_ids(tokenizer, student_tokenizer, store.manifest["vocabulary"], size)
-    *_, ghost = map_outcomes(stored.topk_ids, stored.topk_logprobs, stored.tail_logprobs, mapped)
-    for token, value in zip(teacher, ghost.tolist(), strict=True):
-        token["ghost"] = value
+    *_, other = map_outcomes(stored["topk_ids"], stored["topk_logprobs"], stored["tail_logprobs"], mapped)
+    for token, value in zip(teacher, other.tolist(), strict=True):
+        token["other"] = value
     covered = counts["aligned"] / counts["tokens"]
     return {"student": student, "pairs": pairs.tolist(), "covered": covered}
 
@@ -174,7 +168,7 @@ def attention_figure(store: SignalStore, example_id: str, text: str, student: Mo
     from matplotlib.figure import Figure
 
     stored = store.read(example_id, ("attention",))
-    tokenizer = load_tokenizer(ModelRef(model=str(store.path / "tokenizer")))
+    tokenizer = store.tokenizer
     tokens = _tokens(stored.encoding, text, _words(tokenizer))
     maps = [("over the teacher's tokens", *_token_map(stored, [t["token"] for t in tokens]))]
     if student is not None:
@@ -198,23 +192,21 @@ def attention_figure(store: SignalStore, example_id: str, text: str, student: Mo
 
 
 def _token_map(stored: StoredExample, labels: Sequence[str]) -> tuple[ndarray, list[str]]:
-    assert stored.attention is not None
     tokens = len(stored.encoding)
     square = np.zeros((tokens, tokens), np.float32)
-    square[np.tril_indices(tokens)] = stored.attention.mean(0, dtype=np.float32)
+    square[np.tril_indices(tokens)] = stored["attention"].mean(0, dtype=np.float32)
     return square, [visible(label) for label in labels]
 
 
 def _segment_map(
     stored: StoredExample, alignment: Alignment, tokens: Sequence[dict[str, Any]]
 ) -> tuple[ndarray, list[str]]:
-    assert stored.attention is not None
     segments = alignment.teacher
     texts = [
         visible("".join(token["token"] for token in tokens[start : row + 1]))
         for start, row in zip(segments.starts, segments.rows, strict=True)
     ]
-    return segment_map(stored.attention, segments, pair_heads=False)[0], texts
+    return segment_map(stored["attention"], segments, pair_heads=False)[0], texts
 
 
 def visible(text: str) -> str:
@@ -256,11 +248,11 @@ def print_example(facts: dict[str, Any]) -> None:
         console.print(says, markup=False, highlight=False, soft_wrap=True)
     partner = dict(facts.get("pairs", []))
     table = Table(title="The teacher's tokens, and what it expects after each")
-    for heading in ("#", "token", "end", "student #", "expects next", "tail", "ghost", "norm"):
+    for heading in ("#", "token", "end", "student #", "expects next", "tail", "other", "norm"):
         table.add_column(heading, justify="left" if heading in ("token", "expects next") else "right")
     for token in facts["teacher"]:
         expected = ", ".join(f"‘{visible(p['token'])}’ {p['probability']:.0%}" for p in token["predictions"])
-        ghost = f"{token['ghost']:.1%}" if "ghost" in token else "–"
+        other = f"{token['other']:.1%}" if "other" in token else "–"
         cells = (
             token["position"],
             f"‘{visible(token['token'])}’",
@@ -268,7 +260,7 @@ def print_example(facts: dict[str, Any]) -> None:
             partner.get(token["position"], "–"),
             expected,
         )
-        table.add_row(*map(_plain, cells), f"{token['tail']:.1%}", ghost, f"{token['hidden_norm']:.3g}")
+        table.add_row(*map(_plain, cells), f"{token['tail']:.1%}", other, f"{token['hidden_norm']:.3g}")
     console.print(table)
 
 

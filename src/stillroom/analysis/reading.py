@@ -54,14 +54,14 @@ class _Planned(_Shape):
     trials: Annotated[list[_Trial], Field(min_length=1)]
 
 
-class _Objective(_Shape):
-    weights: dict[str, float]
+class _Term(_Shape):
+    weight: float
 
 
 class _TrialConfig(_Shape):
     distill_type: _Plain
     seed: int
-    objective: _Objective
+    objective: dict[str, _Term]
 
 
 class _Epoch(_Shape):

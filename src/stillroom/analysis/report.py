@@ -127,6 +127,27 @@ def _checked(record: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
+def group_rows(study: dict[str, Any]) -> list[dict[str, str]]:
+    """Each group's terms with their weights, and the settings of its own."""
+    shared, rows = study["objective"], []
+    for group in study["groups"]:
+        own = {term: group.get(term) or {} for term in group["terms"]}
+        weights = {term: settings.get("weight", shared[term]["weight"]) for term, settings in own.items()}
+        rows.append(
+            {
+                "name": group["name"],
+                "terms": " + ".join(f"{weight:g} · {term}" for term, weight in weights.items()),
+                "settings": ", ".join(
+                    f"{term}.{name} {value}"
+                    for term, settings in own.items()
+                    for name, value in settings.items()
+                    if name != "weight"
+                ),
+            }
+        )
+    return rows
+
+
 def settings_rows(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     """A study's fields by their dotted name, lists of plain values on one line."""
     if isinstance(value, dict) and value:
@@ -168,6 +189,7 @@ def write_report(folder: Path) -> Path:
             official=group_table(results.frame, results.groups, results.official_metrics, results.official_columns),
             gradients=gradient_rows(results),
             integrity=integrity_rows(results),
+            group_rows=group_rows(results.study),
             settings=settings_rows({k: v for k, v in results.study.items() if k != "groups"}),
             figures={figure.name: (figure, _data_uri(pictures[figure.name], "image/png")) for figure in figures},
             downloads=_downloads(folder, tables),

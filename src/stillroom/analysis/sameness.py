@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-_SETTINGS = {"kd": ("temperature", "kd_positions"), "hidden": ("hidden_scale",), "attention": ("attention_scale",)}
-"""What of an objective changes a term's loss, beside its weight."""
 _LOSSES = ("train_task_loss", "validation_task_loss")
 _TOTALS = ("train_loss", "validation_loss")
 """They have each term's value in them, though it may never have reached a weight of the model."""
@@ -30,13 +28,9 @@ def identical_groups(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str],
     return found
 
 
-def _effective(objective: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """Weight and settings of each term that is on."""
-    return {
-        term: (weight, *(objective.get(name) for name in _SETTINGS.get(term, ())))
-        for term, weight in objective["weights"].items()
-        if weight > 0
-    }
+def _effective(objective: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The terms that are on, each with its settings."""
+    return {term: settings for term, settings in objective.items() if settings["weight"] > 0}
 
 
 def _identical(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:

@@ -21,10 +21,12 @@ from stillroom.config.columns import TaskColumns as TaskColumns
 from stillroom.config.objective import GROUPS as GROUPS
 from stillroom.config.objective import TERMS as TERMS
 from stillroom.config.objective import WEAK_SIGNAL as WEAK_SIGNAL
+from stillroom.config.objective import Attention as Attention
 from stillroom.config.objective import Group as Group
+from stillroom.config.objective import Hidden as Hidden
 from stillroom.config.objective import Objective as Objective
 from stillroom.config.objective import StudyGroup
-from stillroom.config.objective import Term as Term
+from stillroom.config.objective import TermName as TermName
 from stillroom.config.section import Name, PossiblePath, Section
 from stillroom.errors import UserError
 

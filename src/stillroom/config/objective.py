@@ -1,60 +1,107 @@
-"""The loss terms, their weights and scales, and the groups that switch them on."""
+"""The loss terms, each with its settings, and the groups that switch them on."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, field_serializer, model_validator
 
 from stillroom.config.section import Name, Section
 
-Term = Literal["task", "kd", "hidden", "attention"]
-TERMS: tuple[Term, ...] = ("task", "kd", "hidden", "attention")
+TermName = Literal["task", "kd", "hidden", "attention"]
+TERMS: tuple[TermName, ...] = ("task", "kd", "hidden", "attention")
 WEAK_SIGNAL = 0.01
 """A term under this share of the gradient is flagged: the group may be its baseline in all but name."""
 
+Weight = Annotated[float, Field(ge=0, description="what the term is multiplied by")]
 
-class Objective(Section):
-    """Weights and scales of the loss terms, shared by the groups unless a group says otherwise."""
 
-    weights: dict[Term, Annotated[float, Field(ge=0)]] = Field(
-        {"task": 1.0, "kd": 0.5, "hidden": 0.1, "attention": 0.1}, description="what each term is multiplied by"
+class TaskLoss(Section):
+    """L_task: cross-entropy on the answer."""
+
+    weight: Weight = 1.0
+
+
+class Distillation(Section):
+    """L_KD: a divergence of the teacher's next-token distribution from the student's."""
+
+    weight: Weight = 0.5
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = Field(
+        "forward_kl", description="over the mapped top k and one outcome for all else"
     )
-    temperature: float = Field(1.0, gt=0, description="τ of the KL term, which is multiplied by τ²")
-    hidden_scale: Literal["none", "teacher_rms"] = Field(
+    mixing: float | None = Field(None, gt=0, lt=1, description="β of jensen_shannon; default 0.5")
+    temperature: float = Field(1.0, gt=0, description="τ of both distributions; the term is multiplied by τ²")
+    positions: Literal["answer", "all"] = Field(
+        "answer", description="where it is taken: the answer, or the whole text"
+    )
+
+
+class Hidden(Section):
+    """L_align_hidden: squared difference of last hidden states."""
+
+    weight: Weight = 0.1
+    scale: Literal["none", "teacher_rms"] = Field(
         "none", description="plain mean square, or divided by that of the teacher's hidden states"
     )
-    attention_scale: Literal["none", "row_sum"] = Field(
+
+
+class Attention(Section):
+    """L_align_attn: squared difference of last attention maps."""
+
+    weight: Weight = 0.1
+    scale: Literal["none", "row_sum"] = Field(
         "none", description="mean over columns, which shrinks with length, or sum over columns and mean over rows"
     )
-    kd_positions: Literal["answer", "all"] = Field(
-        "answer", description="where the KL is taken: the answer, or the whole text"
-    )
 
-    @model_validator(mode="after")
-    def _all_weights(self) -> Objective:
-        missing = [t for t in TERMS if t not in self.weights]
-        if missing:
-            raise ValueError(f"weights must name every term; missing: {', '.join(missing)}")
-        return self
+
+class Objective(Section):
+    """Every term with its settings, shared by the groups unless a group says otherwise."""
+
+    task: TaskLoss = TaskLoss()
+    kd: Distillation = Distillation()
+    hidden: Hidden = Hidden()
+    attention: Attention = Attention()
+
+    @property
+    def weights(self) -> dict[TermName, float]:
+        """What each term is multiplied by; 0: off."""
+        return {term: getattr(self, term).weight for term in TERMS}
 
 
 class Group(Section):
-    """One experimental group: the terms that are on, and its own settings where they differ."""
+    """One experimental group: the terms that are on, and its own settings of them where they differ."""
 
     name: Name = Field(description="names the group in every table; `config/distill_type` in the summary")
-    terms: tuple[Term, ...] = Field(min_length=1, description="the loss terms that are on")
-    weights: dict[Term, Annotated[float, Field(ge=0)]] = Field({}, description="those that differ from the objective's")
-    temperature: float | None = Field(None, gt=0, description="default: the objective's")
-    hidden_scale: Literal["none", "teacher_rms"] | None = Field(None, description="default: the objective's")
-    attention_scale: Literal["none", "row_sum"] | None = Field(None, description="default: the objective's")
-    kd_positions: Literal["answer", "all"] | None = Field(None, description="default: the objective's")
+    terms: tuple[TermName, ...] = Field(min_length=1, description="the loss terms that are on")
+    task: TaskLoss | None = Field(None, description="settings that differ from the objective's")
+    kd: Distillation | None = Field(None, description="settings that differ from the objective's")
+    hidden: Hidden | None = Field(None, description="settings that differ from the objective's")
+    attention: Attention | None = Field(None, description="settings that differ from the objective's")
+
+    @model_validator(mode="after")
+    def _settings_of_terms_that_are_on(self) -> Group:
+        for term in TERMS:
+            if getattr(self, term) is not None and term not in self.terms:
+                raise ValueError(f"has settings for {term}, which is not among its terms {list(self.terms)}")
+        return self
+
+    @field_serializer(*TERMS, mode="wrap")
+    def _given_alone(self, value: Section | None, handler: SerializerFunctionWrapHandler) -> Any:
+        """What was given, so that a group read back is the same partial objective."""
+        return None if value is None else value.model_dump(mode="json", exclude_unset=True)
+
+    def settings(self, term: TermName) -> dict[str, Any]:
+        """This group's own settings of a term."""
+        own = getattr(self, term)
+        return {} if own is None else own.model_dump(exclude_unset=True)
 
     def objective(self, shared: Objective) -> Objective:
         """The objective of this group: `shared` with this group's settings, weight 0 for a term that is off."""
-        own = self.model_dump(exclude={"name", "terms", "weights"}, exclude_none=True)
-        weights = {t: (self.weights.get(t, shared.weights[t]) if t in self.terms else 0.0) for t in TERMS}
-        return Objective(**{**shared.model_dump(), **own, "weights": weights})
+        merged = {}
+        for term in TERMS:
+            off = {} if term in self.terms else {"weight": 0.0}
+            merged[term] = getattr(shared, term).model_copy(update={**self.settings(term), **off})
+        return Objective(**merged)
 
 
 GROUPS: dict[str, Group] = {

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stillroom.errors import UserError
-from stillroom.models.attention_capture import CANNOT, capture_attention
-from stillroom.models.forward import last_hidden_state
+from stillroom.models.attention_capture import CANNOT
+from stillroom.models.forward import LAST, Taps, forward, last_hidden_state
 from stillroom.models.output_head import output_logits
 
 # what sdpa and eager layers may differ by after a whole forward pass; a wrong mask or scale is far beyond it
@@ -74,9 +74,8 @@ def check_capture(model: PreTrainedModel, ids: Tensor) -> None:
     mask = torch.ones_like(ids)
     native = model.config._attn_implementation
     try:
-        with capture_attention(model) as capture:
-            hidden = last_hidden_state(model, ids, mask)
-            found = capture.map
+        passed = forward(model, ids, mask, Taps(attention=frozenset({LAST})))
+        hidden, found = passed.last_hidden, passed.attention[LAST]
         model.set_attn_implementation("eager")
         own = model(input_ids=ids, attention_mask=mask, output_attentions=True, use_cache=False).attentions
     except (UserError, torch.OutOfMemoryError):
@@ -87,8 +86,6 @@ def check_capture(model: PreTrainedModel, ids: Tensor) -> None:
         ) from error
     finally:
         model.set_attn_implementation(native)
-    if found is None:
-        raise UserError(f"{CANNOT.format(name)}; this architecture is not supported")
     attention = own[-1] if own else None
     if attention is None or attention.shape != found.shape:
         shape = None if attention is None else tuple(attention.shape)

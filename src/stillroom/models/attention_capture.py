@@ -1,14 +1,14 @@
-"""The last layer's attention map, at the speed of sdpa in every other layer.
+"""Attention maps of chosen layers, with every layer at the speed of sdpa.
 
-A model runs as Transformers loads it. Inside `capture_attention` alone, one attention function of ours stands in:
-it calls sdpa and, in the last layer, also keeps softmax(q·kᵀ·scale + mask). `check_model` and `check_capture` compare
-what we compute with the architecture's own path on a real text, so that one that differs is refused by name.
+Inside `attention_recorder` one attention function of ours stands in for the model's: it calls sdpa and, in a layer
+that was asked for, also keeps softmax(q·kᵀ·scale + mask). Outside, a model runs as Transformers loads it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,13 +21,38 @@ from transformers.masking_utils import sdpa_mask
 from stillroom.errors import UserError
 
 ATTENTION = "stillroom"
+CANNOT = "{}: its attention maps cannot be captured"
 
 
-class _Capture:
-    """Where the attention function leaves the map; one per process, off unless a `capture_attention` is open."""
+class Recorder:
+    """The maps that one forward pass leaves behind, float32 (B, H, T, T), by layer from 0."""
 
-    layer: int | None = None
-    map: Tensor | None = None
+    def __init__(self, layers: frozenset[int]) -> None:
+        """`layers`: those to keep."""
+        self.layers = layers
+        self.maps: dict[int, Tensor] = {}
+
+
+_RECORDER: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
+
+
+@contextmanager
+def attention_recorder(model: PreTrainedModel, layers: frozenset[int]) -> Iterator[Recorder]:
+    """Keep the attention maps of the forward pass inside.
+
+    Raises `UserError` for an architecture whose attention function cannot be exchanged.
+    """
+    if not model._can_set_attn_implementation():
+        raise UserError(f"{CANNOT.format(type(model).__name__)}: it does not let its attention function be exchanged")
+    native = model.config._attn_implementation
+    recorder = Recorder(layers)
+    model.set_attn_implementation(ATTENTION)
+    token = _RECORDER.set(recorder)
+    try:
+        yield recorder
+    finally:
+        _RECORDER.reset(token)
+        model.set_attn_implementation(native)
 
 
 def attention_probabilities(
@@ -62,59 +87,28 @@ def _attention(
     softcap: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    wanted = _Capture.layer is not None and getattr(module, "layer_idx", None) == _Capture.layer
-    if softcap is None:
-        if wanted:
-            _Capture.map = attention_probabilities(query, key, attention_mask, scaling)
-        output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
-        )
-        return output, None
-    return _softcapped(module, query, key, value, attention_mask, dropout, scaling, softcap, wanted), None
-
-
-def _softcapped(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    softcap: float,
-    wanted: bool,
-) -> Tensor:
-    """Attention with capped scores, which sdpa has not: written out, in every layer."""
+    recorder, layer = _RECORDER.get(), getattr(module, "layer_idx", None)
+    wanted = recorder is not None and layer in recorder.layers
+    if not wanted and softcap is None:
+        return _sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options), None
+    mask = attention_mask
     if mask is None and query.shape[2] < key.shape[2]:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
         mask = mask.tril(key.shape[2] - query.shape[2])
     probabilities = attention_probabilities(query, key, mask, scaling, softcap)
-    if wanted:
-        _Capture.map = probabilities
+    if recorder is not None and wanted:
+        recorder.maps[int(layer)] = probabilities  # type: ignore[arg-type]
+    if softcap is None:
+        return _sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options), None
+    # sdpa caps no scores: written out, in every layer
     dropped = torch.nn.functional.dropout(probabilities.to(value.dtype), dropout, module.training)
-    return torch.matmul(dropped, repeat_kv(value, query.shape[1] // value.shape[1])).transpose(1, 2).contiguous()
+    return torch.matmul(dropped, repeat_kv(value, query.shape[1] // value.shape[1])).transpose(1, 2).contiguous(), None
+
+
+def _sdpa(*arguments: Any, **options: Any) -> Tensor:
+    output: Tensor = sdpa_attention_forward(*arguments, **options)[0]
+    return output
 
 
 AttentionInterface.register(ATTENTION, _attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-
-
-@contextmanager
-def capture_attention(model: PreTrainedModel) -> Iterator[_Capture]:
-    """Keep the last layer's attention of the forward pass inside: `.map`, float32 (B, H, T, T).
-
-    Raises `UserError` for an architecture whose attention function cannot be exchanged.
-    """
-    native = model.config._attn_implementation
-    if not model._can_set_attn_implementation():
-        raise UserError(f"{CANNOT.format(type(model).__name__)}: it does not let its attention function be exchanged")
-    model.set_attn_implementation(ATTENTION)
-    _Capture.layer, _Capture.map = model.config.get_text_config().num_hidden_layers - 1, None
-    try:
-        yield _Capture()
-    finally:
-        _Capture.layer, _Capture.map = None, None
-        model.set_attn_implementation(native)
-
-
-CANNOT = "{}: its last layer's attention cannot be captured"

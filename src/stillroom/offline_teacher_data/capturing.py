@@ -22,12 +22,12 @@ from stillroom.files import exclusive, read_json, write_json
 from stillroom.models.architecture import check_capture
 from stillroom.models.hub import tokenizer_hash
 from stillroom.models.sizes import heads, vocabulary_size, width
-from stillroom.offline_teacher_data.cells import Layout, id_dtype
 from stillroom.offline_teacher_data.shards import Share, hold, plan_shards, token_batches
 from stillroom.offline_teacher_data.store import (
     MANIFEST,
     SCHEMA_VERSION,
     SignalStore,
+    payload_bytes,
     shard_entry,
     shard_is_whole,
     shard_name,
@@ -39,7 +39,8 @@ from stillroom.offline_teacher_data.verification import (
 )
 from stillroom.progress import Progress, silent
 from stillroom.provenance import package_versions, utc_now
-from stillroom.signals.teacher_signals import TeacherSignals, compute_signals
+from stillroom.signals import compute_signals
+from stillroom.signals.signal import Layout, id_dtype
 
 
 def made_from(
@@ -111,7 +112,7 @@ def capture_share(
             check_capture(model, probe)
         progress(done, total)
         for number in (n for n in mine if n in absent):
-            rows = _signals_of(model, examples, encodings, shards[number], signals)
+            rows = _signals_of(model, examples, encodings, shards[number], signals, layout)
             counted = _counted(rows, lambda n, base=done: progress(base + n, total))  # type: ignore[misc]
             write_shard(store / shard_name(number), own, layout, counted)
             done += len(shards[number])
@@ -147,7 +148,7 @@ def _done(store: Path, number: int, rows: list[int], examples: Sequence[Example]
 
 def _require_space(store: Path, tokens: int, encodings: Sequence[Encoding], layout: Layout) -> None:
     total = sum(len(e) for e in encodings)
-    planned = sum(sum(layout.payload_bytes(len(e)).values()) for e in encodings)
+    planned = sum(payload_bytes(layout, len(e)) for e in encodings)
     needed = int(1.05 * planned * tokens / total)
     free = shutil.disk_usage(store).free
     if needed > free:
@@ -163,11 +164,12 @@ def _signals_of(
     encodings: Sequence[Encoding],
     rows: Sequence[int],
     signals: Signals,
-) -> Iterator[tuple[str, str, Encoding, TeacherSignals]]:
+    layout: Layout,
+) -> Iterator[tuple[str, str, Encoding, dict[str, torch.Tensor]]]:
     dtype = {"float16": torch.float16, "float32": torch.float32}[signals.dtype]
     for batch in token_batches(rows, encodings, signals.batch_tokens):
         try:
-            results = compute_signals(model, [encodings[i] for i in batch], signals.top_k, dtype)
+            results = compute_signals(model, [encodings[i] for i in batch], layout, dtype)
         except UserError as error:
             raise UserError(f"examples {[examples[i].example_id for i in batch]}: {error}") from None
         for i, result in zip(batch, results, strict=True):

@@ -6,68 +6,64 @@ so that a memory-mapped read is a copy-free view; their shapes follow from the r
 
 from __future__ import annotations
 
+import json
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from jaxtyping import Float, Integer
 from numpy import ndarray
 
-from stillroom.config import fingerprint
+from stillroom.config import ModelRef, fingerprint
 from stillroom.data.encoding import Encoding
 from stillroom.errors import UserError
 from stillroom.files import atomic_path, file_sha256, read_json, remove_leftovers, write_json
-from stillroom.offline_teacher_data.cells import COLUMNS, Layout, _to_numpy_array, cell_bytes, parquet_cell
-from stillroom.signals.teacher_signals import TeacherSignals
+from stillroom.models.hub import load_tokenizer, tokenizer_hash
+from stillroom.offline_teacher_data.cells import _to_numpy_array, cell_bytes, parquet_cell
+from stillroom.signals import signals_of
+from stillroom.signals.signal import Column, Layout
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 SHARDS = "part-*.parquet"
-Signal = Literal["topk", "hidden", "attention"]
 
-SCHEMA = pa.schema(
-    [
-        ("example_id", pa.string()),
-        ("task", pa.string()),
-        ("tokens", pa.int32()),
-        ("ids", pa.large_binary()),
-        ("ends", pa.large_binary()),
-        ("special", pa.large_binary()),
-        ("topk_ids", pa.large_binary()),
-        ("topk_logprobs", pa.large_binary()),
-        ("tail_logprobs", pa.large_binary()),
-        ("hidden", pa.large_binary()),
-        ("attention", pa.large_binary()),
-    ]
+_TEXT = (pa.field("example_id", pa.string()), pa.field("task", pa.string()), pa.field("tokens", pa.int32()))
+_ENCODING = (
+    Column("ids", "int32", lambda tokens: (tokens,)),
+    Column("ends", "int32", lambda tokens: (tokens,)),
+    Column("special", "bool", lambda tokens: (tokens,)),
 )
 
-_COLUMNS: dict[Signal, tuple[str, ...]] = {
-    "topk": ("topk_ids", "topk_logprobs", "tail_logprobs"),
-    "hidden": ("hidden",),
-    "attention": ("attention",),
-}
+
+def columns_of(layout: Layout) -> dict[str, Column]:
+    """Every array column of a store by name, in the order of its file: the encoding's, then each signal's."""
+    own = (column for signal in signals_of(layout) for column in signal.columns)
+    return {column.name: column for column in (*_ENCODING, *own)}
+
+
+def payload_bytes(layout: Layout, tokens: int) -> int:
+    """Bytes of the cells of a row of so many tokens."""
+    return sum(column.bytes(tokens) for column in columns_of(layout).values())
 
 
 @dataclass(frozen=True)
 class StoredExample:
-    """One row: the teacher's encoding of the text and the signals that were asked for (None otherwise)."""
+    """One row: the teacher's encoding of the text, and the arrays that were asked for, by column."""
 
     example_id: str
     task: str
     encoding: Encoding
-    topk_ids: Integer[ndarray, "T K"] | None = None
-    topk_logprobs: Float[ndarray, "T K"] | None = None
-    tail_logprobs: Float[ndarray, "T"] | None = None
-    """Logarithm of the probability outside the top k; −inf where there is none."""
-    hidden: Float[ndarray, "T D"] | None = None
-    attention: Float[ndarray, "H N"] | None = None
-    """Row after row of the causal triangle, N = T(T+1)/2."""
+    arrays: Mapping[str, ndarray]
+
+    def __getitem__(self, column: str) -> ndarray:
+        """A column's array; a KeyError names one that was not asked for."""
+        return self.arrays[column]
 
 
 def shard_name(number: int) -> str:
@@ -79,7 +75,7 @@ def write_shard(
     path: Path,
     own: str,
     layout: Layout,
-    rows: Iterable[tuple[str, str, Encoding, TeacherSignals]],
+    rows: Iterable[tuple[str, str, Encoding, Mapping[str, torch.Tensor]]],
 ) -> None:
     """Write one shard of the capture with fingerprint `own`, row by row, whole or not at all."""
     remove_leftovers(path.parent)
@@ -91,26 +87,34 @@ def write_shard(
     with atomic_path(path) as temporary:
         options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
         options["write_page_checksum"] = True  # until the manifest has its SHA-256, a shard must vouch for itself
-        with pq.ParquetWriter(temporary, SCHEMA.with_metadata(metadata), **options) as writer:
-            squares, values = 0.0, 0
-            for example_id, task, encoding, signals in rows:
-                writer.write_batch(_row(example_id, task, encoding, signals, layout))
-                hidden = signals.hidden[torch.from_numpy(~encoding.special)].float()
-                squares += float(torch.linalg.vecdot(hidden, hidden).double().sum())
-                values += hidden.numel()
-            writer.add_key_value_metadata({"hidden_square_sum": repr(squares), "hidden_values": str(values)})
+        columns, signals = columns_of(layout), signals_of(layout)
+        schema = pa.schema([*_TEXT, *(pa.field(name, pa.large_binary()) for name in columns)], metadata)
+        with pq.ParquetWriter(temporary, schema, **options) as writer:
+            totals: Counter[str] = Counter()
+            for example_id, task, encoding, arrays in rows:
+                writer.write_batch(_row(example_id, task, encoding, arrays, columns, schema))
+                is_text = torch.from_numpy(~encoding.special)
+                for signal in signals:
+                    totals.update(signal.totals(arrays, is_text))
+            writer.add_key_value_metadata({name: repr(total) for name, total in totals.items()})
 
 
-def _row(example_id: str, task: str, encoding: Encoding, signals: TeacherSignals, layout: Layout) -> pa.RecordBatch:
-    values: dict[str, Any] = {"ids": encoding.ids, "ends": encoding.ends, "special": encoding.special}
-    values |= {name: getattr(signals, name) for name in COLUMNS[3:]}
+def _row(
+    example_id: str,
+    task: str,
+    encoding: Encoding,
+    arrays: Mapping[str, torch.Tensor],
+    columns: Mapping[str, Column],
+    schema: pa.Schema,
+) -> pa.RecordBatch:
+    values: dict[str, Any] = {"ids": encoding.ids, "ends": encoding.ends, "special": encoding.special, **arrays}
     cells = [pa.array([example_id]), pa.array([task]), pa.array([len(encoding)], pa.int32())]
-    for name, value in values.items():
-        dtype, shape = layout.cell(name, len(encoding))
+    for name, column in columns.items():
+        value, shape = values[name], column.shape(len(encoding))
         if tuple(value.shape) != shape:
             raise ValueError(f"{example_id}: {name} has shape {tuple(value.shape)}, the store expects {shape}")
-        cells.append(parquet_cell(layout.stored(name, value), dtype))
-    return pa.RecordBatch.from_arrays(cells, schema=SCHEMA)
+        cells.append(parquet_cell(column.pack(value), column.dtype))
+    return pa.RecordBatch.from_arrays(cells, schema=schema.remove_metadata())
 
 
 def shard_entry(path: Path) -> dict[str, Any]:
@@ -132,8 +136,7 @@ def shard_entry(path: Path) -> dict[str, Any]:
         "tokens": sum(table["tokens"].to_pylist()),
         "bytes": path.stat().st_size,
         "sha256": file_sha256(path),
-        "hidden_square_sum": float(metadata[b"hidden_square_sum"]),
-        "hidden_values": int(metadata[b"hidden_values"]),
+        **{name: json.loads(metadata[name.encode()]) for name in ("hidden_square_sum", "hidden_values")},
         "examples": table["example_id"].to_pylist(),
     }
 
@@ -216,38 +219,55 @@ class SignalStore:
         values = sum(shard["hidden_values"] for shard in shards)
         return float(sum(shard["hidden_square_sum"] for shard in shards) / values)
 
+    @cached_property
+    def columns(self) -> dict[str, Column]:
+        """The arrays of a row by name."""
+        return columns_of(self.layout)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The teacher's tokenizer, which lies in the store; `UserError` if it is not the one it was made with."""
+        tokenizer = load_tokenizer(ModelRef(model=str(self.path / "tokenizer")))
+        if tokenizer_hash(tokenizer) != self.manifest["made_from"]["tokenizer"]:
+            raise UserError(f"{self.path / 'tokenizer'} is not the tokenizer the store was made with")
+        return tokenizer
+
     def __len__(self) -> int:
         return len(self.index)
 
     def __iter__(self) -> Iterator[StoredExample]:
         return (self.read(example_id) for example_id in self.index)
 
-    def read(self, example_id: str, signals: Iterable[Signal] = ("topk", "hidden", "attention")) -> StoredExample:
-        """One example; arrays are read-only views of the mapped file. `UserError` names a missing or broken one."""
+    def read(self, example_id: str, columns: Iterable[str] | None = None) -> StoredExample:
+        """One example, with all its columns or those named; arrays are read-only views of the mapped file.
+
+        `UserError` names a missing or broken one.
+        """
         if example_id not in self.index:
             raise UserError(f"{self.path}: example {example_id} is not in this store")
         name, row = self.index[example_id]
-        wanted = [column for signal in signals for column in _COLUMNS[signal]]
-        columns = ["example_id", "task", "tokens", "ids", "ends", "special", *wanted]
+        encoded = [column.name for column in _ENCODING]
+        wanted = [c for c in self.columns if c not in encoded] if columns is None else list(columns)
         try:
-            table = self._file(name).read_row_group(row, columns=columns, use_threads=False)
+            table = self._file(name).read_row_group(
+                row, columns=[field.name for field in _TEXT] + encoded + wanted, use_threads=False
+            )
             return self._example(table.to_batches()[0], wanted)
         except (ValueError, OSError, pa.ArrowException) as error:
             raise UserError(f"{self.path / name}: example {example_id}: {error}") from error
 
     def _example(self, row: pa.RecordBatch, wanted: Sequence[str]) -> StoredExample:
-        own, task, tokens = (row[column][0].as_py() for column in ("example_id", "task", "tokens"))
+        example_id, task, tokens = (row[field.name][0].as_py() for field in _TEXT)
 
-        def array(column: str) -> ndarray:
+        def array(name: str) -> ndarray:
+            column = self.columns[name]
             try:
-                values = _to_numpy_array(cell_bytes(row[column]), *self.layout.cell(column, tokens))
-                return self.layout.restored(column, values)
+                return column.unpack(_to_numpy_array(cell_bytes(row[name]), column.dtype, column.shape(tokens)))
             except ValueError as error:
-                raise ValueError(f"{column}: {error}") from None
+                raise ValueError(f"{name}: {error}") from None
 
-        encoding = Encoding(array("ids"), array("ends"), array("special"))
-        arrays = {column: array(column) for column in wanted}
-        return StoredExample(own, task, encoding, **arrays)
+        encoding = Encoding(*(array(column.name) for column in _ENCODING))
+        return StoredExample(example_id, task, encoding, {name: array(name) for name in wanted})
 
     def _file(self, name: str) -> pq.ParquetFile:
         files: dict[str, pq.ParquetFile] = self._handles.__dict__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,9 @@ from stillroom.offline_teacher_data.store import (
     shard_fingerprint,
 )
 from stillroom.provenance import utc_now
+from stillroom.signals import signals_of
 
 VERIFIED = "verified.json"
-
-# what a row's sum may be off by in 8 bits: its rounding has a standard deviation of 2/(255·√12), 0.0023; nine of them
-_COMPANDED = 0.02
 
 
 def check_shard(path: Path, entry: dict[str, Any], own: str) -> None:
@@ -43,38 +42,19 @@ def check_shard(path: Path, entry: dict[str, Any], own: str) -> None:
 
 def check_example(store: SignalStore, example: StoredExample) -> None:
     """Raise `UserError`, naming file and example, unless every signal is what a forward pass can have given."""
+    for fault in _faults(store, example):
+        name = store.index[example.example_id][0]
+        raise UserError(f"{store.path / name}: example {example.example_id}: {fault}")
 
-    def require(holds: bool, message: str) -> None:
-        if not holds:
-            name = store.index[example.example_id][0]
-            raise UserError(f"{store.path / name}: example {example.example_id}: {message}")
 
-    assert example.topk_ids is not None
-    assert example.topk_logprobs is not None
-    assert example.tail_logprobs is not None
-    assert example.hidden is not None
-    assert example.attention is not None
-    tokens, layout = len(example.encoding), store.layout
-    logprobs = example.topk_logprobs.astype(np.float64)
-    tolerance = 1e-5 if layout.dtype == "float32" else 5e-3
-    for name in ("topk_logprobs", "hidden", "attention"):
-        require(bool(np.isfinite(getattr(example, name)).all()), f"{name} has NaN or infinite values")
-    require(bool((np.diff(logprobs, axis=1) <= 0).all()), "top-k log-probabilities are not sorted")
-    sums = np.exp(logprobs).sum(1) + np.exp(example.tail_logprobs.astype(np.float64))
-    require(
-        bool((np.abs(sums - 1) <= tolerance).all()), f"top-k and tail sum to {sums.min():.4f}…{sums.max():.4f}, not 1"
-    )
-    ids = np.sort(example.topk_ids.astype(np.int64), axis=1)
-    require(bool((np.diff(ids, axis=1) > 0).all()) and bool((ids >= 0).all()), "top-k ids repeat or are negative")
-    require(bool((np.diff(example.encoding.ends) >= 0).all()), "token ends decrease")
-    row_starts = np.arange(tokens) * (np.arange(tokens) + 1) // 2
-    sums = np.add.reduceat(example.attention.astype(np.float64), row_starts, axis=1)
-    rounding = _COMPANDED if layout.attention_dtype else tolerance
-    require(
-        bool((np.abs(sums - 1) <= rounding).all()),
-        f"attention rows sum to {sums.min():.4f}…{sums.max():.4f}, not 1",
-    )
-    require(bool((example.attention >= 0).all()), "attention has negative values")
+def _faults(store: SignalStore, example: StoredExample) -> Iterator[str]:
+    for column in store.columns.values():
+        if column.finite and column.name in example.arrays and not np.isfinite(example[column.name]).all():
+            yield f"{column.name} has NaN or infinite values"
+    if not (np.diff(example.encoding.ends) >= 0).all():
+        yield "token ends decrease"
+    for signal in signals_of(store.layout):
+        yield from signal.faults(example.arrays, 1e-5 if store.layout.dtype == "float32" else 5e-3)
 
 
 def require_verified(store: SignalStore) -> None:

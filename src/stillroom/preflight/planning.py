@@ -18,7 +18,7 @@ from stillroom.data.tasks import get_task
 from stillroom.errors import UserError
 from stillroom.models.precision import DTYPES
 from stillroom.models.sizes import Shape, shape_of
-from stillroom.offline_teacher_data.cells import Layout, id_dtype
+from stillroom.signals.signal import Layout, id_dtype
 
 _TOKENS: dict[str, tuple[float, float, float]] = {
     "sst2": (28.3, 28.9, 465.0),

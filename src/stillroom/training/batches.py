@@ -6,17 +6,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from jaxtyping import Int32
-from numpy import ndarray
 
-from stillroom.config import Objective
-from stillroom.data.alignment import Alignment, align_encodings, coverage
-from stillroom.data.encoding import Encoding, encode_many, in_answer, supervised_predictions
+from stillroom.data.alignment import align_encodings, coverage
+from stillroom.data.encoding import Encoding, encode_many, supervised_predictions
+from stillroom.data.prepared import Prepared
 from stillroom.data.tasks import Example
 from stillroom.errors import UserError
 from stillroom.offline_teacher_data.store import SignalStore
@@ -24,30 +21,13 @@ from stillroom.offline_teacher_data.store import SignalStore
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """An example as the student reads it, and how it lines up with the teacher's reading."""
-
-    example: Example
-    encoding: Encoding
-    positions: Int32[ndarray, "N"]
-    """Those whose next token is supervised."""
-    targets: Int32[ndarray, "N"]
-    """Ids of those next tokens."""
-    alignment: Alignment | None = None
-    kd_pairs: Int32[ndarray, "M 2"] | None = None
-    """(teacher, student) positions whose next-token distributions are compared."""
-
-
-def prepare(
-    examples: Sequence[Example], tokenizer: Any, store: SignalStore | None, objective: Objective
-) -> list[Prepared]:
+def prepare(examples: Sequence[Example], tokenizer: Any, store: SignalStore | None) -> list[Prepared]:
     """Tokenise for the student and align with the store; without a store, for the task loss alone."""
     encodings = encode_many(tokenizer, [example.text for example in examples], add_eos=True)
-    return [_prepare(*row, store, objective) for row in zip(examples, encodings, strict=True)]
+    return [_prepare(*row, store) for row in zip(examples, encodings, strict=True)]
 
 
-def _prepare(example: Example, encoding: Encoding, store: SignalStore | None, objective: Objective) -> Prepared:
+def _prepare(example: Example, encoding: Encoding, store: SignalStore | None) -> Prepared:
     positions, targets = supervised_predictions(encoding, len(example.prompt))
     if store is None:
         return Prepared(example, encoding, positions, targets)
@@ -57,11 +37,7 @@ def _prepare(example: Example, encoding: Encoding, store: SignalStore | None, ob
             f"example {example.example_id} ({example.task}): no teacher token ends where a student token does; "
             "leave the row out"
         )
-    compared = in_answer(encoding, len(example.prompt) if objective.kd_positions == "answer" else 0)
-    following = alignment.pairs[:, 1] + 1
-    inside = following < len(encoding)
-    inside[inside] = compared[following[inside]]
-    return Prepared(example, encoding, positions, targets, alignment, alignment.pairs[inside])
+    return Prepared(example, encoding, positions, targets, alignment)
 
 
 def measure_coverage(prepared: Iterable[Prepared], store: SignalStore) -> dict[str, dict[str, float]]:

@@ -1,71 +1,52 @@
-"""The student: a causal language model, and a linear projector from its width to the teacher's.
+"""The student: a causal language model, and what its loss terms train beside it.
 
-Saved as a plain Hugging Face directory that knows nothing of the projector, which lies beside it.
+Saved as a plain Hugging Face directory that knows nothing of a projector, which lies beside it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from safetensors.torch import load_file, save_file
+from jaxtyping import Int
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stillroom.errors import UserError
-from stillroom.models.attention_capture import capture_attention
-from stillroom.models.forward import last_hidden_state
+from stillroom.models.forward import Forward, Taps, forward
 from stillroom.models.precision import without_adapters
-from stillroom.models.sizes import width
+from stillroom.terms import Term
 
 PROJECTOR = "projector.safetensors"
-
-
-@dataclass(frozen=True)
-class StudentOutputs:
-    """One forward pass; attention only where it was asked for."""
-
-    hidden: Float[Tensor, "B T d"]
-    attention: Float[Tensor, "B H T T"] | None
+"""Weights trained beside the student: `<term>.weight` and so on."""
 
 
 class DistillationStudent(nn.Module):
-    """A language model and its projector; the projector is there whichever terms are on, also for equal widths."""
+    """A language model, and what its terms train beside it."""
 
-    def __init__(self, model: PreTrainedModel, teacher_width: int, seed: int = 0) -> None:
-        """`seed` decides the projector's initial weights: equal for all groups of a seed."""
+    def __init__(self, model: PreTrainedModel, terms: Sequence[Term] = (), seed: int = 0) -> None:
+        """`seed` decides the initial weights of a projector: equal for all groups of a seed."""
         super().__init__()
         self.model = model
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.projector = nn.Linear(width(model.config), teacher_width)
-        self.projector.to(model.device)
+        self.trained = nn.ModuleDict()
+        self.taps = Taps()
+        for term in terms:
+            self.taps |= term.taps
+            if (beside := term.trained(seed)) is not None:
+                self.trained[term.name] = beside.to(model.device)
 
-    def forward(self, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"], want_attention: bool) -> StudentOutputs:
-        """Hidden state after the final norm, and the last layer's attention; no logits (see `losses`)."""
-        if not want_attention:
-            return StudentOutputs(last_hidden_state(self.model, ids, mask), None)
-        with capture_attention(self.model) as capture:
-            hidden = last_hidden_state(self.model, ids, mask)
-            return StudentOutputs(hidden, capture.map)
-
-    def project(self, hidden: Float[Tensor, "P d"]) -> Float[Tensor, "P D"]:
-        """Student hidden states in the teacher's space, float32 whatever autocast says."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            projected: Tensor = self.projector(hidden.float())
-        return projected
+    def forward(self, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"], taps: Taps) -> Forward:
+        """What one pass leaves behind; no logits (see `terms.output_head`)."""
+        return forward(self.model, ids, mask, taps)
 
 
 def save_student(student: DistillationStudent, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
-    """Write model, tokenizer and, beside them, the projector into an existing folder; weights in `dtype`."""
+    """Write model, tokenizer and, beside them, what was trained with it into an existing folder; weights in `dtype`."""
     save_model(student.model, tokenizer, folder, dtype)
-    save_file(
-        {k: v.detach().cpu().contiguous() for k, v in student.projector.state_dict().items()},
-        folder / PROJECTOR,
-    )
+    if beside := {name: tensor.detach().cpu().contiguous() for name, tensor in student.trained.state_dict().items()}:
+        save_file(beside, folder / PROJECTOR)
 
 
 def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
@@ -79,12 +60,3 @@ def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: torc
     finally:
         model.config.dtype = before
     tokenizer.save_pretrained(folder)
-
-
-def load_projector(folder: Path) -> dict[str, Tensor]:
-    """The projector that lies beside a saved student: `weight` (D, d) and `bias` (D,)."""
-    path = folder / PROJECTOR
-    if not path.is_file():
-        raise UserError(f"{path} is missing: {folder} is not a checkpoint of a distilled student")
-    tensors: dict[str, Tensor] = load_file(path)
-    return tensors

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stillroom.config import Objective, Term, Training
-from stillroom.models.output_head import logit_softcap, scaled_for_head
+from stillroom.config import Objective, TermName, Training
+from stillroom.models.forward import Taps
 from stillroom.models.precision import DTYPES
-from stillroom.terms.losses import HeadTargets, aligned_attention, attention_loss, head_losses, hidden_loss
+from stillroom.terms import NextToken, Term
 from stillroom.training.collation import Batch
-from stillroom.training.distillation_student import DistillationStudent, StudentOutputs
+from stillroom.training.distillation_student import DistillationStudent
 
 
 class StepRunner:
@@ -25,15 +25,16 @@ class StepRunner:
     def __init__(
         self,
         student: DistillationStudent,
+        head: NextToken,
+        terms: Sequence[Term],
         objective: Objective,
         training: Training,
-        device: torch.device,
         scaler: torch.amp.GradScaler,
-        hidden_scale: float,
     ) -> None:
-        """`hidden_scale` divides the hidden loss (1, or the teacher's mean square)."""
-        self.student, self.objective, self.training = student, objective, training
-        self.device, self.scaler, self.hidden_scale = device, scaler, hidden_scale
+        """`head` and `terms` are the objective's."""
+        self.student, self.head, self.terms = student, head, terms
+        self.objective, self.training, self.scaler = objective, training, scaler
+        self.device = student.model.device
 
     def autocast(self) -> Any:
         """The study's precision for the forward pass; float32 needs none."""
@@ -42,46 +43,25 @@ class StepRunner:
         return torch.autocast(self.device.type, DTYPES[self.training.precision])
 
     def losses(
-        self, batch: Batch, weights: Mapping[Term, float], counts: dict[str, int]
+        self, batch: Batch, weights: Mapping[TermName, float], counts: Mapping[str, int]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted loss of one micro-batch, each term divided by the whole step's count, and the terms' sums."""
+        terms = [term for term in self.terms if weights[term.name] > 0]  # type: ignore[index]
+        taps = Taps()
+        for term in terms:
+            taps |= term.taps
         with self.autocast():
-            output = self.student(batch.ids, batch.mask, weights.get("attention", 0.0) > 0)
-            flat = output.hidden.flatten(0, 1)
-            head = self.student.model.get_output_embeddings()
-            targets = HeadTargets(
-                batch.targets,
-                batch.outcomes if weights.get("kd", 0.0) > 0 else None,
-                weights["task"] / counts["task"],
-                weights.get("kd", 0.0) / max(counts.get("kd", 0), 1),
-                self.objective.temperature,
-                logit_softcap(self.student.model.config),
-            )
-            rows = scaled_for_head(self.student.model, flat[batch.head_rows])
-            total, task, kd = head_losses(rows, head.weight, getattr(head, "bias", None), targets)
+            passed = self.student(batch.ids, batch.mask, taps)
+            shares = {name: weights[name] / max(counts.get(name, 0), 1) for name in ("task", "kd")}
+            total, task, kd = self.head.losses(self.student.model, passed, batch.head, shares)
         sums: dict[str, Tensor] = {"task": task, "kd": kd}
-        for name, value in self._alignment_sums(batch, output, flat, weights).items():
-            sums[name] = value.detach()
-            total = total + weights[name] / max(counts[name], 1) * value
+        for term in terms:
+            trained = self.student.trained
+            beside = trained[term.name] if term.name in trained else None  # noqa: SIM401 - a ModuleDict has no get
+            value = term.loss(passed, batch.parts[term.name], beside)
+            sums[term.name] = value.detach()
+            total = total + weights[term.name] / max(counts[term.name], 1) * value  # type: ignore[index]
         return total, sums
-
-    def _alignment_sums(
-        self, batch: Batch, output: StudentOutputs, flat: Tensor, weights: Mapping[Term, float]
-    ) -> dict[Term, Tensor]:
-        sums: dict[Term, Tensor] = {}
-        if weights.get("hidden", 0.0) > 0 and batch.hidden_rows is not None and batch.teacher_hidden is not None:
-            projected = self.student.project(flat[batch.hidden_rows])
-            sums["hidden"] = hidden_loss(projected, batch.teacher_hidden) / self.hidden_scale
-        if weights.get("attention", 0.0) > 0 and output.attention is not None and batch.teacher_attention is not None:
-            assert batch.segment_rows is not None
-            assert batch.segment_of is not None
-            assert batch.segments is not None
-            attention = output.attention
-            if batch.teacher_attention.shape[1] != attention.shape[1]:
-                attention = attention.mean(1, keepdim=True)
-            aligned = aligned_attention(attention.float(), batch.segment_rows, batch.segment_of)
-            sums["attention"] = attention_loss(aligned, batch.teacher_attention, batch.segments)
-        return sums
 
     def update(
         self, micro: Sequence[Batch], optimizer: torch.optim.Optimizer
@@ -117,7 +97,7 @@ class StepRunner:
             "shares": {term: norm / whole if whole else 0.0 for term, norm in norms.items()},
         }
 
-    def _norm(self, micro: Sequence[Batch], weights: Mapping[Term, float], scale: float) -> float:
+    def _norm(self, micro: Sequence[Batch], weights: Mapping[TermName, float], scale: float) -> float:
         """Norm of the gradient, taken of `scale` times the loss."""
         self.student.zero_grad(set_to_none=True)
         self._backward(micro, weights, lambda loss: scale * loss)
@@ -125,7 +105,7 @@ class StepRunner:
         return float(torch.nn.utils.get_total_norm(gradients)) / scale if gradients else 0.0
 
     def _backward(
-        self, micro: Sequence[Batch], weights: Mapping[Term, float], scale: Callable[[Tensor], Tensor]
+        self, micro: Sequence[Batch], weights: Mapping[TermName, float], scale: Callable[[Tensor], Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, int]]:
         counts: dict[str, int] = defaultdict(int)
         for batch in micro:

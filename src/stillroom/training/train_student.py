@@ -16,22 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from stillroom.config import RESULT, Evaluation, Group, ModelRef, Objective, Retention, Training
 from stillroom.data.corpus import Examples
+from stillroom.data.prepared import Prepared
 from stillroom.data.tasks import Example
 from stillroom.errors import UserError
 from stillroom.evaluation.metrics import accuracy_metrics, save_predictions
 from stillroom.evaluation.scoring import evaluate
 from stillroom.files import remove_leftovers, write_json
 from stillroom.models.architecture import check_capture, check_model
-from stillroom.models.hub import load_model, load_tokenizer, tokenizer_hash
+from stillroom.models.hub import load_model, load_tokenizer
 from stillroom.models.precision import default_device, scoring_copy
-from stillroom.models.sizes import heads, vocabulary_size, width
+from stillroom.models.sizes import vocabulary_size
 from stillroom.offline_teacher_data.store import SignalStore
 from stillroom.offline_teacher_data.verification import require_verified
 from stillroom.progress import Progress, silent
-from stillroom.training.batches import Prefetched, Prepared, epoch_order, measure_coverage, prepare, require_coverage
+from stillroom.terms import NextToken, teacher_to_student_ids, terms_of
+from stillroom.training.batches import Prefetched, epoch_order, measure_coverage, prepare, require_coverage
 from stillroom.training.checkpoints import (
     TrainingState,
     drop_superseded,
@@ -40,7 +43,7 @@ from stillroom.training.checkpoints import (
     restore_checkpoint,
     save_checkpoint,
 )
-from stillroom.training.collation import Batch, Collator, teacher_to_student_ids
+from stillroom.training.collation import Batch, Collator
 from stillroom.training.distillation_student import DistillationStudent
 from stillroom.training.step import StepRunner, accumulate, losses_of, mean_shares
 
@@ -93,16 +96,18 @@ def train(
     store = _open(store_path)
     last = last_checkpoint(folder)
     drop_unusable(folder, last)
-    student = _build(student_ref, store, trial.seed, device, adapter)
+    model = _load(student_ref, trial.seed, device, adapter)
+    head = NextToken(own, _vocabulary_map(store, tokenizer, model) if own.weights["kd"] > 0 else None)
+    terms = terms_of(own, store, model.config)
+    student = DistillationStudent(model, terms, trial.seed)
     parts = {
-        n: prepare(part, tokenizer, store, own)
+        n: prepare(part, tokenizer, store)
         for n, part in (("train", examples.train), ("validation", examples.validation))
     }
-    student_heads = heads(student.model.config) if own.weights["attention"] > 0 else 0
-    collate = Collator(store, own, _vocabulary_map(store, tokenizer, student), student_heads)
+    collate = Collator(store, head, terms)
     coverage = measure_coverage([*parts["train"], *parts["validation"]], store) if store else {}
     require_coverage(coverage, minimum_coverage)
-    _check_architecture(student, parts["train"], own)
+    _check_architecture(student, parts["train"])
     optimizer = torch.optim.AdamW(
         [p for p in student.parameters() if p.requires_grad],
         lr=training.learning_rate,
@@ -113,8 +118,7 @@ def train(
     state = restore_checkpoint(last, student, optimizer, scaler) if last else TrainingState()
     lengths = [len(item.encoding) for item in parts["train"]]
     steps = math.ceil(len(lengths) / training.batch_size)
-    hidden_scale = store.hidden_mean_square if store and own.hidden_scale == "teacher_rms" else 1.0
-    step_of = StepRunner(student, own, training, device, scaler, hidden_scale)
+    runner = StepRunner(student, head, terms, own, training, scaler)
     workers = 1 if device.type == "cpu" else max(1, torch.get_num_threads() - 1)  # a CPU's step takes every core
 
     for epoch in range(state.epoch, training.epochs):
@@ -127,10 +131,10 @@ def train(
             step = epoch * steps + number
             seed_step(trial.seed, step)
             if training.gradient_interval and step % training.gradient_interval == 0:
-                state.gradients.append({"step": step, **step_of.measure(micro)})
+                state.gradients.append({"step": step, **runner.measure(micro)})
             seed_step(trial.seed, step)
             _set_rate(optimizer, training, step)
-            sums, counts, finite = step_of.update(micro, optimizer)
+            sums, counts, finite = runner.update(micro, optimizer)
             state.count_step(finite, micro, training.max_skipped_steps)
             accumulate(totals, sums, counts)
             tokens += sum(batch.tokens for batch in micro)
@@ -139,7 +143,7 @@ def train(
         trained = time.perf_counter()
         metrics = {f"train_{name}": value for name, value in losses_of(totals, own).items()}
         validation, predictions = _validate(
-            student, tokenizer, parts["validation"], examples, step_of, collate, training, evaluation
+            student, tokenizer, parts["validation"], examples, runner, collate, training, evaluation
         )
         metrics |= validation
         metrics |= {
@@ -183,33 +187,22 @@ def _open(store_path: Path | None) -> SignalStore | None:
     return store
 
 
-def _build(
-    ref: ModelRef,
-    store: SignalStore | None,
-    seed: int,
-    device: torch.device,
-    adapter: Callable[[Any], Any] | None,
-) -> DistillationStudent:
+def _load(ref: ModelRef, seed: int, device: torch.device, adapter: Callable[[Any], Any] | None) -> PreTrainedModel:
     model = load_model(ref, "float32", device)
-    teacher_width = store.layout.width if store else width(model.config)
     if adapter is not None:
         torch.manual_seed(seed)  # of the adapter's first weights
         model = adapter(model)
-    return DistillationStudent(model, teacher_width, seed)
+    return model
 
 
-def _vocabulary_map(store: SignalStore | None, tokenizer: Any, student: DistillationStudent) -> Any:
+def _vocabulary_map(store: SignalStore | None, tokenizer: Any, model: PreTrainedModel) -> Any:
     if store is None:
-        return None
-    teacher_tokenizer = load_tokenizer(ModelRef(model=str(store.path / "tokenizer")))
-    if tokenizer_hash(teacher_tokenizer) != store.manifest["made_from"]["tokenizer"]:
-        raise UserError(f"{store.path / 'tokenizer'} is not the tokenizer the store was made with")
-    teacher_size = store.manifest["vocabulary"]
-    return teacher_to_student_ids(teacher_tokenizer, tokenizer, teacher_size, vocabulary_size(student.model))
+        raise ValueError("the term kd needs the teacher's data")
+    return teacher_to_student_ids(store.tokenizer, tokenizer, store.manifest["vocabulary"], vocabulary_size(model))
 
 
-def _check_architecture(student: DistillationStudent, items: Sequence[Prepared], objective: Objective) -> None:
-    check = check_capture if objective.weights["attention"] > 0 else check_model
+def _check_architecture(student: DistillationStudent, items: Sequence[Prepared]) -> None:
+    check = check_capture if student.taps.attention else check_model
     ids = torch.from_numpy(items[0].encoding.ids.astype("int64"))[None].to(student.model.device)
     student.eval()
     check(student.model, ids)
@@ -245,7 +238,7 @@ def _validate(
     tokenizer: Any,
     items: Sequence[Prepared],
     examples: Examples,
-    step_of: StepRunner,
+    runner: StepRunner,
     collate: Collator,
     training: Training,
     evaluation: Evaluation,
@@ -256,9 +249,9 @@ def _validate(
     order = sorted(range(len(items)), key=lambda i: len(items[i].encoding))
     for first in range(0, len(order), size):
         batch = collate([items[i] for i in order[first : first + size]])
-        _, sums = step_of.losses(batch.to(step_of.device), step_of.objective.weights, batch.counts)
+        _, sums = runner.losses(batch.to(runner.device), runner.objective.weights, batch.counts)
         accumulate(totals, sums, batch.counts)
-    metrics = {f"validation_{name}": value for name, value in losses_of(totals, step_of.objective).items()}
+    metrics = {f"validation_{name}": value for name, value in losses_of(totals, runner.objective).items()}
     scored = scoring_copy(student.model, training.precision, evaluation.dtype)
     predictions = evaluate(scored, tokenizer, examples.validation, evaluation)
     return metrics | accuracy_metrics(predictions), predictions

@@ -1,18 +1,21 @@
-"""The loss terms: pure functions that return sums; the caller divides once, by the whole step's counts.
+"""Cross-entropy and the divergence from the teacher's distribution, fused with the output head.
 
-α·L_task + β·L_KD + γ₁·L_align_hidden + γ₂·L_align_attn; definitions in docs/science.md.
+A pure function that returns sums; the caller divides once, by the whole step's counts. The logits never exist whole.
+Definitions are in docs/science.md.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from stillroom.terms.divergences import DIVERGENCES, STEEPEST
 
 HEAD_CHUNK = 512
 """Rows whose logits exist at a time."""
@@ -28,7 +31,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class Outcomes:
-    """The teacher's next-token distribution in student ids, at M positions: K entries and the ghost."""
+    """The teacher's next-token distribution in student ids, at M positions: K entries and the outcome of all others."""
 
     rows: Int[Tensor, "M"]
     """Which of the head's rows each position is; increasing. On the CPU: they are cut while the GPU computes."""
@@ -37,7 +40,7 @@ class Outcomes:
     valid: Bool[Tensor, "M K"]
     probs: Float[Tensor, "M K"]
     """0 where not valid."""
-    ghost: Float[Tensor, "M"]
+    other: Float[Tensor, "M"]
     """What the entries leave out of 1."""
 
 
@@ -52,6 +55,8 @@ class HeadTargets:
     kd_weight: float
     temperature: float = 1.0
     softcap: float | None = None
+    divergence: str = "forward_kl"
+    mixing: float = 0.5
 
 
 def head_losses(
@@ -144,7 +149,8 @@ def _narrowing_scale(targets: HeadTargets, dtype: torch.dtype) -> float:
     """
     if dtype != torch.float16:
         return 1.0
-    largest = targets.task_weight + targets.kd_weight * max(1.0, targets.temperature)
+    steepest = STEEPEST.get(targets.divergence, 1.0) * max(1.0, targets.temperature)
+    largest = targets.task_weight + targets.kd_weight * steepest
     return 2.0 ** math.floor(math.log2(1 / (16 * largest))) if largest > 0 else 1.0
 
 
@@ -159,22 +165,15 @@ def _rows_of(targets: HeadTargets, rows: slice) -> HeadTargets:
             outcomes.ids[own],
             outcomes.valid[own],
             outcomes.probs[own],
-            outcomes.ghost[own],
+            outcomes.other[own],
         )
-    return HeadTargets(
-        targets.targets[rows],
-        outcomes,
-        targets.task_weight,
-        targets.kd_weight,
-        targets.temperature,
-        targets.softcap,
-    )
+    return replace(targets, targets=targets.targets[rows], outcomes=outcomes)
 
 
 def _block_losses(raw: Tensor, targets: HeadTargets, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Sums of one block and the gradient of their weighted sum by the raw logits (float32).
 
-    The logits are gone over as seldom as can be: log-softmax, exp in place, a sum, and one product in place.
+    Makes as few passes over the logits as possible: log-softmax, exp in place, a sum, and one product in place.
     """
     cap = targets.softcap
     logits = raw if cap is None else cap * torch.tanh(raw.float() / cap)
@@ -186,86 +185,58 @@ def _block_losses(raw: Tensor, targets: HeadTargets, needs_grad: bool) -> tuple[
     outcomes = targets.outcomes if targets.outcomes is not None and len(targets.outcomes.rows) else None
     if outcomes is None and not needs_grad:
         return task, kd, None
-    own = scale = targets.task_weight * supervised.float()
+    # what each row's softmax is multiplied by in the gradient: at the entries, and everywhere else
+    at_entry = at_others = targets.task_weight * supervised.float()
     if outcomes is None:
         probs = logprobs.exp_()
     else:
-        at = (outcomes.rows * raw.shape[1])[:, None] + outcomes.ids  # in the flattened logits
-        entries = logprobs.take(at)
+        places = (outcomes.rows * raw.shape[1])[:, None] + outcomes.ids  # in the flattened logits
+        entries = logprobs.take(places)
         probs = logprobs.exp_()
-        probs.view(-1).index_fill_(0, at.flatten(), 0.0)
-        rest = probs.sum(1)[outcomes.rows]
-        kd, by_entry, by_ghost = _kl(entries, rest, outcomes, targets.temperature, raw.shape[1])
-        total = targets.kd_weight * (by_entry.sum(1) + by_ghost)
-        own = scale.index_add(0, outcomes.rows, total, alpha=-1)
-        scale = own.index_add(0, outcomes.rows, targets.kd_weight * by_ghost / rest.clamp(min=_TINY))
+        probs.view(-1).index_fill_(0, places.flatten(), 0.0)
+        other = probs.sum(1)[outcomes.rows]
+        kd, entry_slopes, other_slope = _divergence(entries, other, targets, raw.shape[1], needs_grad)
+        slopes = targets.kd_weight * (entry_slopes.sum(1) + other_slope)
+        at_entry = at_others.index_add(0, outcomes.rows, slopes, alpha=-1)
+        share = targets.kd_weight * other_slope / other.clamp(min=_TINY)
+        at_others = at_entry.index_add(0, outcomes.rows, share)
     if not needs_grad:
         return task, kd, None
-    grad = probs.mul_(scale[:, None])
+    grad = probs.mul_(at_others[:, None])
     if outcomes is not None:
-        at_entries = entries.exp() * own[outcomes.rows][:, None] + targets.kd_weight * by_entry
-        grad.view(-1).index_add_(0, at.flatten(), torch.where(outcomes.valid, at_entries, 0.0).flatten())
+        added = entries.exp() * at_entry[outcomes.rows][:, None] + targets.kd_weight * entry_slopes
+        grad.view(-1).index_add_(0, places.flatten(), torch.where(outcomes.valid, added, 0.0).flatten())
     grad.scatter_add_(1, safe, -targets.task_weight * supervised.float()[:, None])
     return task, kd, grad if cap is None else grad.mul_(1 - (logits / cap) ** 2)
 
 
-def _kl(
-    entries: Tensor, rest: Tensor, outcomes: Outcomes, temperature: float, vocabulary: int
+def _divergence(
+    entries: Float[Tensor, "M K"], other: Float[Tensor, "M"], targets: HeadTargets, vocabulary: int, needs_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum over positions of KL(teacher ‖ student) over K + 1 outcomes, times τ², and what its gradient is made of.
+    """Sum over positions of the divergence of the student from the teacher over K + 1 outcomes, times τ².
 
-    `entries` (M, K) are the student's log-probabilities of the entries, `rest` (M) its probability of all others:
-    a sum, never 1 − sum, so it cannot be negative. At τ ≠ 1 both sides' probabilities are raised to 1/τ and
-    renormalised over the K + 1 outcomes (Hinton et al. 2015, sec. 2, for τ²).
+    `entries` are the student's log-probabilities of the entries, `other` its probability of everything else: a sum,
+    never 1 − sum, so it cannot be negative. At τ ≠ 1 both sides' probabilities are raised to 1/τ and renormalised
+    over the K + 1 outcomes (Hinton et al. 2015, sec. 2, for τ²).
 
-    With u the student's log-probabilities of the K + 1 outcomes: (KL, ∂KL/∂u of the entries, of the ghost).
-    u_k = z_k − lse(z) and u_ghost = lse(others) − lse(z), so ∂KL/∂z = ∂u_k at the entries
-    + ∂u_ghost · softmax(z) / rest at the others − (Σ ∂u) · softmax(z).
+    With u the student's log-probabilities of the K + 1 outcomes, returns (D, ∂D/∂u of the entries, of the other).
+    u_k = z_k − lse(z) and u_other = lse(others) − lse(z), so ∂D/∂z = ∂u_k at the entries
+    + ∂u_other · softmax(z) / other at the others − (Σ ∂u) · softmax(z).
     """
-    entries = torch.where(outcomes.valid, entries, 0.0)
-    no_ghost = rest == 0 if outcomes.ids.shape[1] >= vocabulary else torch.zeros_like(rest, dtype=torch.bool)
-    student = torch.cat([entries, rest.clamp(min=_TINY).log()[:, None]], 1)
-    teacher = torch.cat([outcomes.probs, outcomes.ghost.masked_fill(no_ghost, 0.0)[:, None]], 1)
-    if temperature == 1.0:
-        by = -teacher
-    else:
-        absent = torch.cat([~outcomes.valid, no_ghost[:, None]], 1)
-        teacher = teacher ** (1 / temperature)
-        teacher = teacher.masked_fill(absent, 0.0)
-        teacher = teacher / teacher.sum(1, keepdim=True)
-        student = F.log_softmax((student / temperature).masked_fill(absent, -torch.inf), 1)
-        by = temperature * (student.exp() - teacher)
-        student = student.masked_fill(absent, 0.0)
-    kd = temperature**2 * (torch.xlogy(teacher, teacher) - teacher * student).sum()
-    return kd, by[:, :-1], by[:, -1]
-
-
-def hidden_loss(projected: Float[Tensor, "P D"], teacher: Float[Tensor, "P D"]) -> Float[Tensor, ""]:
-    """Sum over aligned tokens and dimensions of the squared difference, float32."""
-    return (projected.float() - teacher.float()).square().sum()
-
-
-def aligned_attention(
-    attention: Float[Tensor, "B H T T"], rows: Int[Tensor, "B G"], segment_of: Int[Tensor, "B T"]
-) -> Float[Tensor, "B H G G"]:
-    """A model's map over segments: queries at each segment's last token, keys summed over each segment.
-
-    `segment_of` is −1 for tokens of no segment. Padded segments give rows that the caller's mask leaves out.
-    """
-    heads, tokens, segments = attention.shape[1], attention.shape[-1], rows.shape[1]
-    index = rows[:, None, :, None].expand(-1, heads, -1, tokens)
-    queries = attention.gather(2, index)
-    member = F.one_hot(segment_of + 1, segments + 1)[..., 1:].to(queries.dtype)
-    return torch.matmul(queries, member[:, None])
-
-
-def attention_loss(
-    student: Float[Tensor, "B H G G"], teacher: Float[Tensor, "B H G G"], segments: Int[Tensor, "B"]
-) -> Float[Tensor, ""]:
-    """Sum over heads, rows and causal columns of the squared difference; `segments` is each example's G.
-
-    Above the diagonal both maps are 0, so the sum over all columns is the sum over the causal ones.
-    """
-    real = torch.arange(student.shape[-1], device=student.device) < segments[:, None]
-    difference = (student.float() - teacher.float()).masked_fill(~real[:, None, :, None], 0.0)
-    return difference.square().sum()
+    outcomes, temperature = targets.outcomes, targets.temperature
+    assert outcomes is not None
+    no_other = other == 0 if outcomes.ids.shape[1] >= vocabulary else torch.zeros_like(other, dtype=torch.bool)
+    absent = torch.cat([~outcomes.valid, no_other[:, None]], 1)
+    teacher = torch.cat([outcomes.probs, outcomes.other[:, None]], 1).masked_fill(absent, 0.0)
+    student = torch.cat([entries, other.clamp(min=_TINY).log()[:, None]], 1).masked_fill(absent, 0.0)
+    with torch.set_grad_enabled(needs_grad):
+        leaf = student.detach().requires_grad_(needs_grad)
+        log_q = leaf
+        if temperature != 1.0:
+            teacher = (teacher ** (1 / temperature)).masked_fill(absent, 0.0)
+            teacher = teacher / teacher.sum(1, keepdim=True)
+            log_q = F.log_softmax((leaf / temperature).masked_fill(absent, -torch.inf), 1).masked_fill(absent, 0.0)
+        values = DIVERGENCES[targets.divergence](teacher, log_q, targets.mixing).masked_fill(absent, 0.0)
+        total = temperature**2 * values.sum()
+    slopes = torch.autograd.grad(total, leaf)[0] if needs_grad else torch.zeros_like(student)
+    return total.detach(), slopes[:, :-1], slopes[:, -1]

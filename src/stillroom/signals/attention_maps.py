@@ -1,0 +1,83 @@
+"""The post-softmax attention of every head of the teacher's last layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy import ndarray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from stillroom.models.architecture import relative_error
+from stillroom.models.forward import LAST, Forward, Taps
+from stillroom.signals.signal import Arrays, Column, Layout, tokens_of
+
+# what a row's sum may be off by in 8 bits: the rounding of a row has a standard deviation of 2/(255·√12) = 0.0023, and
+# this is nine of them
+_COMPANDED = 0.02
+_SQUARES = ((np.arange(256) / 255) ** 2).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class AttentionMaps:
+    """`attention` (H, N): row after row of the causal triangle, N = T(T+1)/2."""
+
+    name: ClassVar[str] = "attention"
+    taps: ClassVar[Taps] = Taps(attention=frozenset({LAST}))
+    layout: Layout
+
+    @cached_property
+    def columns(self) -> tuple[Column, ...]:
+        """The triangle of every head; in 8 bits, companded by a square root."""
+        heads = self.layout.heads
+
+        def shape(tokens: int) -> tuple[int, ...]:
+            return heads, tokens * (tokens + 1) // 2
+
+        if self.layout.attention_dtype is None:
+            return (Column("attention", self.layout.dtype, shape),)
+        return (Column("attention", "uint8", shape, pack=_companded, unpack=_SQUARES.__getitem__),)
+
+    def extract(
+        self, model: PreTrainedModel, forward: Forward, mask: Int[Tensor, "B T"], dtype: torch.dtype
+    ) -> list[dict[str, Tensor]]:
+        """The causal triangle of each example's square, without padding."""
+        maps = forward.attention[LAST].to(dtype)
+        return [
+            {"attention": triangle(maps[row, :, tokens, tokens]).cpu()} for row, tokens in enumerate(tokens_of(mask))
+        ]
+
+    def faults(self, arrays: Arrays, tolerance: float) -> Iterator[str]:
+        """Each row is a distribution."""
+        attention: ndarray = arrays["attention"]
+        tokens = round((np.sqrt(8 * attention.shape[1] + 1) - 1) / 2)
+        starts = np.arange(tokens) * (np.arange(tokens) + 1) // 2
+        sums = np.add.reduceat(attention.astype(np.float64), starts, axis=1)
+        if not (np.abs(sums - 1) <= (_COMPANDED if self.layout.attention_dtype else tolerance)).all():
+            yield f"attention rows sum to {sums.min():.4f}…{sums.max():.4f}, not 1"
+        if not (attention >= 0).all():
+            yield "attention has negative values"
+
+    def error(self, model: PreTrainedModel, arrays: Arrays, forward: Forward) -> float:
+        """Of the whole array."""
+        return relative_error(torch.tensor(arrays["attention"]), triangle(forward.attention[LAST][0]).float().cpu())
+
+    def totals(self, arrays: Mapping[str, Tensor], is_text: Tensor) -> dict[str, float]:
+        """None."""
+        return {}
+
+
+def triangle(square: Float[Tensor, "H T T"]) -> Float[Tensor, "H N"]:
+    """The causal triangle, row after row."""
+    row, column = torch.tril_indices(square.shape[-1], square.shape[-1], device=square.device)
+    return square[:, row, column]
+
+
+def _companded(values: Tensor) -> Tensor:
+    return (values.float().sqrt() * 255).round().to(torch.uint8)

@@ -1,0 +1,97 @@
+"""What a signal is: the columns it keeps of each example, and how they come from a forward pass of the teacher."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from numpy import ndarray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from stillroom.models.forward import Forward, Taps
+
+Arrays = Mapping[str, ndarray]
+"""Columns of one stored example by name."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a store's shapes and dtypes follow from."""
+
+    top_k: int
+    width: int
+    heads: int
+    dtype: str
+    """numpy name of the dtype of log-probabilities, hidden states and attention."""
+    id_dtype: str
+    """uint16 where the vocabulary allows, else int32."""
+    attention_dtype: Literal["uint8_sqrt"] | None = None
+    """`uint8_sqrt`: attention p is stored as round(255·√p); None: in `dtype`."""
+
+
+def id_dtype(vocabulary: int) -> str:
+    """The smallest dtype a store uses that holds every id."""
+    return "uint16" if vocabulary <= 2**16 else "int32"
+
+
+def as_it_is(value: Any) -> Any:
+    """Stored and read unchanged."""
+    return value
+
+
+@dataclass(frozen=True)
+class Column:
+    """One array of a stored example: its dtype on disk, and its shape by the number of the teacher's tokens."""
+
+    name: str
+    dtype: str
+    shape: Callable[[int], tuple[int, ...]]
+    finite: bool = True
+    """Whether NaN or an infinite value in it is a fault."""
+    pack: Callable[[Tensor], Tensor] = as_it_is
+    """From values to what is stored."""
+    unpack: Callable[[ndarray], ndarray] = as_it_is
+    """From what is stored to values; uncopied where they are the same."""
+
+    def bytes(self, tokens: int) -> int:
+        """Bytes of its cell in a row of so many tokens."""
+        return np.dtype(self.dtype).itemsize * math.prod(self.shape(tokens))
+
+
+class Signal(Protocol):
+    """One kind of inner value of the teacher: the only place that knows it by name."""
+
+    name: ClassVar[str]
+    """What messages call it."""
+    taps: ClassVar[Taps]
+    """What a forward pass must leave behind for it, beside the last hidden state."""
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """What is kept of it."""
+
+    def extract(
+        self, model: PreTrainedModel, forward: Forward, mask: Int[Tensor, "B T"], dtype: torch.dtype
+    ) -> list[dict[str, Tensor]]:
+        """Its columns of each example of a batch, on the CPU; floating-point values in `dtype`."""
+
+    def faults(self, arrays: Arrays, tolerance: float) -> Iterator[str]:
+        """What cannot have come from a forward pass; `tolerance` is that of a sum of stored values."""
+
+    def error(self, model: PreTrainedModel, arrays: Arrays, forward: Forward) -> float:
+        """How far stored values are from those of a forward pass of one example alone, relative."""
+
+    def totals(self, arrays: Mapping[str, Tensor], is_text: Tensor) -> dict[str, float]:
+        """What a shard adds up of it over its examples; `is_text` (T,) tells tokens of text from special ones."""
+
+
+def tokens_of(mask: Int[Tensor, "B T"]) -> list[slice]:
+    """Where each example's tokens stand in a padded batch."""
+    lengths, starts = mask.sum(1).tolist(), mask.argmax(1).tolist()
+    return [slice(start, start + length) for start, length in zip(starts, lengths, strict=True)]
