@@ -263,10 +263,10 @@ def _require_choices(examples: Sequence[Example], tokenizers: Sequence[Any], pla
         encodings = encode_many(tokenizer, [example.prompt + choice for example, choice in options])
         seen: dict[tuple[Example, bytes], str] = {}
         for (example, choice), encoding in zip(options, encodings, strict=True):
-            own = np.flatnonzero(in_answer(encoding, len(example.prompt)))
+            tokens = np.flatnonzero(in_answer(encoding, len(example.prompt)))
             same = seen.setdefault((example, encoding.ids.tobytes()), choice)
-            if not len(own) or same != choice:
-                what = f"has the same tokens as {same!r}" if len(own) else "has no token of its own"
+            if not len(tokens) or same != choice:
+                what = f"has the same tokens as {same!r}" if len(tokens) else "has no token of its own"
                 raise UserError(
                     f"{place}: the choice {choice!r} {what} under the tokenizer of {tokenizer.name_or_path}, as after "
                     f"{example.prompt[-60:]!r}; reword the choices or leave such rows out"
@@ -296,11 +296,11 @@ def _fitting(
         part = examples[first : first + 256]
         texts = [example.text for example in part]
         encodings = [encode_many(tokenizer, texts, add_eos=True) for tokenizer in tokenizers]
-        for example, *own in zip(part, *encodings, strict=True):
-            if not all(len(ending_tokens(encoding)) for encoding in own):
+        for example, *encoded in zip(part, *encodings, strict=True):
+            if not all(len(ending_tokens(encoding)) for encoding in encoded):
                 name = f"example {example.example_id} ({example.task}), {example.text[:60]!r}"
                 raise UserError(f"{name}: a tokenizer has no token for any of its text; leave the row out")
-            if all(fits(encoding, max_length) for encoding in own):
+            if all(fits(encoding, max_length) for encoding in encoded):
                 yield example
             else:
                 dropped["too_long"] += 1

@@ -118,9 +118,9 @@ def _add_scores(model: PreTrainedModel, picked: torch.Tensor, batch: Sequence[_R
     chunk, done = 512, 0
     for part in picked.split(chunk):
         logprobs = torch.log_softmax(output_logits(model, part).float(), -1)
-        own = [read for read in reads if done <= read[0] < done + chunk]
-        values = logprobs[[r[0] - done for r in own], [r[1] for r in own]].tolist()
-        for (_, _, example, answer), value in zip(own, values, strict=True):
+        chunk_reads = [read for read in reads if done <= read[0] < done + chunk]
+        values = logprobs[[r[0] - done for r in chunk_reads], [r[1] for r in chunk_reads]].tolist()
+        for (_, _, example, answer), value in zip(chunk_reads, values, strict=True):
             scores[example][answer] += value
         done += chunk
 
@@ -130,10 +130,10 @@ def _scoring_rows(tokenizer: Any, examples: Sequence[Example]) -> tuple[list[_Ro
     encodings = iter(encode_many(tokenizer, texts))
     rows, lengths = [], []
     for number, example in enumerate(examples):
-        own = [next(encodings) for _ in example.choices or (1,)]
-        _require_tokens(example, own)
-        lengths.append(int(in_answer(own[example.gold or 0], len(example.prompt)).sum()))
-        rows += _rows_of_example(number, own, len(example.prompt))
+        answers = [next(encodings) for _ in example.choices or (1,)]
+        _require_tokens(example, answers)
+        lengths.append(int(in_answer(answers[example.gold or 0], len(example.prompt)).sum()))
+        rows += _rows_of_example(number, answers, len(example.prompt))
     return rows, lengths
 
 
@@ -151,19 +151,24 @@ def _rows_of_example(number: int, encodings: Sequence[Encoding], prompt_length: 
     targets = [[int(t) for t in in_answer(e, prompt_length).nonzero()[0] if t > 0] for e in encodings]
     shared = _shared_prefix(encodings)
     if len(encodings) > 1 and all(len(e) == shared + 1 for e in encodings):
-        positions = sorted({t - 1 for own in targets for t in own})
+        positions = sorted({t - 1 for answer_targets in targets for t in answer_targets})
         at = {p: n for n, p in enumerate(positions)}
         reads = tuple(
             (at[t - 1], int(e.ids[t]), answer)
-            for answer, (e, own) in enumerate(zip(encodings, targets, strict=True))
-            for t in own
+            for answer, (e, answer_targets) in enumerate(zip(encodings, targets, strict=True))
+            for t in answer_targets
         )
         prefix = encodings[0]
         prefix = Encoding(prefix.ids[:shared], prefix.ends[:shared], prefix.special[:shared])
         return [_Row(prefix, tuple(positions), reads, number)]
     return [
-        _Row(e, tuple(t - 1 for t in own), tuple((n, int(e.ids[t]), answer) for n, t in enumerate(own)), number)
-        for answer, (e, own) in enumerate(zip(encodings, targets, strict=True))
+        _Row(
+            e,
+            tuple(t - 1 for t in answer_targets),
+            tuple((n, int(e.ids[t]), answer) for n, t in enumerate(answer_targets)),
+            number,
+        )
+        for answer, (e, answer_targets) in enumerate(zip(encodings, targets, strict=True))
     ]
 
 

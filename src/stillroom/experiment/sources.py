@@ -108,22 +108,22 @@ class Sources:
             )
         sources = [*self.study.corpus.tasks.values(), *official.values()]
         digests = [source_digest(data) for data in sources]
-        own = fingerprint(
+        digest = fingerprint(
             self.study.corpus,
             {name: data.model_dump() for name, data in official.items()},
             longest,
             [tokenizer_hash(t) for t in self.tokenizers],
             digests,
         )
-        if (examples := _known_corpus(folder, own)) is None:
+        if (examples := _known_corpus(folder, digest)) is None:
             # the processes of a divided capture start together
             with exclusive(folder, "build of the corpus", wait=600):
-                if (examples := _known_corpus(folder, own)) is None:
+                if (examples := _known_corpus(folder, digest)) is None:
                     examples = build_corpus(self.study.corpus, self.tokenizers)
                     examples = with_official(examples, official, self.study.corpus, self.tokenizers, longest)
                     require_unchanged(sources, digests)
                     self._require_embedded([*examples.all, *examples.official])
-                    save_corpus(examples, folder, own)
+                    save_corpus(examples, folder, digest)
         self._require_room(examples.validation, longest)
         return examples
 
@@ -137,7 +137,7 @@ class Sources:
     def _require_room(self, examples: Sequence[Example], room: int) -> None:
         """`UserError` unless after every prompt both models can still read what they generate."""
         prompts = [example.prompt for example in examples if example.choices is None]
-        found = max((len(own) for t in self.tokenizers for own in encode_many(t, prompts)), default=0)
+        found = max((len(encoded) for t in self.tokenizers for encoded in encode_many(t, prompts)), default=0)
         if found > room:
             raise UserError(
                 f"evaluation.max_new_tokens={self.study.evaluation.max_new_tokens}: with a prompt of {found} tokens "
@@ -175,8 +175,8 @@ class Sources:
         return fingerprint(base, self.study.teacher.adapt, examples_digest(self.examples.train))
 
 
-def _known_corpus(folder: Path, own: str) -> Examples | None:
+def _known_corpus(folder: Path, digest: str) -> Examples | None:
     if not (folder / "corpus.json").is_file():
         return None
     examples, found = load_corpus(folder)
-    return examples if found == own else None
+    return examples if found == digest else None

@@ -36,7 +36,7 @@ def check_model(model: PreTrainedModel, ids: Tensor) -> Tensor:
     mask = torch.ones_like(ids)
     half = (ids.shape[1] + 1) // 2
     try:
-        own = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        model_logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         hidden = last_hidden_state(model, ids, mask)
         shorter = mask.clone()
         shorter[:, half:] = 0
@@ -54,9 +54,9 @@ def check_model(model: PreTrainedModel, ids: Tensor) -> Tensor:
             f"{name} gives NaN or infinite values: its weights are damaged, or too large for {model.dtype}; "
             "try another dtype"
         )
-    if logits.shape != own.shape:
+    if logits.shape != model_logits.shape:
         raise UserError(f"{name}: its output head does not read its last hidden state; not supported")
-    _require_close(model, "last hidden state × output head misses its logits", logits, own)
+    _require_close(model, "last hidden state × output head misses its logits", logits, model_logits)
     told = "what follows a text, or padding, changes what it says of the text (it is not causal)"
     _require_close(model, told, both[1, :half], both[0, :half], _OWN_ROUNDING)
     _require_close(model, "its hidden state depends on the batch", both[:1], hidden, _OWN_ROUNDING)
@@ -77,7 +77,7 @@ def check_capture(model: PreTrainedModel, ids: Tensor) -> None:
         passed = forward(model, ids, mask, Taps(attention=frozenset({LAST})))
         hidden, found = passed.last_hidden, passed.attention[LAST]
         model.set_attn_implementation("eager")
-        own = model(input_ids=ids, attention_mask=mask, output_attentions=True, use_cache=False).attentions
+        eager_maps = model(input_ids=ids, attention_mask=mask, output_attentions=True, use_cache=False).attentions
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # as in check_model
@@ -86,7 +86,7 @@ def check_capture(model: PreTrainedModel, ids: Tensor) -> None:
         ) from error
     finally:
         model.set_attn_implementation(native)
-    attention = own[-1] if own else None
+    attention = eager_maps[-1] if eager_maps else None
     if attention is None or attention.shape != found.shape:
         shape = None if attention is None else tuple(attention.shape)
         raise UserError(f"{name}: captured attention has shape {tuple(found.shape)}, its own {shape}; not supported")

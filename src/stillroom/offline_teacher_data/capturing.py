@@ -93,11 +93,11 @@ def capture_share(
     """
     layout = _layout(model, signals)
     encodings = encode_many(tokenizer, [example.text for example in examples])
-    own = fingerprint(origin)
+    capture_fingerprint = fingerprint(origin)
     shards = plan_shards(encodings, signals.shard_examples)
 
     def missing() -> list[int]:
-        return [n for n, rows in enumerate(shards) if not _done(store, n, rows, examples, own)]
+        return [n for n, rows in enumerate(shards) if not _done(store, n, rows, examples, capture_fingerprint)]
 
     with hold(store, share):
         _claim(store, origin)
@@ -114,7 +114,7 @@ def capture_share(
         for number in (n for n in mine if n in absent):
             rows = _signals_of(model, examples, encodings, shards[number], signals, layout)
             counted = _counted(rows, lambda n, base=done: progress(base + n, total))  # type: ignore[misc]
-            write_shard(store / shard_name(number), own, layout, counted)
+            write_shard(store / shard_name(number), capture_fingerprint, layout, counted)
             done += len(shards[number])
     with exclusive(store, "capture", ".merging", wait=-1):
         if finished := not missing():
@@ -142,8 +142,8 @@ def _claim(store: Path, origin: dict[str, Any]) -> None:
         write_json(marker, origin)
 
 
-def _done(store: Path, number: int, rows: list[int], examples: Sequence[Example], own: str) -> bool:
-    return shard_is_whole(store / shard_name(number), own, [examples[i].example_id for i in rows])
+def _done(store: Path, number: int, rows: list[int], examples: Sequence[Example], fingerprint: str) -> bool:
+    return shard_is_whole(store / shard_name(number), fingerprint, [examples[i].example_id for i in rows])
 
 
 def _require_space(store: Path, tokens: int, encodings: Sequence[Encoding], layout: Layout) -> None:

@@ -43,8 +43,8 @@ _ENCODING = (
 
 def columns_of(layout: Layout) -> dict[str, Column]:
     """Every array column of a store by name, in the order of its file: the encoding's, then each signal's."""
-    own = (column for signal in signals_of(layout) for column in signal.columns)
-    return {column.name: column for column in (*_ENCODING, *own)}
+    kept = (column for signal in signals_of(layout) for column in signal.columns)
+    return {column.name: column for column in (*_ENCODING, *kept)}
 
 
 def payload_bytes(layout: Layout, tokens: int) -> int:
@@ -73,15 +73,15 @@ def shard_name(number: int) -> str:
 
 def write_shard(
     path: Path,
-    own: str,
+    fingerprint: str,
     layout: Layout,
     rows: Iterable[tuple[str, str, Encoding, Mapping[str, torch.Tensor]]],
 ) -> None:
-    """Write one shard of the capture with fingerprint `own`, row by row, whole or not at all."""
+    """Write one shard of the capture with this fingerprint, row by row, whole or not at all."""
     remove_leftovers(path.parent)
     metadata = {
         "stillroom_schema": str(SCHEMA_VERSION),
-        "stillroom_fingerprint": own,
+        "stillroom_fingerprint": fingerprint,
         "stillroom_shard": path.name,
     }
     with atomic_path(path) as temporary:
@@ -141,9 +141,9 @@ def shard_entry(path: Path) -> dict[str, Any]:
     }
 
 
-def shard_is_whole(path: Path, own: str, example_ids: Sequence[str]) -> bool:
-    """Whether a shard on disk is the one the capture with fingerprint `own` would write."""
-    if not path.is_file() or shard_fingerprint(path) != own:
+def shard_is_whole(path: Path, fingerprint: str, example_ids: Sequence[str]) -> bool:
+    """Whether a shard on disk is the one the capture with this fingerprint would write."""
+    if not path.is_file() or shard_fingerprint(path) != fingerprint:
         return False
     try:
         ids = pq.read_table(path, columns=["example_id"])["example_id"].to_pylist()

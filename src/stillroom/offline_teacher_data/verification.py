@@ -25,15 +25,15 @@ from stillroom.signals import signals_of
 VERIFIED = "verified.json"
 
 
-def check_shard(path: Path, entry: dict[str, Any], own: str) -> None:
+def check_shard(path: Path, entry: dict[str, Any], fingerprint: str) -> None:
     """Raise `UserError` unless the shard is there with the size and SHA-256 of its manifest entry.
 
-    `own` is the store's fingerprint: a shard that another capture wrote is called that.
+    `fingerprint` is the store's: a shard that another capture wrote is called that.
     """
     if not path.is_file():
         raise UserError(f"{path} is missing")
-    if (found := shard_fingerprint(path)) not in (None, own):
-        raise UserError(f"{path} belongs to another capture: its fingerprint is {found}, the store's {own}")
+    if (found := shard_fingerprint(path)) not in (None, fingerprint):
+        raise UserError(f"{path} belongs to another capture: its fingerprint is {found}, the store's {fingerprint}")
     if path.stat().st_size != entry["bytes"]:
         raise UserError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}: truncated?")
     if file_sha256(path) != entry["sha256"]:

@@ -137,8 +137,8 @@ def _blocks(logits: Tensor) -> list[slice]:
 
 def _add_product(total: Float[Tensor, "V d"], grad: Float[Tensor, "N V"], hidden: Float[Tensor, "N d"]) -> None:
     """Add gradᵀ · hidden to `total`; the product, as large as the head, never exists whole."""
-    for own, part in zip(total.split(HEAD_SLICE), grad.split(HEAD_SLICE, 1), strict=True):
-        own.add_(part.T @ hidden)
+    for rows, part in zip(total.split(HEAD_SLICE), grad.split(HEAD_SLICE, 1), strict=True):
+        rows.add_(part.T @ hidden)
 
 
 def _narrowing_scale(targets: HeadTargets, dtype: torch.dtype) -> float:
@@ -159,13 +159,13 @@ def _rows_of(targets: HeadTargets, rows: slice) -> HeadTargets:
     outcomes = targets.outcomes
     if outcomes is not None:
         first, last = torch.searchsorted(outcomes.rows, torch.tensor([rows.start, rows.stop])).tolist()
-        own = slice(first, last)
+        inside = slice(first, last)
         outcomes = Outcomes(
-            outcomes.rows[own].to(outcomes.ids.device, non_blocking=True) - rows.start,
-            outcomes.ids[own],
-            outcomes.valid[own],
-            outcomes.probs[own],
-            outcomes.other[own],
+            outcomes.rows[inside].to(outcomes.ids.device, non_blocking=True) - rows.start,
+            outcomes.ids[inside],
+            outcomes.valid[inside],
+            outcomes.probs[inside],
+            outcomes.other[inside],
         )
     return replace(targets, targets=targets.targets[rows], outcomes=outcomes)
 

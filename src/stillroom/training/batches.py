@@ -56,22 +56,23 @@ def coverage_by_task(counted: Iterable[tuple[str, dict[str, int]]]) -> dict[str,
     """Per task: sums of counts from `alignment.coverage`, and the shares of tokens and predictions that are aligned."""
     totals: dict[str, dict[str, float]] = {}
     for task, counts in counted:
-        own = totals.setdefault(task, dict.fromkeys(counts, 0))
+        task_counts = totals.setdefault(task, dict.fromkeys(counts, 0))
         for key, value in counts.items():
-            own[key] += value
-    for own in totals.values():
-        own["token_coverage"] = own["aligned"] / own["tokens"]
-        own["prediction_coverage"] = own["aligned_predictions"] / max(own["predictions"], 1)
+            task_counts[key] += value
+    for task_counts in totals.values():
+        task_counts["token_coverage"] = task_counts["aligned"] / task_counts["tokens"]
+        task_counts["prediction_coverage"] = task_counts["aligned_predictions"] / max(task_counts["predictions"], 1)
     return totals
 
 
 def require_coverage(measured: dict[str, dict[str, float]], minimum: float) -> None:
     """Raise `UserError` with the figures if a task's token coverage is under the declared floor."""
-    low = {task: own for task, own in measured.items() if own["token_coverage"] < minimum}
+    low = {task: counts for task, counts in measured.items() if counts["token_coverage"] < minimum}
     if low:
         figures = "; ".join(
-            f"{task}: {own['token_coverage']:.1%} of student tokens, {own['prediction_coverage']:.1%} of predictions"
-            for task, own in measured.items()
+            f"{task}: {counts['token_coverage']:.1%} of student tokens, "
+            f"{counts['prediction_coverage']:.1%} of predictions"
+            for task, counts in measured.items()
         )
         raise UserError(
             f"the two tokenizers share too few token ends (signals.minimum_coverage={minimum:.0%}): {figures}; "

@@ -113,9 +113,9 @@ class StepRunner:
                 counts[name] += count
         sums: dict[str, Tensor] = {}
         for batch in micro:
-            total, own = self.losses(batch.to(self.device), weights, counts)
+            total, added = self.losses(batch.to(self.device), weights, counts)
             scale(total).backward()
-            for name, value in own.items():
+            for name, value in added.items():
                 sums[name] = sums[name] + value if name in sums else value
         return sums, counts
 

@@ -87,7 +87,7 @@ def train(
     be on. `official` examples are evaluated once, after the last epoch. Goes on from the last whole checkpoint in
     `folder`, which no other process may write.
     """
-    own = trial.group.objective(objective)
+    group_objective = trial.group.objective(objective)
     _set_determinism(training.deterministic)
     device = default_device()
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,8 +97,10 @@ def train(
     last = last_checkpoint(folder)
     drop_unusable(folder, last)
     model = _load(student_ref, trial.seed, device, adapter)
-    head = NextToken(own, _vocabulary_map(store, tokenizer, model) if own.weights["kd"] > 0 else None)
-    terms = terms_of(own, store, model.config)
+    head = NextToken(
+        group_objective, _vocabulary_map(store, tokenizer, model) if group_objective.weights["kd"] > 0 else None
+    )
+    terms = terms_of(group_objective, store, model.config)
     student = DistillationStudent(model, terms, trial.seed)
     parts = {
         n: prepare(part, tokenizer, store)
@@ -118,7 +120,7 @@ def train(
     state = restore_checkpoint(last, student, optimizer, scaler) if last else TrainingState()
     lengths = [len(item.encoding) for item in parts["train"]]
     steps = math.ceil(len(lengths) / training.batch_size)
-    runner = StepRunner(student, head, terms, own, training, scaler)
+    runner = StepRunner(student, head, terms, group_objective, training, scaler)
     workers = 1 if device.type == "cpu" else max(1, torch.get_num_threads() - 1)  # a CPU's step takes every core
 
     for epoch in range(state.epoch, training.epochs):
@@ -139,9 +141,9 @@ def train(
             accumulate(totals, sums, counts)
             tokens += sum(batch.tokens for batch in micro)
             progress(step + 1, steps * training.epochs)
-        _require_every_term(own, totals)
+        _require_every_term(group_objective, totals)
         trained = time.perf_counter()
-        metrics = {f"train_{name}": value for name, value in losses_of(totals, own).items()}
+        metrics = {f"train_{name}": value for name, value in losses_of(totals, group_objective).items()}
         validation, predictions = _validate(
             student, tokenizer, parts["validation"], examples, runner, collate, training, evaluation
         )
@@ -162,7 +164,7 @@ def train(
         report(metrics)
 
     official_metrics = _evaluate_official(student, tokenizer, official, training, evaluation, folder)
-    result = _finish(trial, own, state, coverage, folder, student, official_metrics)
+    result = _finish(trial, group_objective, state, coverage, folder, student, official_metrics)
     drop_superseded(folder, keep_checkpoints, state.epochs, finished=True)
     return result
 

@@ -39,12 +39,12 @@ def _choices(given: str | tuple[str, ...], row: Row) -> tuple[str, ...]:
     """The choices as they follow the prompt; `given` are they, or the column that lists the row's own."""
     if isinstance(given, tuple):
         return tuple(after_prompt(choice) for choice in given)
-    own = row[given]
-    if isinstance(own, list | tuple):
-        choices = tuple(after_prompt(written(choice, given)) for choice in own)
+    listed = row[given]
+    if isinstance(listed, list | tuple):
+        choices = tuple(after_prompt(written(choice, given)) for choice in listed)
         if len(choices) > 1 and len({choice.lstrip() for choice in choices}) == len(choices):
             return choices
-    raise ValueError(f"choices must be two or more different texts, not {shown(own)}")
+    raise ValueError(f"choices must be two or more different texts, not {shown(listed)}")
 
 
 def after_prompt(text: str) -> str:
