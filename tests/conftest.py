@@ -182,3 +182,15 @@ def real_tokenizer(name):
     return pytest.skip(
         f"{name} is a download, and in neither .cache/models nor ../shared/models (docs/how-to/offline.md)"
     )
+
+
+@pytest.fixture(scope="session")
+def tokenizers(teacher_ref, student_ref):
+    """The test pair's."""
+    return [load_tokenizer(teacher_ref), load_tokenizer(student_ref)]
+
+
+@pytest.fixture(scope="session")
+def some(examples):
+    """Two of each built-in task."""
+    return [examples.train[n] for n in (0, 1, 20, 21, 40, 41)]

@@ -126,3 +126,11 @@ def run(folder, student_ref, store, examples, group="combined", seed=0, **change
     return train(
         trial, student_ref, training, Objective(), EVALUATION, examples, store and store.path, folder, **options
     )
+
+
+TIMES = ("train_seconds", "data_wait_seconds", "evaluation_seconds")
+
+
+def numbers(result):
+    """All metrics but the times."""
+    return [{k: v for k, v in epoch.items() if k not in TIMES} for epoch in result["epochs"]]

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from conftest import SHARED, real_tokenizer
+from conftest import SHARED, real_tokenizer, texts
 from stillroom.data.alignment import align, align_encodings, coverage
 from stillroom.data.encoding import encode, ending_tokens, supervised_predictions
 from stillroom.data.vocabulary import compare_vocabularies, map_vocabulary, token_bytes
+from stillroom.models.builtin_pair import sentencepiece_tokenizer
 from stillroom.terms.attention_maps import aligned_attention, segment_map
 
 PIECES = [
@@ -402,3 +403,12 @@ def test_a_vocabulary_with_a_gap_maps_on_either_side(byte_level):
     assert there[vocabulary[moved]] == plain[moved]
     assert back[plain[moved]] == vocabulary[moved]
     assert (there[len(plain) : vocabulary[moved]] == -1).all()
+
+
+def test_a_byte_maps_to_the_byte_and_a_letter_to_the_letter(sentencepiece):
+    """Where the student has two ids for the same bytes, the one spelt as the teacher's is taken."""
+    other, own = sentencepiece_tokenizer(texts(), 410), sentencepiece.get_vocab()
+    assert other.get_vocab() != own
+    mapped = map_vocabulary(other, sentencepiece)
+    for token in ("<0x61>", "a"):
+        assert mapped[other.get_vocab()[token]] == own[token]

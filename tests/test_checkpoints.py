@@ -12,7 +12,7 @@ from stillroom.afterwards.export import export_trial
 from stillroom.config import GROUPS, Evaluation, Objective, Training
 from stillroom.errors import UserError
 from stillroom.files import read_json, write_json
-from stillroom.training.checkpoints import DIGESTS, STATE, checkpoints, require_whole
+from stillroom.training.checkpoints import DIGESTS, STATE, TrainingState, best_epoch, checkpoints, require_whole
 from stillroom.training.fine_tuning import adapted_teacher
 from stillroom.training.train_student import Trial, train
 
@@ -131,3 +131,20 @@ def test_each_epoch_says_which_weights_it_ended_in(unfinished, tmp_path):
     saved = torch.load(folder / "checkpoint_1" / STATE, weights_only=True)
     assert saved["state"]["epochs"][0]["weights"]
     assert read_json(folder / "checkpoint_1" / DIGESTS)[STATE]
+
+
+def test_the_best_epoch_is_the_earliest_of_the_highest():
+    """As the study's documentation says."""
+    rows = [{"epoch": n, "validation_accuracy": value} for n, value in enumerate((0.4, 0.5, 0.5, 0.3), 1)]
+    assert best_epoch(rows) == 2
+
+
+def test_skipped_steps_stop_a_trial_only_in_a_row():
+    """A float16 trial skips one now and then; that is no divergence."""
+    state = TrainingState()
+    for finite in (False, True) * 5:
+        state.count_step(finite, [], limit=1)
+    assert (state.skipped, state.consecutive) == (5, 0)
+    state.count_step(False, [], limit=1)
+    with pytest.raises(UserError, match="2 steps in a row"):
+        state.count_step(False, [], limit=1)

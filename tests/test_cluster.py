@@ -25,7 +25,7 @@ from stillroom.experiment.workspace import Workspace
 from stillroom.files import read_json
 from stillroom.offline_teacher_data.store import SignalStore
 from stillroom.studies import load_study
-from test_end_to_end import study_file
+from studies import study_file
 
 pytestmark = pytest.mark.slow
 

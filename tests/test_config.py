@@ -7,6 +7,7 @@ import time
 import pytest
 import yaml
 
+from mistakes import MISTAKES
 from stillroom.config import GROUPS, Objective, fingerprint
 from stillroom.errors import UserError
 from stillroom.studies import load_study, shipped_studies
@@ -89,100 +90,6 @@ def test_overrides_reach_any_field():
     """`--set a.b=value`, read as YAML."""
     study = load_study("quickstart", ["training.epochs=1", "sweep.seeds=[4, 5]", "corpus.tasks.quiz.examples=50"])
     assert (study.training.epochs, study.sweep.seeds, study.corpus.tasks["quiz"].examples) == (1, (4, 5), 50)
-
-
-MISTAKES = [
-    ("training.epoch=1", "training.epoch: unknown key; did you mean epochs?"),
-    ("trainign.epochs=1", "trainign: unknown key; did you mean training?"),
-    ("corpus.tasks.quiz.exmples=9", "corpus.tasks.quiz.exmples: unknown key; did you mean examples?"),
-    (
-        "groups=[{name: x, terms: [kd], kd: {temprature: 2}}]",
-        "kd.temprature: unknown key; did you mean temperature?",
-    ),
-    ("evaluation.official.quiz.splt=x", "unknown key; did you mean split?"),
-    ("teacher.adapt.training.epoch=1", "unknown key; did you mean epochs?"),
-    ("training.zzz=1", "training.zzz: unknown key (given 1)"),
-    ("training.epochs=0", "training.epochs"),
-    ("training.epochs=three", "training.epochs"),
-    ("training.batch_size=0", "training.batch_size"),
-    ("training.batch_size=2.5", "training.batch_size"),
-    ("training.learning_rate=-1", "training.learning_rate"),
-    ("training.precision=int8", "training.precision"),
-    ("training.max_gradient_norm=0", "training.max_gradient_norm"),
-    ("objective.kd.weight=-0.5", "objective.kd.weight"),
-    ("objective.logits.weight=1", "objective.logits"),
-    ("objective.kd.temperature=0", "objective.kd.temperature"),
-    ("objective.kd.divergence=forward", "objective.kd.divergence"),
-    ("objective.hidden.scale=rms", "objective.hidden.scale"),
-    (
-        "groups=[{name: x, terms: [task], kd: {temperature: 2}}]",
-        "has settings for kd, which is not among",
-    ),
-    ("sweep.seeds=[]", "sweep.seeds"),
-    ("sweep.seeds=[1, 1]", "seeds are repeated"),
-    ("sweep.seeds=[-1]", "sweep.seeds"),
-    (f"sweep.seeds={list(range(21))}", "sweep.seeds"),
-    ("sweep.seeds=[4294967296]", "sweep.seeds"),
-    ("analysis.primary=[[hiden, black_box]]", "analysis.primary names the group 'hiden'"),
-    ("groups=[{name: teacher, terms: [task]}]", "cannot be named 'teacher'"),
-    ("corpus.tasks.all={dataset: builtin, examples: 9}", "cannot be named 'all'"),
-    ("corpus.tasks.quiz_flexible={dataset: builtin, examples: 9}", "cannot be named 'quiz_flexible'"),
-    ("sweep.cpus_per_trial=0", "sweep.cpus_per_trial"),
-    ("sweep.gpus_per_trial=-1", "sweep.gpus_per_trial"),
-    ("groups=[grey_box]", "unknown group 'grey_box'"),
-    ("groups=[hidden, hidden]", "groups are repeated"),
-    ("groups=[]", "groups"),
-    ("groups=[{name: x}]", "terms"),
-    ("groups=[{name: ../x, terms: [task]}]", "name"),
-    (f"groups=[{{name: {'x' * 240}, terms: [task]}}]", "groups.0.name: String should have at most 64"),
-    (f"name={'x' * 65}", "name: String should have at most 64"),
-    (f"corpus.tasks.{'x' * 65}={{dataset: builtin, examples: 9}}", "String should have at most 64"),
-    (f"paths.results=a/{'x' * 256}/b", "paths.results: a path with a part of more than"),
-    (f"paths.store={'é' * 100}", "paths.store: a path with a part of more than"),
-    (f"paths.store={'/x' * 600}", "paths.store: a path of more than"),
-    (f"teacher.model={'x' * 300}", "teacher.model: a path with a part of more than"),
-    (f"corpus.tasks.quiz.dataset=./{'x' * 300}", "corpus.tasks.quiz.dataset: a path with a part of more than"),
-    (f"corpus.tasks.quiz.split={'x' * 300}", "corpus.tasks.quiz.split: String should have at most"),
-    ('paths.results="a\\0b"', "'paths.results': a NUL character"),
-    ('name="\\ud800"', "'name': a NUL character or half of a surrogate pair"),
-    ('corpus.tasks.quiz={"\\udc00": 1}', "half of a surrogate pair"),
-    ("training.epochs=" + "9" * 5000, "is larger than any field holds"),
-    ("training.epochs=0x" + "f" * 5000, "is larger than any field holds"),
-    ("training.epochs=9223372036854775808", "is larger than any field holds"),
-    ("training.epochs=0b_", "0b_ is not a number; quote it"),
-    ("training.epochs=1" + ":1" * 3000, "is larger than any field holds"),
-    ("name=" + "[" * 5000, "nested deeper than 32 levels"),
-    ("name=!!timestamp x", "the tag 'tag:yaml.org,2002:timestamp' is not read"),
-    ("name=!x y", "the tag '!x' is not read"),
-    ('name="\\UFFFFFFFF"', "a number that is too large"),
-    ("name={a: 1, a: 2}", "a twice"),
-    ("name={[a]: 1}", "a key must be a text"),
-    ("name=&a [*a]", "an alias stands inside the value"),
-    ("name=&a {<<: *a}", "an alias stands inside the value"),
-    ("name=[" + "a," * 20000 + "]", "more than the 10,000 values"),
-    ("name=" + "x" * 200_000, "longer than the 100,000 characters"),
-    (".".join("x" * 40) + "=1", "no section is that deep"),
-    ("training.epochs=" + "x" * 5000, "(given 'xxx"),
-    ("groups=[{name: x, terms: [logits]}]", "terms"),
-    ("corpus.tasks={}", "corpus.tasks"),
-    ("corpus.tasks.quiz.examples=1", "corpus.tasks.quiz.examples"),
-    ("corpus.tasks.quiz.example=9", "unknown key"),
-    ("corpus.validation_share=1", "corpus.validation_share"),
-    ("corpus.validation_share=0", "corpus.validation_share"),
-    ("corpus.max_length=3", "corpus.max_length"),
-    ("signals.top_k=0", "signals.top_k"),
-    ("signals.dtype=bfloat16", "signals.dtype"),
-    ("signals.minimum_coverage=2", "signals.minimum_coverage"),
-    ("teacher.model=", "teacher.model"),
-    ("teacher.dtype=float8", "teacher.dtype"),
-    ("teacher.adapt.method=qlora", "teacher.adapt.method"),
-    ("name=../../etc", "name"),
-    ("training=fast", "training"),
-    ("evaluation.max_new_tokens=0", "evaluation.max_new_tokens"),
-    ("training", "write it as section.field=value"),
-    ("training.epochs=[1", "not valid YAML"),
-    ("name.epochs=1", "'name' is not a section"),
-]
 
 
 @pytest.mark.parametrize(("override", "message"), MISTAKES, ids=[m[0] for m in MISTAKES])

@@ -26,7 +26,7 @@ from stillroom.data.corpus import (
     split,
     with_official,
 )
-from stillroom.data.encoding import encode_many
+from stillroom.data.encoding import encode, encode_many
 from stillroom.data.tasks import TASKS, Example, get_task
 from stillroom.data.tasks.gsm8k import extract_flexible, extract_strict
 from stillroom.errors import UserError
@@ -85,12 +85,6 @@ def test_built_in_answers_are_right():
     for row in TASKS["quiz"].generate_rows(3, 50):
         assert row["question"].split()[-1].strip("?") in kinds
         assert len(set(row["choices"])) == 4
-
-
-@pytest.fixture
-def tokenizers(teacher_ref, student_ref):
-    """The test pair's."""
-    return [load_tokenizer(teacher_ref), load_tokenizer(student_ref)]
 
 
 def local(tmp_path, rows, examples, task="sst2", **settings):
@@ -412,3 +406,43 @@ def test_prompts_leave_room_for_what_is_generated(tmp_path):
         else:
             with pytest.raises(UserError, match=f"{limit}: with a prompt of {longest} tokens that is more than the"):
                 _ = sources.examples
+
+
+def test_a_text_that_fits_only_without_its_eos_is_too_long(tmp_path, tokenizers):
+    """What is counted is what is trained on."""
+    built = build_corpus(local(tmp_path, ROWS, 40), tokenizers)
+    longest = max(len(encode(t, example.text, add_eos=True)) for t in tokenizers for example in built.all)
+    assert build_corpus(local(tmp_path, ROWS, 40, max_length=longest), tokenizers).counts["sst2"]["too_long"] == 0
+    with pytest.raises(UserError, match="'too_long'"):
+        build_corpus(local(tmp_path, ROWS, 40, max_length=longest - 1), tokenizers)
+
+
+def test_another_sample_seed_draws_other_examples(tmp_path, tokenizers):
+    """Which of the rows there are is the seed's choice, and no one else's."""
+    ids = [
+        {e.example_id for e in build_corpus(local(tmp_path, ROWS, 10, sample_seed=seed), tokenizers).all}
+        for seed in (0, 0, 1)
+    ]
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_a_corpus_with_a_leak_is_not_built(tmp_path, tokenizers, monkeypatch):
+    """The check is made of what was built, whatever the split did."""
+    monkeypatch.setattr("stillroom.data.corpus.split", lambda chosen, share, seed: (chosen, chosen[:1]))
+    with pytest.raises(UserError, match="is in training and held-out data"):
+        build_corpus(local(tmp_path, ROWS, 10), tokenizers)
+
+
+def test_a_damaged_corpus_is_refused(tmp_path, examples):
+    """No flipped bit gives other examples: a prompt may not change between two trials."""
+    save_corpus(examples, tmp_path, "f")
+    path, read = tmp_path / "corpus.parquet", []
+    whole = path.read_bytes()
+    for place in range(10, len(whole) - 10, len(whole) // 150):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            read.append(load_corpus(tmp_path)[0])
+        except UserError as error:
+            assert "cannot be read" in str(error)  # noqa: PT017 - a flipped bit may also change nothing
+    assert all(found.all == examples.all for found in read)
+    assert len(read) < 75

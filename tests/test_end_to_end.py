@@ -9,13 +9,13 @@ import weakref
 import pandas as pd
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import MistralConfig, MistralForCausalLM
 
 import reference
 from conftest import STUDENT_SHAPE, TEACHER_SHAPE, real_tokenizer, write_model
 from recompute_report import check_report
+from setups import dense
 from stillroom.config import ModelRef
 from stillroom.data.tasks import TASKS
 from stillroom.errors import UserError
@@ -25,41 +25,9 @@ from stillroom.models.hub import load_model
 from stillroom.offline_teacher_data.shards import Share
 from stillroom.offline_teacher_data.store import SignalStore
 from stillroom.studies import load_study
-from test_losses import dense
+from studies import run, study_file
 
 pytestmark = pytest.mark.slow
-
-
-def study_file(tmp_path, teacher_dir, student_dir, **changes):
-    """A small study of local models on the built-in tasks."""
-    tasks = {name: {"dataset": "builtin", "examples": 20} for name in ("sentiment", "quiz", "arithmetic")}
-    study = {
-        "name": "tiny",
-        "teacher": {"model": teacher_dir, "dtype": "float32"},
-        "student": {"model": student_dir},
-        "corpus": {"tasks": tasks, "max_length": 128},
-        "signals": {"top_k": 64, "dtype": "float32", "shard_examples": 16, "minimum_coverage": 0.0},
-        "groups": ["task_only", "combined"],
-        "training": {"epochs": 1, "precision": "float32", "gradient_interval": 2},
-        "evaluation": {"max_new_tokens": 8},
-        "sweep": {"seeds": [0], "cpus_per_trial": 1, "retries": 0},
-        "paths": {"store": str(tmp_path / "offline_teacher_data"), "results": str(tmp_path / "results")},
-        **changes,
-    }
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(study))
-    return str(path)
-
-
-def run(path, *overrides):
-    """Every stage, as `stillroom run` does."""
-    workspace = Workspace(load_study(path, overrides))
-    workspace.baselines()
-    workspace.capture()
-    workspace.verify()
-    workspace.archive()
-    errors = workspace.sweep()
-    return workspace, errors
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,14 +12,16 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM
 
 from conftest import SHARED, STUDENT_SHAPE, real_tokenizer, write_model
+from setups import EVALUATION
 from stillroom.analysis.frame import worse_or_equal
 from stillroom.config import Evaluation, ModelRef, TaskData
 from stillroom.data.corpus import load_rows
 from stillroom.data.encoding import encode, encode_prompts
 from stillroom.data.tasks import TASKS, Example
 from stillroom.errors import UserError
+from stillroom.evaluation.baselines import Baseline
 from stillroom.evaluation.generation import _NextQuestion, generate
-from stillroom.evaluation.scoring import answer_scores, evaluate
+from stillroom.evaluation.scoring import _prediction, answer_scores, evaluate
 from stillroom.models.forward import padded
 from stillroom.models.hub import load_model
 from stillroom.models.precision import DTYPES, scoring_copy
@@ -191,3 +195,39 @@ def test_an_answer_without_a_token_of_its_own_is_refused(model, sentencepiece):
     example = Example("animals", "Name one:", " dog", (" dog", "", " fox"), 0)
     with pytest.raises(UserError, match=r"\(animals\): the tokenizer has no token of its own for the answer ''"):
         answer_scores(model, sentencepiece, [example], 1000)
+
+
+def test_a_choice_is_the_likelier_text_whatever_its_length():
+    """The harness's `acc`, not its `acc_norm`; kept beside it: the gold answer's own likelihood, right or wrong."""
+    example = Example("sst2", "A film.\nAnswer:", " rather a long one", (" bad", " rather a long one"), 1)
+    found = _prediction(example, [-5.0, -9.0], 4, None)
+    assert (found["prediction"], found["gold"], found["correct"]) == ("bad", "rather a long one", False)
+    assert (found["scores"], found["answer_nll"], found["answer_tokens"]) == ([-5.0, -9.0], 9.0, 4)
+    assert _prediction(example, [-9.0, -8.0], 4, None)["correct"]
+
+
+def test_a_baseline_is_kept_only_for_the_very_same_measurement(tmp_path, model, tokenizer, examples):
+    """Model, dtype, settings, examples: with one of them changed, it is not known."""
+    own = [e for e in examples.validation if e.choices]
+    first = Baseline(tmp_path, "student", "validation", "m", "float32", own[:2], EVALUATION)
+    assert first.read() is None
+    assert first.measure(model, tokenizer) == first.read()
+    other = EVALUATION.model_copy(update={"max_new_tokens": 13})
+    for other_way in ({"identity": "n"}, {"settings": other}, {"precision": "bfloat16"}, {"examples": own[:3]}):
+        assert replace(first, **other_way).read() is None, other_way
+    shutil.copy(first.path, tmp_path / "student_official.json")
+    assert replace(first, part="official").read() is None
+
+
+def test_what_a_model_writes_after_the_next_question_does_not_count(model, tokenizer, monkeypatch):
+    """Its continuation ends where another question begins, as the harness's does."""
+
+    def write(ids, **_):
+        text = tokenizer(" 3+4 = 7\n#### 7\nQuestion: 8", add_special_tokens=False, return_tensors="pt")["input_ids"]
+        return torch.cat([ids, text.expand(len(ids), -1)], 1)
+
+    monkeypatch.setattr(model, "generate", write)
+    (text,) = generate(model, tokenizer, ["Question: 3+4?\nAnswer:"], EVALUATION)
+    assert "#### 7" in text
+    assert "Question" not in text
+    assert "8" not in text

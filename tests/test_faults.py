@@ -12,12 +12,12 @@ import pandas as pd
 import pytest
 
 from conftest import STUDENT_SHAPE, write_model
+from damage import flip_byte
 from processes import descendants, start, stillroom, wait_for
+from setups import numbers
 from stillroom.files import read_json
 from stillroom.offline_teacher_data.store import SignalStore
-from test_end_to_end import study_file
-from test_offline_teacher_data import flip_byte
-from test_training import numbers
+from studies import study_file
 
 pytestmark = [
     pytest.mark.slow,

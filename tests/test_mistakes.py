@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from conftest import TEACHER_SHAPE, write_model
-from test_config import MISTAKES
-from test_end_to_end import study_file
+from mistakes import MISTAKES
+from studies import study_file
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +12,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
-from conftest import make_store
+from conftest import make_store, texts
+from damage import damaged, flip_byte, set_values
 from stillroom.config import ModelRef, Signals
+from stillroom.data.encoding import encode
 from stillroom.errors import UserError
 from stillroom.files import read_json, write_json
 from stillroom.models.hub import load_model, load_tokenizer
@@ -30,6 +33,7 @@ from stillroom.offline_teacher_data import (
 )
 from stillroom.offline_teacher_data.cells import cell_bytes, parquet_cell
 from stillroom.offline_teacher_data.recomputation import check_with_head, recompute, sample_ids
+from stillroom.offline_teacher_data.shards import token_batches
 from stillroom.offline_teacher_data.store import SignalStore, columns_of
 from stillroom.signals import Layout, compute_signals
 from stillroom.signals.next_token import distribution_error
@@ -149,40 +153,6 @@ def test_verify_passes_and_is_asked_for(copy):
         require_verified(SignalStore.open(copy))
 
 
-def damaged(path, change):
-    """Rewrite one shard with some cells changed, and make manifest and checksums agree with it."""
-    import pyarrow.parquet as pq
-
-    from stillroom.offline_teacher_data.store import shard_entry, write_manifest
-
-    shard = path / "part-00000.parquet"
-    table = pq.read_table(shard)
-    metadata = pq.read_metadata(shard).metadata
-    columns = {name: table[name].to_pylist() for name in table.schema.names}
-    change(columns)
-    new = pa.table({n: pa.array(columns[n], table.schema.field(n).type) for n in columns}, schema=table.schema)
-    with pq.ParquetWriter(shard, new.schema, compression="none") as writer:
-        for row in range(new.num_rows):
-            writer.write_table(new.slice(row, 1))
-        writer.add_key_value_metadata({k.decode(): v.decode() for k, v in metadata.items() if k.startswith(b"hidden_")})
-    manifest = read_json(path / "manifest.json")
-    manifest["shards"][0] = shard_entry(shard)
-    manifest.pop("digest")
-    write_manifest(path, manifest)
-
-
-def set_values(column, dtype, change):
-    """A change to the first row's cell of a column, as an array."""
-
-    def apply(columns):
-        for row in range(len(columns[column])):
-            array = np.frombuffer(columns[column][row], dtype).copy()
-            change(array)
-            columns[column][row] = array.tobytes()
-
-    return apply
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -202,13 +172,6 @@ def test_wrong_values_are_found_and_named(copy, change, message):
     with pytest.raises(UserError, match=rf"part-00000.parquet: example [0-9a-f]{{16}}: .*{message}"):
         verify_saved_data(copy, num_samples=1000)
     assert not (copy / "verified.json").exists()
-
-
-def flip_byte(path):
-    """Change one byte in the middle of a file."""
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
 
 
 @pytest.mark.parametrize(
@@ -432,3 +395,73 @@ def test_ids_that_are_not_the_most_probable_are_found(store, teacher_ref):
     }
     assert distribution_error(stored.arrays, logits) < 1e-4
     assert distribution_error(wrong, logits) > 0.1
+
+
+def test_recomputation_finds_a_store_of_another_teacher(tmp_path, teacher_ref, student_ref, store, examples):
+    """The teacher run again gives the stored values; another model, or another head, does not."""
+    from stillroom.models.output_head import load_output_head
+    from stillroom.offline_teacher_data.recomputation import check_with_head, recompute, sample_ids
+
+    ids = sample_ids(store, 5)
+    assert max(recompute(store, load_model(teacher_ref), ids).values()) < 1e-4
+    head = load_output_head(teacher_ref)
+    assert check_with_head(store, head, ids, torch.float32)["topk"] < 1e-4
+    noisy = replace(head, weight=head.weight + 0.2 * torch.randn_like(head.weight))
+    with pytest.raises(UserError, match="not this teacher's"):
+        check_with_head(store, noisy, ids, torch.float32)
+    other = load_model(teacher_ref)
+    with torch.no_grad():
+        other.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+    with pytest.raises(UserError, match=r"part-\d+.parquet: example [0-9a-f]{16}: stored (topk|hidden) differs"):
+        recompute(store, other, ids)
+
+
+def test_a_teachers_batch_stays_within_its_budget(byte_level):
+    """Padding included; a single example that exceeds it runs alone."""
+    encodings = sorted((encode(byte_level, text) for text in texts(20)), key=len, reverse=True)
+    rows, budget = range(len(encodings)), 3 * len(encodings[len(encodings) // 2])
+    batches = list(token_batches(rows, encodings, budget))
+    assert [i for batch in batches for i in batch] == list(rows)
+    assert all(len(batch) * len(encodings[batch[0]]) <= budget for batch in batches if len(batch) > 1)
+    assert max(map(len, batches)) > 1
+
+
+def test_the_teachers_mean_square_leaves_its_bos_out(tmp_path, student_ref, examples):
+    """BOS has a hidden state of another size, and none is compared there; this teacher has one."""
+    store = make_store(tmp_path / "s", student_ref, examples)
+    assert all(example.encoding.special.any() for example in store)
+    stored = np.concatenate([e["hidden"][~e.encoding.special].ravel() for e in store]).astype(np.float64)
+    assert store.hidden_mean_square == pytest.approx(np.mean(stored**2), rel=1e-6)
+
+
+def test_a_shard_truncated_after_the_gate_is_missed_before_training(copy):
+    """Sizes are looked at again where the record of the gate is: that costs nothing."""
+    shard = copy / "part-00002.parquet"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"part-00002.parquet is missing or truncated"):
+        require_verified(SignalStore.open(copy))
+
+
+def test_a_field_that_one_side_has_not_is_a_difference(store):
+    """A store made before a setting existed was not made with it; nor one that has a setting nobody asks for."""
+    origin = store.manifest["made_from"]
+    with pytest.raises(UserError, match="shift: store has None, study asks for 1"):
+        require_matching(store, {**origin, "shift": 1})
+    with pytest.raises(UserError, match="top_k: store has 32, study asks for None"):
+        require_matching(store, {k: v for k, v in origin.items() if k != "top_k"})
+
+
+@pytest.mark.parametrize(
+    ("column", "signal", "change"),
+    [
+        ("hidden", "hidden", lambda a: a.__imul__(1.1)),
+        ("attention", "attention", lambda a: a.__imul__(0.9)),
+        ("topk_logprobs", "topk", lambda a: a[:32].__isub__(2.0)),  # the first token alone
+    ],
+)
+def test_recomputation_looks_at_every_signal_and_every_token(copy, teacher_ref, column, signal, change):
+    """One token's wrong distribution is not averaged away, and no signal stands for the others."""
+    damaged(copy, set_values(column, "float32", change))
+    store = SignalStore.open(copy)
+    with pytest.raises(UserError, match=rf"part-00000.parquet: .* stored {signal} differs"):
+        recompute(store, load_model(teacher_ref), store.manifest["shards"][0]["examples"][:3])

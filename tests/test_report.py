@@ -12,6 +12,7 @@ import pytest
 
 from recompute_report import check_report
 from stillroom.analysis.escaping import latex_escaped
+from stillroom.analysis.frame import SUMMARY, write_summary
 from stillroom.analysis.report import print_table, write_report
 from stillroom.analysis.results import StudyResults
 from stillroom.analysis.sameness import identical_groups
@@ -19,7 +20,6 @@ from stillroom.config import EXPERIMENT
 from stillroom.data.corpus import folded
 from stillroom.errors import UserError
 from stillroom.files import read_json, write_json
-from stillroom.provenance import Meter
 from synthetic import make_identical, quick_reports, write_results
 
 HOSTILE = '<script>document.title="owned"</script><img src=x onerror="document.title=1"></pre>{{ 7*7 }}'
@@ -281,24 +281,6 @@ def test_tables_for_a_paper_are_tidy_and_escaped(results):
     assert "training.learning_rate" in facts
 
 
-def test_gpu_energy_is_read_where_there_is_a_counter(monkeypatch):
-    """Joules between two readings of NVML's millijoule counters; None where there is no NVML."""
-    import sys
-    import types
-
-    monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert Meter().read()["gpu_joules"] is None
-    counters = iter([1000, 2000, 4000, 9000])
-    fake = types.SimpleNamespace(
-        nvmlInit=lambda: None,
-        nvmlDeviceGetCount=lambda: 2,
-        nvmlDeviceGetHandleByIndex=lambda index: index,
-        nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(counters),
-    )
-    monkeypatch.setitem(sys.modules, "pynvml", fake)
-    assert Meter().read()["gpu_joules"] == pytest.approx(10.0)
-
-
 @pytest.fixture(scope="module")
 def browser():
     """Debian's Chromium, headless; where it is absent the tests skip, but in CI they must not."""
@@ -364,3 +346,24 @@ def test_downloads_are_the_files_beside_the_page(browser, whole_pages):
         folder = "tables" if name.endswith(".csv") else "paper"
         assert caught.value.path().read_bytes() == (results / folder / name).read_bytes()
     page.close()
+
+
+def test_a_failed_trial_is_told_from_one_that_never_ran(tmp_path):
+    """`status` in the summary: a trial with an error message failed, one without any file is missing."""
+    write_results(tmp_path, seeds=(0, 1), drop=[("hidden", 1), ("combined", 0)])
+    shutil.rmtree(next((tmp_path / EXPERIMENT).glob("*_combined_seed_0")))
+    write_summary(tmp_path)
+    table = pd.read_csv(tmp_path / SUMMARY).set_index(["config/distill_type", "config/seed"])["status"]
+    assert (table["hidden", 1], table["combined", 0]) == ("failed", "missing")
+    assert (table == "finished").sum() == 8
+
+
+def test_a_trials_cost_has_its_official_evaluation_in_it(results, tmp_path):
+    """Hours that were spent are not left out of the report's table of costs."""
+    copy = shutil.copytree(results, tmp_path / "copy")
+    path = next((copy / EXPERIMENT).glob("*_hidden_seed_1")) / "result.json"
+    write_json(path, {**read_json(path), "official_evaluation_seconds": 1000.0})
+    before, after = (
+        StudyResults.read(folder).costs.set_index("trial")["evaluation_seconds"] for folder in (results, copy)
+    )
+    assert (after - before)[lambda difference: difference != 0].to_dict() == {path.parent.name: 1000.0}

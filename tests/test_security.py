@@ -23,7 +23,7 @@ from stillroom.files import read_json
 from stillroom.models.hub import load_config, load_model, model_identity
 from stillroom.offline_teacher_data.store import SignalStore, write_manifest
 from stillroom.studies import load_study
-from test_end_to_end import study_file
+from studies import study_file
 
 SOURCES = sorted((Path(__file__).resolve().parents[1] / "src" / "stillroom").rglob("*.py"))
 CANARY = "canary-9f8e7d6c5b4a"
@@ -288,3 +288,9 @@ def test_ray_on_one_machine_listens_on_loopback_alone(tmp_path):
     found = json.loads(running.output.splitlines()[-1])
     assert len(found) >= 4
     assert {address.removeprefix("::ffff:") for address in found} == {"127.0.0.1"}
+
+
+def test_the_longest_secret_is_hidden_first():
+    """One that begins with another must not leave its end behind."""
+    environ = {"A_TOKEN": "abcdefgh", "B_PASSWORD": "abcdefgh-and-more", "lower_secret": "zyxwvuts"}
+    assert redact("abcdefgh-and-more abcdefgh zyxwvuts", environ) == "*** *** ***"

@@ -174,3 +174,27 @@ def test_the_crossed_bootstrap_holds_for_other_seeds_and_examples():
         covered.append(low <= truth <= high)
         widths.append(high - low)
     assert np.mean(covered) >= 0.88
+
+
+def test_ties_are_counted_whatever_the_rounding():
+    """Tenths are no binary fractions: sums that are equal on paper must not fall on either side of the observed one."""
+    rng = np.random.default_rng(5)
+    for _ in range(200):
+        points = rng.integers(-9, 10, 7)
+        assert sign_flip_p(points / 30) == sign_flip_p(points.astype(float))
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.2])
+def test_the_bootstrap_draws_seeds_and_examples(alpha):
+    """Where one alone varies, the interval is the normal one over it."""
+    seeds, examples = 150, 400
+    right = np.arange(examples) % 2 == 0
+    z = stats.norm.ppf(1 - alpha / 2)
+    for first, count in (
+        (np.tile(right[:examples], (seeds, 1)), examples),
+        (np.tile(right[:seeds, None], (1, examples)), seeds),
+    ):
+        low, high = bootstrap_interval(first, np.zeros_like(first), np.random.default_rng(0), alpha=alpha)
+        half = z * math.sqrt(0.25 / count)
+        assert (low + high) / 2 == pytest.approx(0.5, abs=0.2 * half)
+        assert (high - low) / 2 == pytest.approx(half, rel=0.1)

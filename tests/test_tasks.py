@@ -13,7 +13,7 @@ from stillroom.errors import UserError
 from stillroom.evaluation.metrics import accuracy_metrics
 from stillroom.evaluation.scoring import evaluate
 from stillroom.experiment.sources import Sources
-from stillroom.models.hub import load_model, load_tokenizer
+from stillroom.models.hub import load_model
 from stillroom.studies import load_study
 
 CHOICE = {"prompt": "Is {thing} an animal?\nAnswer:", "choices": ["no", "yes"], "label": "animal"}
@@ -39,12 +39,6 @@ def corpus_of(files, **changes):
     """A corpus of two tasks that no code knows."""
     things = TaskData(dataset=files[0], examples=6, choice={**CHOICE, **changes})
     return Corpus(tasks={"animals": things, "sums": TaskData(dataset=files[1], examples=12, generation=GENERATION)})
-
-
-@pytest.fixture
-def tokenizers(teacher_ref, student_ref):
-    """The test pair's."""
-    return [load_tokenizer(teacher_ref), load_tokenizer(student_ref)]
 
 
 def test_columns_become_the_examples_that_one_would_write_by_hand(files, tokenizers):

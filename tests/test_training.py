@@ -11,26 +11,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from conftest import make_store
-from setups import ALL, EVALUATION, TRAINING, run
-from stillroom.config import GROUPS, Group, ModelRef, Objective
+from conftest import STUDENT_SHAPE, make_store, write_model
+from setups import ALL, EVALUATION, TRAINING, numbers, run
+from stillroom.config import GROUPS, Group, ModelRef, Objective, Training
 from stillroom.data.tasks import TASKS
 from stillroom.errors import UserError
 from stillroom.evaluation.scoring import evaluate
 from stillroom.files import read_json
 from stillroom.models.hub import load_model, load_tokenizer
 from stillroom.models.precision import without_adapters
+from stillroom.offline_teacher_data.store import SignalStore
 from stillroom.terms import terms_of
 from stillroom.training import train_student
-from stillroom.training.batches import epoch_order
 from stillroom.training.train_student import Trial, train
-
-TIMES = ("train_seconds", "data_wait_seconds", "evaluation_seconds")
-
-
-def numbers(result):
-    """All metrics but the times."""
-    return [{k: v for k, v in epoch.items() if k not in TIMES} for epoch in result["epochs"]]
 
 
 @pytest.fixture(scope="module")
@@ -351,41 +344,9 @@ def test_training_refuses_an_unverified_store(tmp_path, student_ref, store, exam
     """The gate is mandatory."""
     copy = shutil.copytree(store.path, tmp_path / "data")
     (copy / "verified.json").unlink()
-    from stillroom.offline_teacher_data.store import SignalStore
 
     with pytest.raises(UserError, match="has not been verified"):
         run(tmp_path / "trial", student_ref, SignalStore.open(copy), examples)
-
-
-def test_a_shuffled_epoch_covers_all_once_and_is_seeded():
-    """Order is a function of seed and epoch; every example once; batches of like lengths."""
-    lengths = [(n * 37) % 200 for n in range(1003)]
-    order = epoch_order(lengths, 8, 16, seed=3, epoch=1)
-    assert sorted(i for batch in order for i in batch) == list(range(1003))
-    assert order == epoch_order(lengths, 8, 16, seed=3, epoch=1)
-    assert order != epoch_order(lengths, 8, 16, seed=3, epoch=2)
-    assert order != epoch_order(lengths, 8, 16, seed=4, epoch=1)
-    padded = sum(len(b) * max(lengths[i] for i in b) for b in order)
-    assert sum(lengths) / padded > 0.9
-
-
-def test_recomputation_finds_a_store_of_another_teacher(tmp_path, teacher_ref, student_ref, store, examples):
-    """The teacher run again gives the stored values; another model, or another head, does not."""
-    from stillroom.models.output_head import load_output_head
-    from stillroom.offline_teacher_data.recomputation import check_with_head, recompute, sample_ids
-
-    ids = sample_ids(store, 5)
-    assert max(recompute(store, load_model(teacher_ref), ids).values()) < 1e-4
-    head = load_output_head(teacher_ref)
-    assert check_with_head(store, head, ids, torch.float32)["topk"] < 1e-4
-    noisy = replace(head, weight=head.weight + 0.2 * torch.randn_like(head.weight))
-    with pytest.raises(UserError, match="not this teacher's"):
-        check_with_head(store, noisy, ids, torch.float32)
-    other = load_model(teacher_ref)
-    with torch.no_grad():
-        other.model.layers[0].mlp.down_proj.weight.mul_(1.5)
-    with pytest.raises(UserError, match=r"part-\d+.parquet: example [0-9a-f]{16}: stored (topk|hidden) differs"):
-        recompute(store, other, ids)
 
 
 def test_a_student_with_the_teachers_tokenizer_needs_no_other_path(tmp_path, teacher_ref, examples):
@@ -393,3 +354,93 @@ def test_a_student_with_the_teachers_tokenizer_needs_no_other_path(tmp_path, tea
     store = make_store(tmp_path / "s", teacher_ref, examples)
     result = run(tmp_path / "t", teacher_ref, store, examples, epochs=1)
     assert all(own["token_coverage"] == 1.0 for own in result["coverage"].values())
+
+
+def test_the_rate_warms_up_linearly_and_stays():
+    """The first step moves, the last step of the warm-up has the whole rate."""
+    from stillroom.training.train_student import _set_rate
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=9.0)
+
+    def rates(warmup):
+        for step in range(6):
+            _set_rate(optimizer, Training(learning_rate=0.5, warmup_steps=warmup), step)
+            yield optimizer.param_groups[0]["lr"]
+
+    assert list(rates(4)) == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5, 0.5])
+    assert list(rates(0)) == [0.5] * 6
+
+
+def test_the_optimizer_is_the_studys(tmp_path, student_ref, store, examples, monkeypatch):
+    """AdamW at the study's rate and decay, over every weight of the student and its projector."""
+    import stillroom.training.train_student as ts
+
+    class Stop(Exception):
+        pass
+
+    def look(self, micro, optimizer):
+        (group,) = optimizer.param_groups
+        assert type(optimizer) is torch.optim.AdamW
+        assert (group["lr"], group["weight_decay"]) == (3e-3, 0.25)
+        assert {id(p) for p in group["params"]} == {id(p) for p in self.student.parameters()}
+        raise Stop
+
+    monkeypatch.setattr(ts.StepRunner, "update", look)
+    with pytest.raises(Stop):
+        run(tmp_path, student_ref, store, examples, weight_decay=0.25, gradient_interval=0)
+
+
+def test_dropout_is_new_at_each_step_and_measuring_does_not_move_it(
+    tmp_path, sentencepiece, store, examples, monkeypatch
+):
+    """A function of seed and step: however often the gradient is measured, the weights end the same."""
+    import stillroom.training.train_student as ts
+
+    ref = write_model(tmp_path / "student", sentencepiece, {**STUDENT_SHAPE, "attention_dropout": 0.3}, 3)
+    states, real = [], ts.StepRunner.update
+
+    def look(self, micro, optimizer):
+        states.append(bytes(torch.random.get_rng_state().tolist()))
+        return real(self, micro, optimizer)
+
+    monkeypatch.setattr(ts.StepRunner, "update", look)
+    few = replace(examples, train=examples.train[::3], validation=examples.validation[:1])
+    found = [run(tmp_path / str(n), ref, store, few, gradient_interval=n)["train_task_loss"] for n in (0, 1)]
+    half = len(states) // 2
+    assert states[:half] == states[half:]
+    assert len(set(states)) == half
+    assert found[0] == found[1]
+
+
+def test_a_half_precision_trial_scores_what_it_saves(tmp_path, student_ref, store, examples):
+    """Weights rounded as the checkpoint's, in the evaluation's dtype: its predictions are those of the saved model."""
+    few = replace(examples, train=examples.train[::3], validation=examples.validation[:3])
+    official = [example for example in examples.train if example.choices][:6]
+    run(tmp_path, student_ref, store, few, "task_only", precision="bfloat16", official=official)
+    saved = load_model(ModelRef(model=str(tmp_path / "checkpoint_2")), EVALUATION.dtype)
+    for name, own in (("predictions", few.validation), ("predictions_official", official)):
+        kept = pd.read_parquet(tmp_path / f"{name}.parquet")
+        pd.testing.assert_frame_equal(evaluate(saved, load_tokenizer(student_ref), own, EVALUATION), kept)
+
+
+def test_a_stores_tokenizer_that_is_not_its_own_is_refused(tmp_path, student_ref, store, examples):
+    """The map of vocabularies is made from it: another one would give each id another meaning."""
+    copy = shutil.copytree(store.path, tmp_path / "data")
+    shutil.rmtree(copy / "tokenizer")
+    load_tokenizer(student_ref).save_pretrained(copy / "tokenizer")
+
+    with pytest.raises(UserError, match="is not the tokenizer the store was made with"):
+        run(tmp_path / "trial", student_ref, SignalStore.open(copy), examples)
+
+
+def test_a_student_whose_attention_is_captured_wrongly_is_not_trained(
+    tmp_path, student_ref, store, examples, monkeypatch
+):
+    """Checked on a real text before the first step."""
+
+    def refuse(*arguments):
+        raise UserError("captured wrongly")
+
+    monkeypatch.setattr("stillroom.training.train_student.check_capture", refuse)
+    with pytest.raises(UserError, match="captured wrongly"):
+        run(tmp_path, student_ref, store, examples, "attention")

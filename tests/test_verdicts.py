@@ -8,7 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from stillroom.analysis.verdicts import Evidence
+from stillroom.analysis.statistics import Comparison
+from stillroom.analysis.verdicts import Evidence, _verdict
 from stillroom.analysis.verdicts import answer_questions as answers_from
 from stillroom.config import Analysis
 
@@ -170,3 +171,33 @@ def test_findings_carry_their_differences_and_a_bootstrap_over_examples():
         low, high = finding.bootstrap
         assert low < finding.comparison.difference < high
         assert high - low > 0.05  # 30 to 80 examples leave more doubt than seven seeds' spread alone
+
+
+@pytest.mark.parametrize(
+    ("adjusted", "equivalence", "expected"),
+    [
+        (0.04, 0.9, "improves"),
+        (0.04, 0.001, "improves"),  # small but shown: it comes before equivalence
+        (0.06, 0.04, "equivalent"),
+        (0.06, 0.06, "no evidence of a difference"),
+        (0.06, float("nan"), "no evidence of a difference"),
+        (float("nan"), 0.001, "undecided"),
+    ],
+)
+def test_verdicts_turn_at_alpha(adjusted, equivalence, expected):
+    """On the adjusted p first, whatever the raw one; then on that of TOST, at the same level."""
+    row = Comparison("a", "b", "all", 7, 0.01, 0.0, 0.02, 0.02, adjusted, 1.0, 1.27, 2 / 2**7)
+    assert _verdict(row, 3, equivalence, ANALYSIS) == expected
+    if expected == "improves":
+        assert _verdict(replace(row, difference=-0.01), 3, equivalence, ANALYSIS) == "worse"
+
+
+def test_a_hypothesis_is_supported_by_all_its_contrasts_or_not_at_all():
+    """One hard contrast without a verdict leaves it undecided, however the others are."""
+    analysis = ANALYSIS.model_copy(update={"equivalence_margin": 0.0025})
+    answers = answer_questions(frame({**NOTHING, "hidden": (0, 0.1), "combined": (0, 0.1)}), analysis, SEEDS)
+    found = verdicts(answers, 4)
+    assert {found[group, "easy"] for group in ("hidden", "attention", "combined")} == {"equivalent"}
+    assert {found[group, "hard"] for group in ("hidden", "combined")} == {"improves"}
+    assert found["attention", "hard"] == "no evidence of a difference"
+    assert answers[4].answer.startswith("Undecided")

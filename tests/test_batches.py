@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from setups import Setup
-from stillroom.training.batches import Prefetched
+from stillroom.training.batches import Prefetched, epoch_order
 
 
 def devices(value):
@@ -85,3 +85,22 @@ def test_threads_read_one_store_at_once(store):
         assert (one["hidden"] == other["hidden"]).all()
         assert (one["attention"] == other["attention"]).all()
         assert (one["topk_ids"] == other["topk_ids"]).all()
+
+
+def test_batches_of_an_epoch_do_not_come_by_length():
+    """Sorting by length saves padding within a batch; between batches it would be a curriculum."""
+    lengths = [(n * 37) % 200 for n in range(1003)]
+    longest = [max(lengths[i] for i in batch) for batch in epoch_order(lengths, 8, 1000, seed=3, epoch=1)]
+    assert longest != sorted(longest)
+
+
+def test_a_shuffled_epoch_covers_all_once_and_is_seeded():
+    """Order is a function of seed and epoch; every example once; batches of like lengths."""
+    lengths = [(n * 37) % 200 for n in range(1003)]
+    order = epoch_order(lengths, 8, 16, seed=3, epoch=1)
+    assert sorted(i for batch in order for i in batch) == list(range(1003))
+    assert order == epoch_order(lengths, 8, 16, seed=3, epoch=1)
+    assert order != epoch_order(lengths, 8, 16, seed=3, epoch=2)
+    assert order != epoch_order(lengths, 8, 16, seed=4, epoch=1)
+    padded = sum(len(b) * max(lengths[i] for i in b) for b in order)
+    assert sum(lengths) / padded > 0.9

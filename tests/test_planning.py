@@ -1,0 +1,42 @@
+"""A plan's counts follow from the study's, and those of published models are the published ones."""
+
+from __future__ import annotations
+
+import pytest
+
+from stillroom.config import ModelRef
+from stillroom.models.sizes import shape_of
+from stillroom.preflight.planning import plan_study
+from stillroom.studies import load_study
+
+
+def test_steps_and_bytes_of_the_paper_follow_from_its_counts():
+    """By hand: 8 examples a step, the last step's fewer; 32 heads of the triangle's cells."""
+    plan = plan_study(load_study("paper", ["training.batch_size=11", "signals.attention_dtype=null"]))
+    train = plan["training"]["train_examples"]
+    assert train == 6300
+    assert plan["training"]["steps_per_trial"] == 3 * 573
+    cells = 5000 * 465.0 + 1000 * 13074.0 + 1000 * 22384.0
+    assert plan["store_bytes"]["attention"] == pytest.approx(cells * 32 * 2)
+
+
+def test_parameters_of_published_models_are_the_published_counts():
+    """Tied embeddings count once: 134.5 million of SmolLM2, 494 of Qwen2.5's 0.5 billion; 1.1 and 7.24 billion."""
+    counts = {
+        "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
+        "Qwen/Qwen2.5-Coder-0.5B-Instruct": 494_032_768,
+        "TinyLlama/TinyLlama-1.1B-Chat-v1.0": 1_100_048_384,
+        "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+    }
+    for name, count in counts.items():
+        assert shape_of(ModelRef(model=name), []).parameters == pytest.approx(count, rel=1e-3), name
+
+
+def test_a_plans_memory_is_more_than_the_weights_alone_and_grows_with_the_batch():
+    """By hand for the study as given: 7.24e9 weights of 2 bytes; 1.1e9 of 16 and a scored copy of 2."""
+    memory = plan_study(load_study("paper"))["memory_bytes"]
+    assert 2 * 7.2e9 < memory["capture"] < 2 * 7.3e9 + 4e9
+    assert 18 * 1.1e9 < memory["trial"] < 18 * 1.1e9 + 10e9
+    smaller = plan_study(load_study("paper", ["training.micro_batch_size=1"]))["memory_bytes"]
+    assert smaller["trial"] < memory["trial"]
+    assert smaller["capture"] == memory["capture"]
