@@ -38,8 +38,11 @@ def _eager(model):
     return AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager").eval()
 
 
-def dense(ref, text, add_eos=False):
-    """One example through an eager, unbatched, unpadded float32 forward pass; arrays for `reference`."""
+def dense(ref, text, add_eos=False, layer="last"):
+    """One example through an eager, unbatched, unpadded float32 forward pass; arrays for `reference`.
+
+    `layer`: whose hidden state and attention map.
+    """
     encoding = encode(load_tokenizer(ref), text, add_eos=add_eos)
     with torch.no_grad():
         ids = torch.from_numpy(encoding.ids.astype("int64"))[None]
@@ -49,8 +52,8 @@ def dense(ref, text, add_eos=False):
         "ends": encoding.ends,
         "special": encoding.special,
         "logits": output.logits[0].numpy(),
-        "hidden": output.hidden_states[-1][0].numpy(),
-        "attention": output.attentions[-1][0].numpy(),
+        "hidden": output.hidden_states[-1 if layer == "last" else layer][0].numpy(),
+        "attention": output.attentions[-1 if layer == "last" else layer - 1][0].numpy(),
     }
 
 

@@ -27,7 +27,7 @@ from stillroom.config.objective import Hidden as Hidden
 from stillroom.config.objective import Objective as Objective
 from stillroom.config.objective import StudyGroup
 from stillroom.config.objective import TermName as TermName
-from stillroom.config.section import Name, PossiblePath, Section
+from stillroom.config.section import Layer, Name, PossiblePath, Section
 from stillroom.errors import UserError
 
 Precision = Literal["float32", "bfloat16", "float16", "auto"]
@@ -142,6 +142,8 @@ class Signals(Section):
     """What is stored of the teacher."""
 
     top_k: int = Field(256, ge=1, description="next-token log-probabilities kept of each token, the highest")
+    hidden_layers: tuple[Layer, ...] = Field(("last",), min_length=1, description="layers whose hidden state is kept")
+    attention_layers: tuple[Layer, ...] = Field(("last",), min_length=1, description="layers whose attention is kept")
     dtype: Literal["float16", "float32"] = Field("float16", description="dtype of every stored signal")
     attention_dtype: Literal["uint8_sqrt"] | None = Field(
         None, description="`uint8_sqrt`: attention in 8 bits, as round(255·√p); default as dtype"
@@ -283,6 +285,15 @@ class Study(Section):
             for name in (name for pair in getattr(self.analysis, family) for name in pair):
                 if name not in names:
                     raise ValueError(f"analysis.{family} names the group {name!r}, which groups has not")
+        for group in self.groups:
+            for term in ("hidden", "attention"):
+                pairs = getattr(group.objective(self.objective), term).layers if term in group.terms else ()
+                kept = getattr(self.signals, f"{term}_layers")
+                if missing := [teacher for teacher, _ in pairs if teacher not in kept]:
+                    raise ValueError(
+                        f"group {group.name!r} compares the teacher's {term} layer {missing[0]}, which is not among "
+                        f"signals.{term}_layers {list(kept)}"
+                    )
         for task in (*self.analysis.simple_tasks, *self.analysis.hard_tasks):
             if task not in self.corpus.tasks:
                 raise ValueError(f"analysis names the task {task!r}, which corpus.tasks has not")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, field_serializer, model_validator
 
-from stillroom.config.section import Name, Section
+from stillroom.config.section import Layer, Name, Section
 
 TermName = Literal["task", "kd", "hidden", "attention"]
 TERMS: tuple[TermName, ...] = ("task", "kd", "hidden", "attention")
@@ -43,6 +43,9 @@ class Hidden(Section):
     scale: Literal["none", "teacher_rms"] = Field(
         "none", description="plain mean square, or divided by that of the teacher's hidden states"
     )
+    layers: tuple[tuple[Layer, Layer], ...] = Field(
+        (("last", "last"),), min_length=1, description="pairs [teacher's, student's], each with a projector; their mean"
+    )
 
 
 class Attention(Section):
@@ -51,6 +54,9 @@ class Attention(Section):
     weight: Weight = 0.1
     scale: Literal["none", "row_sum"] = Field(
         "none", description="mean over columns, which shrinks with length, or sum over columns and mean over rows"
+    )
+    layers: tuple[tuple[Layer, Layer], ...] = Field(
+        (("last", "last"),), min_length=1, description="pairs [teacher's, student's]; their mean"
     )
 
 

@@ -1,9 +1,9 @@
 """What every section of a study has in common, and the error that a user can mend."""
 
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]*$", max_length=64)]
 """Names of studies, tasks and groups: they become parts of names of folders."""
@@ -26,6 +26,10 @@ def _possible_path(path: TextOrPath) -> TextOrPath:
 
 PossiblePath = AfterValidator(_possible_path)
 """Marks a text or path that a file or folder of that name can stand at."""
+
+
+Layer = Annotated[int, Field(ge=1)] | Literal["last"]
+"""A layer of a model: its number, from 1, or the last one, whatever that is."""
 
 
 class Section(BaseModel):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stillroom.errors import UserError
 from stillroom.models.attention_capture import CANNOT
-from stillroom.models.forward import LAST, Taps, forward, last_hidden_state
+from stillroom.models.forward import Taps, forward, last_hidden_state
 from stillroom.models.output_head import output_logits
 
 # what sdpa and eager layers may differ by after a whole forward pass; a wrong mask or scale is far beyond it
@@ -74,8 +74,8 @@ def check_capture(model: PreTrainedModel, ids: Tensor) -> None:
     mask = torch.ones_like(ids)
     native = model.config._attn_implementation
     try:
-        passed = forward(model, ids, mask, Taps(attention=frozenset({LAST})))
-        hidden, found = passed.last_hidden, passed.attention[LAST]
+        passed = forward(model, ids, mask, Taps(attention=frozenset({"last"})))
+        hidden, found = passed.last_hidden, passed.attention["last"]
         model.set_attn_implementation("eager")
         eager_maps = model(input_ids=ids, attention_mask=mask, output_attentions=True, use_cache=False).attentions
     except (UserError, torch.OutOfMemoryError):

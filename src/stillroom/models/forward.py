@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stillroom.data.encoding import Encoding
 from stillroom.errors import UserError
 from stillroom.models.attention_capture import CANNOT, attention_recorder
 
-LAST = -1
-"""The last layer, whatever its number."""
+Tap = int | Literal["last"]
+"""A layer by its number, from 1, or the last one: whose hidden state is the one after the final norm."""
 
 
 @dataclass(frozen=True)
 class Taps:
-    """Which inner values a forward pass leaves behind, by layer: from 0, or `LAST`."""
+    """Which inner values a forward pass leaves behind, by layer."""
 
-    attention: frozenset[int] = frozenset()
+    hidden: frozenset[Tap] = frozenset({"last"})
+    attention: frozenset[Tap] = frozenset()
 
     def __or__(self, other: Taps) -> Taps:
         """What either asks for."""
-        return Taps(self.attention | other.attention)
+        return Taps(self.hidden | other.hidden, self.attention | other.attention)
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ class Forward:
 
     last_hidden: Float[Tensor, "B T D"]
     """After the final norm: what the output head reads."""
-    attention: Mapping[int, Float[Tensor, "B H T T"]] = field(default_factory=dict)
+    hidden: Mapping[Tap, Float[Tensor, "B T D"]] = field(default_factory=dict)
+    """By the layers that were asked for: the residual stream after that block, or the last hidden state."""
+    attention: Mapping[Tap, Float[Tensor, "B H T T"]] = field(default_factory=dict)
     """Post-softmax maps, float32, by the layers that were asked for."""
 
 
@@ -47,23 +51,69 @@ def forward(model: PreTrainedModel, ids: Int[Tensor, "B T"], mask: Int[Tensor, "
 
     Raises `UserError` where a layer's attention passes the attention function by.
     """
-    if not taps.attention:
-        return Forward(last_hidden_state(model, ids, mask))
-    layers = {tap: _layer(model, tap) for tap in taps.attention}
-    with attention_recorder(model, frozenset(layers.values())) as recorder:
-        hidden = last_hidden_state(model, ids, mask)
-    if missing := sorted(set(layers.values()) - set(recorder.maps)):
-        raise UserError(f"{CANNOT.format(type(model).__name__)} in layer {missing[0]}; not supported")
-    return Forward(hidden, {tap: recorder.maps[layer] for tap, layer in layers.items()})
+    maps = {tap: _number(model, tap) - 1 for tap in taps.attention}
+    blocks = {tap: _number(model, tap) - 1 for tap in taps.hidden if tap != "last"}
+    with _block_outputs(model, frozenset(blocks.values())) as states:
+        if not maps:
+            last, recorded = last_hidden_state(model, ids, mask), {}
+        else:
+            with attention_recorder(model, frozenset(maps.values())) as recorder:
+                last, recorded = last_hidden_state(model, ids, mask), recorder.maps
+    if missing := sorted(set(maps.values()) - set(recorded)):
+        raise UserError(f"{CANNOT.format(type(model).__name__)} in layer {missing[0] + 1}; not supported")
+    hidden: dict[Tap, Tensor] = {tap: states[block] for tap, block in blocks.items()}
+    if "last" in taps.hidden:
+        hidden["last"] = last
+    return Forward(last, hidden, {tap: recorded[block] for tap, block in maps.items()})
 
 
-def _layer(model: PreTrainedModel, tap: int) -> int:
-    return int(model.config.get_text_config().num_hidden_layers) - 1 if tap == LAST else tap
+def _number(model: PreTrainedModel, tap: Tap) -> int:
+    """A layer's number, from 1; `UserError` if the model has no such layer."""
+    layers = int(model.config.get_text_config().num_hidden_layers)
+    if tap != "last" and tap > layers:
+        raise UserError(f"{type(model).__name__} has {layers} layers, so no layer {tap}")
+    return layers if tap == "last" else tap
+
+
+@contextmanager
+def _block_outputs(model: PreTrainedModel, wanted: frozenset[int]) -> Iterator[dict[int, Tensor]]:
+    """Keep what chosen blocks, from 0, give to the next one: only those, not every layer of a pass."""
+    found: dict[int, Tensor] = {}
+    if not wanted:
+        yield found
+        return
+    blocks = _blocks(model)
+
+    def keep(number: int) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            found[number] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    hooks = [blocks[number].register_forward_hook(keep(number)) for number in wanted]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of a model's blocks: the first as long as the model has layers."""
+    layers = int(model.config.get_text_config().num_hidden_layers)
+    for module in _base(model).modules():
+        if isinstance(module, nn.ModuleList) and len(module) == layers:
+            return module
+    raise UserError(f"{type(model).__name__}: its layers cannot be told apart; only the last can be compared")
+
+
+def _base(model: PreTrainedModel) -> Any:
+    return model.base_model if model.base_model is not model else getattr(model, "model", model)
 
 
 def last_hidden_state(model: PreTrainedModel, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"]) -> Tensor:
     """The final layer's hidden state after the final norm, (B, T, D)."""
-    base = model.base_model if model.base_model is not model else getattr(model, "model", model)
+    base = _base(model)
     positions = {"position_ids": position_ids(mask)} if _takes_positions(type(base)) else {}  # type: ignore[arg-type]
     output = base(input_ids=ids, attention_mask=mask, use_cache=False, **positions)
     hidden: Tensor = output.last_hidden_state

@@ -58,6 +58,11 @@ def made_from(
         "attention_dtype": signals.attention_dtype,
         "shard_examples": signals.shard_examples,
         "batch_tokens": signals.batch_tokens,
+        **{
+            name: list(getattr(signals, name))
+            for name in ("hidden_layers", "attention_layers")
+            if getattr(signals, name) != ("last",)
+        },
     }
 
 
@@ -127,7 +132,8 @@ def _layout(model: PreTrainedModel, signals: Signals) -> Layout:
     if signals.top_k > vocabulary:
         raise UserError(f"signals.top_k: {signals.top_k} exceeds the teacher's vocabulary of {vocabulary}")
     shape = (signals.top_k, width(model.config), heads(model.config))
-    return Layout(*shape, signals.dtype, id_dtype(vocabulary), signals.attention_dtype)
+    kept = (signals.attention_dtype, signals.hidden_layers, signals.attention_layers)
+    return Layout(*shape, signals.dtype, id_dtype(vocabulary), *kept)
 
 
 def _claim(store: Path, origin: dict[str, Any]) -> None:

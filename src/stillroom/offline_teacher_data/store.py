@@ -136,7 +136,7 @@ def shard_entry(path: Path) -> dict[str, Any]:
         "tokens": sum(table["tokens"].to_pylist()),
         "bytes": path.stat().st_size,
         "sha256": file_sha256(path),
-        **{name: json.loads(metadata[name.encode()]) for name in ("hidden_square_sum", "hidden_values")},
+        **{key.decode(): json.loads(value) for key, value in metadata.items() if key.endswith((b"_sum", b"_values"))},
         "examples": table["example_id"].to_pylist(),
     }
 
@@ -201,7 +201,7 @@ class SignalStore:
     @cached_property
     def layout(self) -> Layout:
         """Shapes and dtypes of the cells."""
-        return Layout(**self.manifest["layout"])
+        return Layout.read(self.manifest["layout"])
 
     @cached_property
     def index(self) -> dict[str, tuple[str, int]]:
@@ -214,10 +214,14 @@ class SignalStore:
 
     @property
     def hidden_mean_square(self) -> float:
-        """Mean square of the teacher's hidden states over every token of text in the store."""
+        """Mean square of the teacher's last hidden states over every token of text in the store."""
+        return self.mean_square("hidden")
+
+    def mean_square(self, column: str) -> float:
+        """The same of any column of hidden states."""
         shards = self.manifest["shards"]
-        values = sum(shard["hidden_values"] for shard in shards)
-        return float(sum(shard["hidden_square_sum"] for shard in shards) / values)
+        values = sum(shard[f"{column}_values"] for shard in shards)
+        return float(sum(shard[f"{column}_square_sum"] for shard in shards) / values)
 
     @cached_property
     def columns(self) -> dict[str, Column]:

@@ -1,4 +1,4 @@
-"""The post-softmax attention of every head of the teacher's last layer."""
+"""The post-softmax attention of every head, of the layers that a study keeps."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stillroom.models.architecture import relative_error
-from stillroom.models.forward import LAST, Forward, Taps
-from stillroom.signals.signal import Arrays, Column, Layout, tokens_of
+from stillroom.models.forward import Forward, Taps
+from stillroom.signals.signal import Arrays, Column, Layout, column_of, tokens_of
 
 # what a row's sum may be off by in 8 bits: the rounding of a row has a standard deviation of 2/(255·√12) = 0.0023, and
 # this is nine of them
@@ -26,47 +26,56 @@ _SQUARES = ((np.arange(256) / 255) ** 2).astype(np.float32)
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """`attention` (H, N): row after row of the causal triangle, N = T(T+1)/2."""
+    """`attention` (H, N) of the last layer, `attention_8` of layer 8: row after row of the causal triangle."""
 
     name: ClassVar[str] = "attention"
-    taps: ClassVar[Taps] = Taps(attention=frozenset({LAST}))
     layout: Layout
+
+    @property
+    def taps(self) -> Taps:
+        """The layers that are kept."""
+        return Taps(attention=frozenset(self.layout.attention_layers))
 
     @cached_property
     def columns(self) -> tuple[Column, ...]:
-        """The triangle of every head; in 8 bits, companded by a square root."""
-        heads = self.layout.heads
+        """The triangle of every head, N = T(T+1)/2; in 8 bits, companded by a square root."""
+        heads, names = self.layout.heads, [column_of("attention", layer) for layer in self.layout.attention_layers]
 
         def shape(tokens: int) -> tuple[int, ...]:
             return heads, tokens * (tokens + 1) // 2
 
         if self.layout.attention_dtype is None:
-            return (Column("attention", self.layout.dtype, shape),)
-        return (Column("attention", "uint8", shape, pack=_companded, unpack=_SQUARES.__getitem__),)
+            return tuple(Column(name, self.layout.dtype, shape) for name in names)
+        return tuple(Column(name, "uint8", shape, pack=_companded, unpack=_SQUARES.__getitem__) for name in names)
 
     def extract(
         self, model: PreTrainedModel, forward: Forward, mask: Int[Tensor, "B T"], dtype: torch.dtype
     ) -> list[dict[str, Tensor]]:
         """The causal triangle of each example's square, without padding."""
-        maps = forward.attention[LAST].to(dtype)
+        maps = {column_of("attention", tap): forward.attention[tap].to(dtype) for tap in self.layout.attention_layers}
         return [
-            {"attention": triangle(maps[row, :, tokens, tokens]).cpu()} for row, tokens in enumerate(tokens_of(mask))
+            {name: triangle(squares[row, :, tokens, tokens]).cpu() for name, squares in maps.items()}
+            for row, tokens in enumerate(tokens_of(mask))
         ]
 
     def faults(self, arrays: Arrays, tolerance: float) -> Iterator[str]:
         """Each row is a distribution."""
-        attention: ndarray = arrays["attention"]
-        tokens = round((np.sqrt(8 * attention.shape[1] + 1) - 1) / 2)
-        starts = np.arange(tokens) * (np.arange(tokens) + 1) // 2
-        sums = np.add.reduceat(attention.astype(np.float64), starts, axis=1)
-        if not (np.abs(sums - 1) <= (_COMPANDED if self.layout.attention_dtype else tolerance)).all():
-            yield f"attention rows sum to {sums.min():.4f}…{sums.max():.4f}, not 1"
-        if not (attention >= 0).all():
-            yield "attention has negative values"
+        for column in self.columns:
+            attention: ndarray = arrays[column.name]
+            tokens = round((np.sqrt(8 * attention.shape[1] + 1) - 1) / 2)
+            starts = np.arange(tokens) * (np.arange(tokens) + 1) // 2
+            sums = np.add.reduceat(attention.astype(np.float64), starts, axis=1)
+            if not (np.abs(sums - 1) <= (_COMPANDED if self.layout.attention_dtype else tolerance)).all():
+                yield f"{column.name} rows sum to {sums.min():.4f}…{sums.max():.4f}, not 1"
+            if not (attention >= 0).all():
+                yield f"{column.name} has negative values"
 
     def error(self, model: PreTrainedModel, arrays: Arrays, forward: Forward) -> float:
-        """Of the whole array."""
-        return relative_error(torch.tensor(arrays["attention"]), triangle(forward.attention[LAST][0]).float().cpu())
+        """Of the whole array, at the worst layer."""
+        again = {column_of("attention", tap): forward.attention[tap][0] for tap in self.layout.attention_layers}
+        return max(
+            relative_error(torch.tensor(arrays[name]), triangle(square).float().cpu()) for name, square in again.items()
+        )
 
     def totals(self, arrays: Mapping[str, Tensor], is_text: Tensor) -> dict[str, float]:
         """None."""

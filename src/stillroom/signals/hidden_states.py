@@ -1,4 +1,4 @@
-"""The teacher's last hidden state, after the final norm."""
+"""The teacher's hidden states, of the layers that a study keeps."""
 
 from __future__ import annotations
 
@@ -14,41 +14,56 @@ from transformers import PreTrainedModel
 
 from stillroom.models.architecture import relative_error
 from stillroom.models.forward import Forward, Taps
-from stillroom.signals.signal import Arrays, Column, Layout
+from stillroom.signals.signal import Arrays, Column, Layout, column_of
 
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """`hidden` (T, D)."""
+    """`hidden` (T, D) of the last layer, after the final norm; `hidden_8` of layer 8, the residual stream after it."""
 
     name: ClassVar[str] = "hidden"
-    taps: ClassVar[Taps] = Taps()
     layout: Layout
+
+    @property
+    def taps(self) -> Taps:
+        """The layers that are kept."""
+        return Taps(hidden=frozenset(self.layout.hidden_layers))
 
     @cached_property
     def columns(self) -> tuple[Column, ...]:
-        """One vector a token."""
+        """One vector a token and layer."""
         width = self.layout.width
-        return (Column("hidden", self.layout.dtype, lambda tokens: (tokens, width)),)
+        names = [column_of("hidden", layer) for layer in self.layout.hidden_layers]
+        return tuple(Column(name, self.layout.dtype, lambda tokens: (tokens, width)) for name in names)
 
     def extract(
         self, model: PreTrainedModel, forward: Forward, mask: Int[Tensor, "B T"], dtype: torch.dtype
     ) -> list[dict[str, Tensor]]:
         """As the model leaves it."""
-        hidden = forward.last_hidden
-        rows = hidden[mask.bool().to(hidden.device)].to(dtype).cpu()
-        return [{"hidden": example} for example in rows.split(mask.sum(1).tolist())]
+        lengths, examples = mask.sum(1).tolist(), [dict[str, Tensor]() for _ in mask]
+        for layer in self.layout.hidden_layers:
+            hidden = forward.hidden[layer]
+            rows = hidden[mask.bool().to(hidden.device)].to(dtype).cpu()
+            for example, part in zip(examples, rows.split(lengths), strict=True):
+                example[column_of("hidden", layer)] = part
+        return examples
 
     def faults(self, arrays: Arrays, tolerance: float) -> Iterator[str]:
         """Any finite value can be one."""
         yield from ()
 
     def error(self, model: PreTrainedModel, arrays: Arrays, forward: Forward) -> float:
-        """Of the whole array."""
-        return relative_error(torch.tensor(arrays["hidden"]), forward.last_hidden[0].float().cpu())
+        """Of the whole array, at the worst layer."""
+        return max(
+            relative_error(torch.tensor(arrays[column_of("hidden", layer)]), forward.hidden[layer][0].float().cpu())
+            for layer in self.layout.hidden_layers
+        )
 
     def totals(self, arrays: Mapping[str, Tensor], is_text: Tensor) -> dict[str, float]:
         """The squares' sum over tokens of text, and how many values they are: what a scaled loss divides by."""
-        hidden = arrays["hidden"][is_text].float()
-        squares = float(torch.linalg.vecdot(hidden, hidden).double().sum())
-        return {"hidden_square_sum": squares, "hidden_values": hidden.numel()}
+        found: dict[str, float] = {}
+        for column in self.columns:
+            hidden = arrays[column.name][is_text].float()
+            found[f"{column.name}_square_sum"] = float(torch.linalg.vecdot(hidden, hidden).double().sum())
+            found[f"{column.name}_values"] = hidden.numel()
+        return found

@@ -26,8 +26,12 @@ class NextToken:
     """`topk_ids`, `topk_logprobs` (T, K) at temperature 1, highest first; `tail_logprobs` (T,), of all others."""
 
     name: ClassVar[str] = "topk"
-    taps: ClassVar[Taps] = Taps()
     layout: Layout
+
+    @property
+    def taps(self) -> Taps:
+        """The last hidden state is enough."""
+        return Taps()
 
     @cached_property
     def columns(self) -> tuple[Column, ...]:

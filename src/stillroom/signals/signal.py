@@ -14,7 +14,7 @@ from numpy import ndarray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from stillroom.models.forward import Forward, Taps
+from stillroom.models.forward import Forward, Tap, Taps
 
 Arrays = Mapping[str, ndarray]
 """Columns of one stored example by name."""
@@ -33,6 +33,19 @@ class Layout:
     """uint16 where the vocabulary allows, else int32."""
     attention_dtype: Literal["uint8_sqrt"] | None = None
     """`uint8_sqrt`: attention p is stored as round(255·√p); None: in `dtype`."""
+    hidden_layers: tuple[Tap, ...] = ("last",)
+    attention_layers: tuple[Tap, ...] = ("last",)
+
+    @classmethod
+    def read(cls, described: Mapping[str, Any]) -> Layout:
+        """From JSON, which has lists for tuples."""
+        fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in described.items()}
+        return cls(**fields)
+
+
+def column_of(signal: str, layer: Tap) -> str:
+    """Name of a signal's column of a layer: the last layer's has none."""
+    return signal if layer == "last" else f"{signal}_{layer}"
 
 
 def id_dtype(vocabulary: int) -> str:
@@ -69,8 +82,10 @@ class Signal(Protocol):
 
     name: ClassVar[str]
     """What messages call it."""
-    taps: ClassVar[Taps]
-    """What a forward pass must leave behind for it, beside the last hidden state."""
+
+    @property
+    def taps(self) -> Taps:
+        """What a forward pass must leave behind for it, beside the last hidden state."""
 
     @property
     def columns(self) -> tuple[Column, ...]:

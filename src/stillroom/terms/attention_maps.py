@@ -1,8 +1,8 @@
-"""L_align_attn: the two models' last attention maps, over the segments that both have read, compared cell by cell."""
+"""L_align_attn: the two models' attention maps, over the segments that both have read, compared cell by cell."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,10 @@ from torch.utils.dlpack import from_dlpack
 from stillroom.config import Attention
 from stillroom.data.alignment import Segments
 from stillroom.data.prepared import Prepared
-from stillroom.models.forward import LAST, Forward, Taps
+from stillroom.models.forward import Forward, Taps
 from stillroom.models.sizes import heads
 from stillroom.offline_teacher_data.store import SignalStore, StoredExample
+from stillroom.signals.signal import column_of
 from stillroom.terms.term import Part
 
 
@@ -33,19 +34,20 @@ class AttentionPart(Part):
     """Segment of each token; −1 for one in none, and for padding."""
     segments: Int[Tensor, "B"]
     """How many segments each example has."""
-    teacher: Float[Tensor, "B H G G"]
-    """Lower triangle; one head, their mean, unless heads pair."""
+    teacher: Mapping[str, Float[Tensor, "B H G G"]]
+    """Lower triangle, by column of the store; one head, their mean, unless heads pair."""
 
 
 class AttentionMaps:
-    """Mean of the squared difference over heads, rows and causal columns, or over heads and rows alone."""
+    """Mean of the squared difference over layer pairs, heads, rows and causal columns, or over all but columns."""
 
     name = "attention"
-    columns = ("attention",)
-    taps = Taps(attention=frozenset({LAST}))
 
     def __init__(self, settings: Attention, store: SignalStore, student: Any) -> None:
         """`student`: its configuration; heads pair by index where both models have as many."""
+        self._pairs = [(column_of("attention", teacher), layer) for teacher, layer in settings.layers]
+        self.columns = tuple(column for column, _ in self._pairs)
+        self.taps = Taps(attention=frozenset(layer for _, layer in self._pairs))
         self._by_row = settings.scale == "row_sum"
         self._pair_heads = store.layout.heads == heads(student)
         self._heads = store.layout.heads if self._pair_heads else 1
@@ -55,26 +57,36 @@ class AttentionMaps:
         alignments = [item.alignment for item in items if item.alignment is not None]
         sizes = np.array([len(a.student.rows) for a in alignments])
         size = int(sizes.max())
-        teacher = np.empty((len(items), self._heads, size, size), dtype=np.float32)
+        shape = (len(items), self._heads, size, size)
+        teacher = {column: np.empty(shape, dtype=np.float32) for column in self.columns}
         rows = np.zeros((len(items), size), dtype=np.int64)
         segment_of = np.full((len(items), longest), -1, dtype=np.int64)
         for n, (example, alignment) in enumerate(zip(stored, alignments, strict=True)):
             segments = sizes[n]
-            segment_map(example["attention"], alignment.teacher, self._pair_heads, teacher[n])
+            for column, maps in teacher.items():
+                segment_map(example[column], alignment.teacher, self._pair_heads, maps[n])
             rows[n, :segments] = alignment.student.rows
             lengths = alignment.student.rows - alignment.student.starts + 1
             segment_of[n, : lengths.sum()] = np.repeat(np.arange(segments), lengths)
         cells = sizes if self._by_row else sizes * (sizes + 1) // 2
-        tensors = (torch.from_numpy(array) for array in (rows, segment_of, sizes, teacher))
-        return AttentionPart(int(cells.sum()) * self._heads, *tensors)
+        return AttentionPart(
+            int(cells.sum()) * self._heads * len(self._pairs),
+            torch.from_numpy(rows),
+            torch.from_numpy(segment_of),
+            torch.from_numpy(sizes),
+            {column: torch.from_numpy(maps) for column, maps in teacher.items()},
+        )
 
     def loss(self, forward: Forward, part: AttentionPart, trained: nn.Module | None) -> Float[Tensor, ""]:
         """Of the student's map over the same segments."""
-        attention = forward.attention[LAST]
-        if part.teacher.shape[1] != attention.shape[1]:
-            attention = attention.mean(1, keepdim=True)
-        aligned = aligned_attention(attention.float(), part.rows, part.segment_of)
-        return squared_difference(aligned, part.teacher, part.segments)
+        losses = []
+        for column, layer in self._pairs:
+            attention = forward.attention[layer]
+            if not self._pair_heads:
+                attention = attention.mean(1, keepdim=True)
+            aligned = aligned_attention(attention.float(), part.rows, part.segment_of)
+            losses.append(squared_difference(aligned, part.teacher[column], part.segments))
+        return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
     def trained(self, seed: int) -> None:
         """Nothing."""

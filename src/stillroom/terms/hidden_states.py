@@ -1,8 +1,8 @@
-"""L_align_hidden: the student's last hidden state, projected, against the teacher's at aligned tokens."""
+"""L_align_hidden: the student's hidden states, projected, against the teacher's at aligned tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,47 +15,63 @@ from stillroom.data.prepared import Prepared
 from stillroom.models.forward import Forward, Taps
 from stillroom.models.sizes import width
 from stillroom.offline_teacher_data.store import SignalStore, StoredExample
+from stillroom.signals.signal import column_of
 from stillroom.terms.term import Part
 
 
 @dataclass(frozen=True)
 class HiddenPart(Part):
-    """Where the student is compared, in (B, T) flattened, and with what; the count is of values."""
+    """Where the student is compared, in (B, T) flattened, and with what; it counts values."""
 
     rows: Int[Tensor, "P"]
-    teacher: Float[Tensor, "P D"]
+    teacher: Mapping[str, Float[Tensor, "P D"]]
+    """By column of the store."""
 
 
 class HiddenStates:
-    """Mean over aligned tokens and dimensions of the squared difference; `teacher_rms`: over the teacher's own."""
+    """Mean over layer pairs, aligned tokens and dimensions of the squared difference.
+
+    `teacher_rms` divides each pair's by the mean square of the teacher's own.
+    """
 
     name = "hidden"
-    columns = ("hidden",)
-    taps = Taps()
 
     def __init__(self, settings: Hidden, store: SignalStore, student: object) -> None:
         """`student`: its configuration, which says how wide it is."""
+        self._pairs = [(column_of("hidden", teacher), layer) for teacher, layer in settings.layers]
+        self.columns = tuple(column for column, _ in self._pairs)
+        self.taps = Taps(hidden=frozenset(layer for _, layer in self._pairs))
         self._widths = width(student), store.layout.width
-        self._scale = store.hidden_mean_square if settings.scale == "teacher_rms" else 1.0
+        scaled = settings.scale == "teacher_rms"
+        self._scales = [store.mean_square(column) if scaled else 1.0 for column in self.columns]
 
     def collate(self, items: Sequence[Prepared], stored: Sequence[StoredExample], longest: int) -> HiddenPart:
         """The aligned tokens of every example."""
-        pairs = [item.alignment.pairs for item in items if item.alignment is not None]
-        rows = np.concatenate([n * longest + pair[:, 1].astype(np.int64) for n, pair in enumerate(pairs)])
-        teacher = np.concatenate([s["hidden"][p[:, 0]] for s, p in zip(stored, pairs, strict=True)])
-        return HiddenPart(teacher.size, torch.from_numpy(rows), torch.from_numpy(teacher))
+        aligned = [item.alignment.pairs for item in items if item.alignment is not None]
+        rows = np.concatenate([n * longest + pair[:, 1].astype(np.int64) for n, pair in enumerate(aligned)])
+        teacher = {
+            column: np.concatenate([s[column][p[:, 0]] for s, p in zip(stored, aligned, strict=True)])
+            for column in self.columns
+        }
+        count = sum(teacher[column].size for column in self.columns)
+        tensors = {column: torch.from_numpy(array) for column, array in teacher.items()}
+        return HiddenPart(count, torch.from_numpy(rows), tensors)
 
     def loss(self, forward: Forward, part: HiddenPart, trained: nn.Module | None) -> Float[Tensor, ""]:
         """Projected and compared in float32, whatever autocast says."""
-        assert trained is not None
-        hidden = forward.last_hidden.flatten(0, 1)[part.rows]
-        with torch.autocast(hidden.device.type, enabled=False):
-            projected = trained(hidden.float())
-        total: Tensor = (projected.float() - part.teacher.float()).square().sum() / self._scale
-        return total
+        projectors = trained if isinstance(trained, nn.ModuleList) else [trained]
+        losses: list[Tensor] = []
+        for (column, layer), projector, scale in zip(self._pairs, projectors, self._scales, strict=True):
+            assert projector is not None
+            hidden = forward.hidden[layer].flatten(0, 1)[part.rows]
+            with torch.autocast(hidden.device.type, enabled=False):
+                projected = projector(hidden.float())
+            losses.append((projected.float() - part.teacher[column].float()).square().sum() / scale)
+        return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
-    def trained(self, seed: int) -> nn.Linear:
-        """The projector from the student's width to the teacher's; it is there for equal widths, too."""
+    def trained(self, seed: int) -> nn.Module:
+        """A projector for each pair, from the student's width to the teacher's; it is there for equal widths, too."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return nn.Linear(*self._widths)
+            projectors = [nn.Linear(*self._widths) for _ in self._pairs]
+        return projectors[0] if len(projectors) == 1 else nn.ModuleList(projectors)
