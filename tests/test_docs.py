@@ -191,7 +191,7 @@ def test_without_a_network_the_hub_is_not_asked_again_and_again(monkeypatch, pro
     monkeypatch.setattr(models.socket, "getaddrinfo", resolve)
     models._without_network.cache_clear()
     try:
-        assert models._from_hub(Kind, ModelRef(model="someone/model")) is local
+        assert models.from_hub(Kind, ModelRef(model="someone/model")) is local
     finally:
         models._without_network.cache_clear()
 
