@@ -83,6 +83,28 @@ def hidden_terms(teacher, student, weight, bias):
     return terms
 
 
+def hidden_distance(teacher, student, name, weight=None, bias=None):
+    """(sum, count) of one example's hidden states by another distance than the squared difference."""
+    aligned = pairs(teacher, student)
+    t = np.array([teacher["hidden"][j] for j, _ in aligned], np.float64)
+    s = np.array([student["hidden"][i] for _, i in aligned], np.float64)
+
+    def cos(a, b):
+        return (a @ b) / (np.linalg.norm(a) * np.linalg.norm(b))
+
+    if name == "cosine":
+        return sum(1 - cos(weight @ b + bias, a) for a, b in zip(t, s, strict=True)), len(aligned)
+    if name == "gram":
+        cells = [(cos(s[a], s[b]) - cos(t[a], t[b])) ** 2 for a in range(len(t)) for b in range(len(t))]
+        return np.mean(cells), 1
+    assert name == "cka"
+    if len(t) < 2:
+        return 0.0, 1
+    s, t = s - s.mean(0), t - t.mean(0)
+    alignment = np.linalg.norm(s.T @ t) ** 2 / (np.linalg.norm(s.T @ s) * np.linalg.norm(t.T @ t))
+    return 1 - alignment, 1
+
+
 def segment_bounds(model, column, shared, own_bos):
     """(first token, last token) of each segment."""
     bounds, first = [], 0
@@ -105,6 +127,22 @@ def attention_map(model, bounds, pair_heads):
             for s, (first, last) in enumerate(bounds):
                 result[h, g, s] = sum(attention[h, row, t] for t in range(first, last + 1))
     return result
+
+
+def attention_divergences(teacher, student):
+    """KL(teacher's row ‖ student's row) of every head and row over segments."""
+    shared = pairs(teacher, student)
+    own_bos = bool(teacher["special"][0] and student["special"][0])
+    pair_heads = len(teacher["attention"]) == len(student["attention"])
+    t, s = (
+        attention_map(m, segment_bounds(m, column, shared, own_bos), pair_heads)
+        for column, m in enumerate((teacher, student))
+    )
+    return [
+        sum(p * np.log(p / max(q, 1e-10)) for p, q in zip(t[h, g], s[h, g], strict=True) if p > 0)
+        for h in range(len(t))
+        for g in range(t.shape[1])
+    ]
 
 
 def attention_terms(teacher, student):

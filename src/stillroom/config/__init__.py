@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, model_validator, ValidationError
 
 from stillroom.config.columns import ChoiceColumns as ChoiceColumns
 from stillroom.config.columns import GenerationColumns as GenerationColumns
@@ -286,8 +286,13 @@ class Study(Section):
                 if name not in names:
                     raise ValueError(f"analysis.{family} names the group {name!r}, which groups has not")
         for group in self.groups:
+            try:
+                objective = group.objective(self.objective)
+            except ValidationError as error:
+                fault = error.errors()[0]
+                raise ValueError(f"group {group.name!r}: {fault['loc'][0]}: {fault['msg']}") from None
             for term in ("hidden", "attention"):
-                pairs = getattr(group.objective(self.objective), term).layers if term in group.terms else ()
+                pairs = getattr(objective, term).layers if term in group.terms else ()
                 kept = getattr(self.signals, f"{term}_layers")
                 if missing := [teacher for teacher, _ in pairs if teacher not in kept]:
                     raise ValueError(

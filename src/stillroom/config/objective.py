@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, field_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_serializer,
+    model_validator,
+)
 
 from stillroom.config.section import Layer, Name, Section
 
@@ -37,11 +44,14 @@ class Distillation(Section):
 
 
 class Hidden(Section):
-    """L_align_hidden: squared difference of last hidden states."""
+    """L_align_hidden: a distance of hidden states at aligned tokens."""
 
     weight: Weight = 0.1
+    distance: Literal["mse", "cosine", "gram", "cka"] = Field(
+        "mse", description="of projected states (mse, cosine), or of how an example's tokens relate (gram, cka)"
+    )
     scale: Literal["none", "teacher_rms"] = Field(
-        "none", description="plain mean square, or divided by that of the teacher's hidden states"
+        "none", description="of mse: the plain mean square, or divided by that of the teacher's hidden states"
     )
     layers: tuple[tuple[Layer, Layer], ...] = Field(
         (("last", "last"),), min_length=1, description="pairs [teacher's, student's], each with a projector; their mean"
@@ -49,15 +59,24 @@ class Hidden(Section):
 
 
 class Attention(Section):
-    """L_align_attn: squared difference of last attention maps."""
+    """L_align_attn: a distance of attention maps over the segments that both models have read."""
 
     weight: Weight = 0.1
+    distance: Literal["mse", "kl"] = Field(
+        "mse", description="squared difference, or KL(teacher's row ‖ student's row)"
+    )
     scale: Literal["none", "row_sum"] = Field(
-        "none", description="mean over columns, which shrinks with length, or sum over columns and mean over rows"
+        "none", description="of mse: mean over columns, which shrinks with length, or sum over them and mean over rows"
     )
     layers: tuple[tuple[Layer, Layer], ...] = Field(
         (("last", "last"),), min_length=1, description="pairs [teacher's, student's]; their mean"
     )
+
+
+def _scale_of_mse_alone(section: Hidden | Attention) -> Any:
+    if section.distance != "mse" and section.scale != "none":
+        raise ValueError(f"scale {section.scale} is one of mse, and distance is {section.distance}: leave it out")
+    return section
 
 
 class Objective(Section):
@@ -65,8 +84,8 @@ class Objective(Section):
 
     task: TaskLoss = TaskLoss()
     kd: Distillation = Distillation()
-    hidden: Hidden = Hidden()
-    attention: Attention = Attention()
+    hidden: Annotated[Hidden, AfterValidator(_scale_of_mse_alone)] = Hidden()
+    attention: Annotated[Attention, AfterValidator(_scale_of_mse_alone)] = Attention()
 
     @property
     def weights(self) -> dict[TermName, float]:
@@ -106,8 +125,8 @@ class Group(Section):
         merged = {}
         for term in TERMS:
             off = {} if term in self.terms else {"weight": 0.0}
-            merged[term] = getattr(shared, term).model_copy(update={**self.settings(term), **off})
-        return Objective(**merged)
+            merged[term] = {**getattr(shared, term).model_dump(), **self.settings(term), **off}
+        return Objective.model_validate(merged)
 
 
 GROUPS: dict[str, Group] = {

@@ -39,7 +39,7 @@ class AttentionPart(Part):
 
 
 class AttentionMaps:
-    """Mean of the squared difference over layer pairs, heads, rows and causal columns, or over all but columns."""
+    """Mean over layer pairs, heads and rows of a distance of two rows: squared difference over columns, or KL."""
 
     name = "attention"
 
@@ -48,7 +48,8 @@ class AttentionMaps:
         self._pairs = [(column_of("attention", teacher), layer) for teacher, layer in settings.layers]
         self.columns = tuple(column for column, _ in self._pairs)
         self.taps = Taps(attention=frozenset(layer for _, layer in self._pairs))
-        self._by_row = settings.scale == "row_sum"
+        self._distance = squared_difference if settings.distance == "mse" else row_divergence
+        self._by_row = settings.scale == "row_sum" or settings.distance == "kl"
         self._pair_heads = store.layout.heads == heads(student)
         self._heads = store.layout.heads if self._pair_heads else 1
 
@@ -85,7 +86,7 @@ class AttentionMaps:
             if not self._pair_heads:
                 attention = attention.mean(1, keepdim=True)
             aligned = aligned_attention(attention.float(), part.rows, part.segment_of)
-            losses.append(squared_difference(aligned, part.teacher[column], part.segments))
+            losses.append(self._distance(aligned, part.teacher[column], part.segments))
         return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
     def trained(self, seed: int) -> None:
@@ -116,6 +117,24 @@ def squared_difference(
     real = torch.arange(student.shape[-1], device=student.device) < segments[:, None]
     difference = (student.float() - teacher.float()).masked_fill(~real[:, None, :, None], 0.0)
     return difference.square().sum()
+
+
+FLOOR = 1e-10
+"""What the student's share of a segment is at least: a window may hide one that the teacher attends to."""
+
+
+def row_divergence(
+    student: Float[Tensor, "B H G G"], teacher: Float[Tensor, "B H G G"], segments: Int[Tensor, "B"]
+) -> Float[Tensor, ""]:
+    """Sum over heads and rows of KL(teacher's row ‖ student's row) over segments, nats.
+
+    Each teacher's row is divided by its sum, which storing has rounded.
+    """
+    teacher = teacher.float()
+    teacher = teacher / teacher.sum(-1, keepdim=True).clamp(min=FLOOR)
+    values = torch.xlogy(teacher, teacher) - teacher * student.float().clamp(min=FLOOR).log()
+    real = torch.arange(student.shape[-1], device=student.device) < segments[:, None]
+    return values.sum(-1).masked_fill(~real[:, None], 0.0).sum()
 
 
 def segment_map(triangle: ndarray, segments: Segments, pair_heads: bool, out: ndarray | None = None) -> ndarray:

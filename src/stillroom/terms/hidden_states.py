@@ -16,23 +16,23 @@ from stillroom.models.forward import Forward, Taps
 from stillroom.models.sizes import width
 from stillroom.offline_teacher_data.store import SignalStore, StoredExample
 from stillroom.signals.signal import column_of
+from stillroom.terms.distances import DISTANCES
 from stillroom.terms.term import Part
 
 
 @dataclass(frozen=True)
 class HiddenPart(Part):
-    """Where the student is compared, in (B, T) flattened, and with what; it counts values."""
+    """Where the student is compared, in (B, T) flattened, and with what; it counts what its distance is a mean of."""
 
     rows: Int[Tensor, "P"]
+    lengths: tuple[int, ...]
+    """How many of them each example has."""
     teacher: Mapping[str, Float[Tensor, "P D"]]
     """By column of the store."""
 
 
 class HiddenStates:
-    """Mean over layer pairs, aligned tokens and dimensions of the squared difference.
-
-    `teacher_rms` divides each pair's by the mean square of the teacher's own.
-    """
+    """Mean over layer pairs of a distance (`distances`) of the two models' states at aligned tokens."""
 
     name = "hidden"
 
@@ -42,6 +42,7 @@ class HiddenStates:
         self.columns = tuple(column for column, _ in self._pairs)
         self.taps = Taps(hidden=frozenset(layer for _, layer in self._pairs))
         self._widths = width(student), store.layout.width
+        self._distance = DISTANCES[settings.distance]
         scaled = settings.scale == "teacher_rms"
         self._scales = [store.mean_square(column) if scaled else 1.0 for column in self.columns]
 
@@ -50,27 +51,37 @@ class HiddenStates:
         aligned = [item.alignment.pairs for item in items if item.alignment is not None]
         rows = np.concatenate([n * longest + pair[:, 1].astype(np.int64) for n, pair in enumerate(aligned)])
         teacher = {
-            column: np.concatenate([s[column][p[:, 0]] for s, p in zip(stored, aligned, strict=True)])
+            column: torch.from_numpy(np.concatenate([s[column][p[:, 0]] for s, p in zip(stored, aligned, strict=True)]))
             for column in self.columns
         }
-        count = sum(teacher[column].size for column in self.columns)
-        tensors = {column: torch.from_numpy(array) for column, array in teacher.items()}
-        return HiddenPart(count, torch.from_numpy(rows), tensors)
+        of_pair = {"values": len(rows) * self._widths[1], "tokens": len(rows), "examples": len(items)}
+        count = of_pair[self._distance.counts] * len(self._pairs)
+        return HiddenPart(count, torch.from_numpy(rows), tuple(map(len, aligned)), teacher)
 
     def loss(self, forward: Forward, part: HiddenPart, trained: nn.Module | None) -> Float[Tensor, ""]:
-        """Projected and compared in float32, whatever autocast says."""
-        projectors = trained if isinstance(trained, nn.ModuleList) else [trained]
+        """In float32, whatever autocast says."""
+        projectors = trained if isinstance(trained, nn.ModuleList) else [trained] * len(self._pairs)
         losses: list[Tensor] = []
         for (column, layer), projector, scale in zip(self._pairs, projectors, self._scales, strict=True):
-            assert projector is not None
             hidden = forward.hidden[layer].flatten(0, 1)[part.rows]
             with torch.autocast(hidden.device.type, enabled=False):
-                projected = projector(hidden.float())
-            losses.append((projected.float() - part.teacher[column].float()).square().sum() / scale)
+                student = hidden.float() if projector is None else projector(hidden.float())
+                losses.append(self._sum(student.float(), part.teacher[column].float(), part.lengths) / scale)
         return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
-    def trained(self, seed: int) -> nn.Module:
-        """A projector for each pair, from the student's width to the teacher's; it is there for equal widths, too."""
+    def _sum(self, student: Tensor, teacher: Tensor, lengths: Sequence[int]) -> Tensor:
+        if self._distance.counts != "examples":
+            return self._distance.of(student, teacher)
+        examples = zip(student.split(list(lengths)), teacher.split(list(lengths)), strict=True)
+        return torch.stack([self._distance.of(*pair) for pair in examples]).sum()
+
+    def trained(self, seed: int) -> nn.Module | None:
+        """A projector for each pair, from the student's width to the teacher's, where the distance needs one.
+
+        It is there for equal widths, too.
+        """
+        if not self._distance.projected:
+            return None
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             projectors = [nn.Linear(*self._widths) for _ in self._pairs]
