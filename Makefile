@@ -1,14 +1,15 @@
 # make install     a virtual environment in .venv with everything
 # make quickstart  the embedded study, end to end
+# make quick       the tests but for the slow ones, in under a minute on two cores
 # make test        the whole test suite
 # make docs        the site, in site/, with warnings as errors
-# make wheel       a wheel in dist/, installed into a clean environment, the embedded study run from there
+# make wheel       a wheel in dist/, installed into a clean environment, a small study run from there
 # make cover       the tests, with the lines and branches that they reach
 # make check       what CI runs: format, lint, types, docs, wheel, tests
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test lint docs wheel cover check clean
+.PHONY: install quickstart quick test lint docs wheel cover check clean
 
 install: .venv/installed
 
@@ -21,8 +22,12 @@ install: .venv/installed
 quickstart: install
 	$(BIN)/stillroom run quickstart
 
+quick: install
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
+
+# more processes than cores: half of the time, a slow test waits
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 4 --dist loadgroup
 
 lint: install
 	$(BIN)/ruff format --check src tests benchmarks tools
@@ -31,6 +36,12 @@ lint: install
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# every stage of the embedded study, with two trials of an epoch; the tests run the whole study
+SMOKE := --set 'groups=[task_only, combined]' --set 'sweep.seeds=[0]' --set training.epochs=1 \
+	--set teacher.adapt.training.epochs=1 --set signals.minimum_coverage=0 --set evaluation.max_new_tokens=8 \
+	$(foreach task,sentiment quiz arithmetic,--set corpus.tasks.$(task).examples=60 \
+		--set evaluation.official.$(task).examples=20)
 
 # The clean environment sees the packages of .venv by path, so that torch is not fetched twice; pip still refuses a
 # declared dependency that is not there, and the package itself can only come from the wheel.
@@ -42,7 +53,7 @@ wheel: install
 		> "$$(build/clean/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/dependencies.pth"
 	$(BIN)/python -m pip --python build/clean/bin/python install --quiet --no-index --force-reinstall --no-deps dist/*.whl
 	$(BIN)/python -m pip --python build/clean/bin/python check
-	cd build && clean/bin/stillroom run quickstart
+	cd build && clean/bin/stillroom run quickstart $(SMOKE)
 
 cover: install
 	$(BIN)/python -m pytest --cov --cov-report=term

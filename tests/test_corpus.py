@@ -389,7 +389,8 @@ def test_a_limit_beyond_what_a_model_reads_is_refused(tmp_path):
 
 def test_prompts_leave_room_for_what_is_generated(tmp_path):
     """A model with learned positions would fail in mid-sweep, another go on in silence."""
-    fits = Sources(load_study("quickstart", [f"paths.results={tmp_path}"]))
+    few = [f"corpus.tasks.{task}.examples=60" for task in ("sentiment", "quiz", "arithmetic")]
+    fits = Sources(load_study("quickstart", [*few, f"paths.results={tmp_path}"]))
     context, longest = (
         fits._context,
         max(
@@ -400,7 +401,9 @@ def test_prompts_leave_room_for_what_is_generated(tmp_path):
     )
     for more, fine in ((0, True), (1, False)):
         limit = f"evaluation.max_new_tokens={context - longest + more}"
-        sources = Sources(load_study("quickstart", [f"paths.results={tmp_path}", limit, "evaluation.official={}"]))
+        sources = Sources(
+            load_study("quickstart", [*few, f"paths.results={tmp_path}", limit, "evaluation.official={}"])
+        )
         if fine:
             assert sources.examples.validation == fits.examples.validation
         else:

@@ -209,6 +209,7 @@ def test_every_shell_block_is_run_or_says_why_not():
                 assert block.reason, f"{page.name}: {block.text.splitlines()[0]}"
 
 
+@pytest.mark.slow
 def test_the_outlines_own_commands_work_as_written(store, tmp_path):
     """study.md's block: the store is checked by the one-liner, from the folder the study ran in."""
     (block,) = [b for b in pages.blocks(ROOT / "docs" / "study.md") if b.language == "console"]
