@@ -146,7 +146,9 @@ def test_ctrl_c_leaves_a_capture_at_once_and_says_how_to_go_on(tmp_path, whole, 
             break
         shutil.rmtree(store)
     assert running.process.exitcode == 130
-    assert running.output.endswith(f"stopped; to go on: stillroom capture {path} --set signals.top_k=64\n")
+    assert running.output.endswith(
+        f"Stopped. Finished work is saved. To resume: stillroom capture {path} --set signals.top_k=64\n"
+    )
     assert "Traceback" not in running.output
     kept = shards(store)
     assert len(kept) < 15

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import pytest
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from typer.testing import CliRunner
 
+from stillroom.cli import app
 from stillroom.config import ModelRef
+from stillroom.errors import UserError
 from stillroom.models.sizes import shape_of
-from stillroom.preflight.planning import plan_study
+from stillroom.preflight.planning import _out_of_reach, plan_study
 from stillroom.studies import load_study
 
 
@@ -40,3 +45,47 @@ def test_a_plans_memory_is_more_than_the_weights_alone_and_grows_with_the_batch(
     smaller = plan_study(load_study("paper", ["training.micro_batch_size=1"]))["memory_bytes"]
     assert smaller["trial"] < memory["trial"]
     assert smaller["capture"] == memory["capture"]
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("corpus.tasks.sst2.dataset=nowhere.jsonl", "corpus.tasks.sst2.dataset: nowhere.jsonl is missing"),
+        ("corpus.tasks.sst2.dataset=./nowhere", "corpus.tasks.sst2.dataset: "),
+        ("corpus.tasks.sst2.dataset=rows.csv", "corpus.tasks.sst2.dataset: "),
+        ("corpus.tasks.sst2={dataset: builtin, examples: 9}", "corpus.tasks.sst2.dataset: .*no built-in rows"),
+        ("evaluation.official.sst2.dataset=nowhere.jsonl", "evaluation.official.sst2.dataset: nowhere.jsonl"),
+        ("teacher.model=./nowhere", "teacher.model: "),
+        ("student.model=nobody/nothing", "student.model: "),
+    ],
+)
+def test_a_plan_of_what_is_not_there_is_an_error(override, field):
+    """Not a bill with an assumption: a local file is there and can be read, or the study will not run."""
+    with pytest.raises(UserError, match=field):
+        plan_study(load_study("paper", [override]))
+
+
+def test_what_the_hub_alone_has_is_assumed_without_it_and_said():
+    """The paper's models and data, on a machine without network: a plan, with what could not be counted up front."""
+    plan = plan_study(load_study("paper"))
+    assert any("could not be counted" in warning for warning in plan["warnings"])
+    assert set(plan["warnings"]) <= set(plan["assumptions"])
+    told = CliRunner().invoke(app, ["plan", "paper"])
+    assert told.exit_code == 0
+    assert told.stderr.startswith("warning: ")
+    assert not plan_study(load_study("quickstart"))["warnings"]
+
+
+def test_a_hub_that_says_no_is_no_hub_out_of_reach():
+    """A data set that is known not to exist is an error; one behind a login, or an answer that never came, is not."""
+
+    def caused(kind):
+        try:
+            raise UserError("cannot be loaded") from kind.__new__(kind)  # the hub's own want a response of its server
+        except UserError as error:
+            return error
+
+    for known in (DatasetNotFoundError, RepositoryNotFoundError, ValueError):
+        assert not _out_of_reach(caused(known))
+    for unknown in (GatedRepoError, ConnectionError, LocalEntryNotFoundError):
+        assert _out_of_reach(caused(unknown))

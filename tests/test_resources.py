@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+import threading
+
 import pytest
+from ray import cloudpickle
 
 from stillroom.config import Sweep
 from stillroom.errors import UserError
-from stillroom.experiment.ray_sweep import told_of_memory
+from stillroom.experiment.ray_sweep import _watcher, told_of_memory
 from stillroom.experiment.resources import trial_resources
 
 SEEDS = {"seeds": (0,)}
@@ -48,3 +52,18 @@ def test_a_head_that_gives_no_core_takes_none_from_the_others():
     nodes = [{"GPU": 1}, *[{"CPU": 8, "GPU": 1}] * 3]
     assert trial_resources(Sweep(**SEEDS), [{"CPU": 0, "GPU": 1}, *nodes[1:]]) == ({"CPU": 4, "GPU": 1}, 3)
     assert trial_resources(Sweep(**SEEDS), nodes) == ({"CPU": 4, "GPU": 1}, 3)
+
+
+def test_what_watches_a_sweep_is_not_saved_with_it():
+    """Ray pickles a sweep's callbacks: a terminal's bars have locks, which nothing can pickle."""
+    lock, seen = threading.RLock(), []
+
+    def watch(event, facts):
+        with lock:
+            seen.append((event, facts))
+
+    watcher = _watcher(watch)
+    copy = pickle.loads(cloudpickle.dumps(watcher))
+    for callback in (watcher, copy):
+        callback.on_trial_start(1, [], type("Trial", (), {"config": {"trial": "one"}}))
+    assert seen == [("started", {"trial": "one"})]

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import sqlite3
+import time
+from contextlib import closing
 
 import pytest
 
 from stillroom.config import EXPERIMENT
+from stillroom.errors import UserError
 from stillroom.experiment.tracker import Tracker
 from stillroom.files import read_json
+from stillroom.studies import load_study
 from synthetic import write_results
 
 
@@ -48,3 +53,66 @@ def test_study_trials_metrics_snapshot_and_report_are_in_the_tracker(tmp_path, m
         ]
         norms = client.get_metric_history(run.info.run_id, "gradient_norm_task")
         assert [m.step for m in norms] == [row["step"] for row in result["gradients"]]
+
+
+ODD = ("it's", "a?b", "a%41b", "100% x", "a#b", "a[b]", 'a"b', "a\\b", "a@b:c;d&e=f", "dir é 日本")
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.slow
+def test_any_folder_can_have_a_tracker(tmp_path, monkeypatch, name):
+    """A path may hold what means something in a URL or in SQL: the file is in it, nothing beside it, one run."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    results = tmp_path / name / "results"
+    study = load_study("quickstart")
+    parents = set()
+    for _ in range(2):
+        tracker = Tracker(study, results)
+        tracker.check()
+        parents.add(tracker._parent)
+    assert len(parents) == 1
+    (results / "report.html").write_text("a report")
+    tracker.log_report(results / "report.html")
+    assert (results / "mlflow.db").stat().st_size > 0
+    assert [path.name for path in (results / "mlartifacts").rglob("*.html")] == ["report.html"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def _other_version(file):
+    with closing(sqlite3.connect(file)) as database, database:
+        database.execute("update alembic_version set version_num = 'ffffffffffff'")
+
+
+def _without_a_table(file):
+    with closing(sqlite3.connect(file)) as database, database:
+        database.execute("drop table experiments")
+
+
+def _a_folder(file):
+    file.unlink()
+    file.mkdir()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.write_bytes(b"no database" * 500),
+        lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+        _other_version,
+        _without_a_table,
+        _a_folder,
+    ],
+    ids=["garbage", "half", "another version's", "a table short", "a folder"],
+)
+@pytest.mark.slow
+def test_a_tracker_that_cannot_be_used_is_one_message_at_once(tmp_path, monkeypatch, capfd, damage):
+    """Which file it is and that nothing is lost; no traceback, and no minutes of MLflow's trying again."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    study = load_study("quickstart")
+    Tracker(study, tmp_path).check()
+    damage(tmp_path / "mlflow.db")
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"mlflow\.db, cannot be written .* nothing is lost: .* move the file away"):
+        Tracker(study, tmp_path).check()
+    assert time.monotonic() - began < 20
+    assert "Traceback" not in capfd.readouterr().err

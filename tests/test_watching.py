@@ -31,6 +31,8 @@ def test_a_sweep_is_watched_epoch_by_epoch(tmp_path, monkeypatch, capsys):
     assert shown[-1][2].startswith("1 of 3 trials done, 1 running, 1 failed")
     watch.tell("started", {"trial": names[2]})
     assert "failed" not in shown[-1][2]
+    watch.tell("epoch", {"trial": names[1], "epoch": 2, "validation_accuracy": 0.625})
+    assert shown[-1][:2] == (3, 6), "a bar that is full before the trial has ended would be drawn twice"
     watch.tell("finished", {"trial": names[1]})
     assert shown[-1][:2] == (4, 6)
     monkeypatch.setattr("stillroom.progress.QUIET_SECONDS", 0)

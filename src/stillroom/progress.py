@@ -1,10 +1,11 @@
-"""Progress of long work: a bar on a terminal; elsewhere quiet, but for a line a minute."""
+"""Progress of long work: a bar on a terminal; elsewhere, and on one that cannot redraw a line, one line per minute."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 Progress = Callable[[int, int], None]
@@ -26,6 +27,35 @@ QUIET_SECONDS = 60
 """Off a terminal, the least time between two lines."""
 
 
+def _redraws() -> bool:
+    """Whether standard error is a terminal on which a line can be drawn again."""
+    return sys.stderr.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+
+
+def _bars() -> Any:
+    """Bars, each below a line that says of what: the two together would not fit a terminal of 80 columns."""
+    from rich import progress
+    from rich.console import Console
+    from rich.text import Text
+
+    class Bars(progress.Progress):
+        def get_renderables(self) -> Iterator[Any]:
+            for task in self.tasks:
+                note = task.fields["note"]
+                yield Text(f"{task.description}: {note}" if note else task.description)
+                yield self.make_tasks_table([task])
+
+    return Bars(
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
+        console=Console(stderr=True),
+        refresh_per_second=4,
+        redirect_stdout=False,  # it may be a file, and would be written to the terminal
+    )
+
+
 class ProgressBars:
     """Called with (what, done, total); one bar for each thing that is going on, with the time left."""
 
@@ -36,33 +66,15 @@ class ProgressBars:
         self._printed = time.monotonic()
 
     def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
-        """Show progress; a bar ends when done reaches total. The note stands beside it."""
-        if sys.stderr.isatty():
+        """Show progress; a bar ends when done reaches total. The note stands above it."""
+        if _redraws():
             self._draw(what, done, total, note)
         else:
             self._print(what, done, total, note)
 
     def _draw(self, what: str, done: int, total: int, note: str) -> None:
-        from rich import progress as bars
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-
         if self._bars is None:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-            )
-            self._bars = bars.Progress(*columns, console=Console(stderr=True))
+            self._bars = _bars()
             self._bars.start()
         if what not in self._tasks:
             self._tasks[what] = self._bars.add_task(what, total=total, note=note)

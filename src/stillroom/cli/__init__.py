@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
+import math
 import shlex
+import signal
 import sys
+import time
 import traceback
 import warnings
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import Any, NoReturn
 
 import typer
 
@@ -15,6 +21,13 @@ from stillroom.cli import stages  # isort: skip
 from stillroom.cli import after  # isort: skip
 from stillroom.cli.options import BARS, app
 from stillroom.credentials import redact
+
+INTERRUPTED = 130
+"""Typer's exit code for Ctrl-C."""
+
+
+_AGAIN_SECONDS = 60
+"""How long after Ctrl-C another is taken for impatience: what is being ended would break off in the middle."""
 
 
 def main() -> None:
@@ -25,20 +38,52 @@ def main() -> None:
     from stillroom.errors import UserError
 
     warnings.simplefilter("ignore", FutureWarning)  # other packages' notices to their own developers
+    signal.signal(signal.SIGINT, _Interruption())
     try:
-        with closing(BARS):  # taken off the terminal before anything is said of an error
+        with closing(BARS), _ending_ray():  # off the terminal, and gone, before anything is said of an error
             app()
     except UserError as error:
         typer.secho(redact(f"error: {error}"), err=True, fg="red")
-        sys.exit(2)
+        _leave(2)
     except SystemExit as stop:
-        if stop.code == 130:  # Typer's word for Ctrl-C
-            typer.secho(redact(f"stopped; to go on: {shlex.join(['stillroom', *sys.argv[1:]])}"), err=True)
-        raise
+        if stop.code == INTERRUPTED:
+            again = shlex.join(["stillroom", *sys.argv[1:]])
+            typer.secho(redact(f"Stopped. Finished work is saved. To resume: {again}"), err=True)
+        _leave(stop.code)
     except Exception:
         typer.secho(redact(traceback.format_exc()), err=True)
-        typer.secho("this is a fault of stillroom's; what is finished is on disk, the same command goes on", err=True)
-        sys.exit(1)
+        typer.secho("Internal error in stillroom; please report it. Finished work is saved.", err=True)
+        _leave(1)
+
+
+class _Interruption:
+    """What Ctrl-C does: it interrupts, once."""
+
+    def __init__(self) -> None:
+        self._last = -math.inf
+
+    def __call__(self, *_: Any) -> None:
+        if time.monotonic() - self._last > _AGAIN_SECONDS:
+            self._last = time.monotonic()
+            raise KeyboardInterrupt
+
+
+@contextmanager
+def _ending_ray() -> Iterator[None]:
+    """Leave no process of Ray behind, whatever happens."""
+    try:
+        yield
+    finally:
+        if "ray" in sys.modules:
+            from stillroom.experiment.ray_processes import end_ray
+
+            end_ray()
+
+
+def _leave(code: Any) -> NoReturn:
+    # an interruption would break off what the interpreter does as it ends; not before: children would inherit this
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    sys.exit(code)
 
 
 __all__ = ["after", "app", "before", "main", "stages"]

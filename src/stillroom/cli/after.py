@@ -7,26 +7,28 @@ from typing import Annotated
 
 import typer
 
-from stillroom.cli.options import AFTER, JsonOption, app, finish
+from stillroom.cli.options import AFTER, JsonOption, app, finish, following
 
 
 @app.command(rich_help_panel=AFTER)
 def inspect(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="folder of the teacher's data")],
-    example: Annotated[str | None, typer.Argument(metavar="EXAMPLE", help="an example's id, or how it begins")] = None,
+    example: Annotated[
+        str | None, typer.Argument(metavar="EXAMPLE", help="an example's id, or its first characters")
+    ] = None,
     student: Annotated[
         str | None, typer.Option(metavar="MODEL", help="align with this student: a directory or hub id")
     ] = None,
     corpus: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="take the text from here, as from results/corpus")
+        Path | None, typer.Option(metavar="DIR", help="folder of the corpus to take texts from, such as results/corpus")
     ] = None,
     picture: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="where the attention map goes [default: EXAMPLE.png]")
+        Path | None, typer.Option(metavar="FILE.png", help="file for the attention map [default: EXAMPLE.png]")
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="predictions shown of each token")] = 3,
+    top: Annotated[int, typer.Option(min=1, help="predictions to show per token")] = 3,
     json: JsonOption = False,
 ) -> None:
-    """Look into a store: what it holds; or one example's tokens, alignment, predictions, norms and attention.
+    """Show what a store holds, or one example's tokens, alignment, predictions, norms and attention.
 
     Example: stillroom inspect offline_teacher_data
     """
@@ -47,7 +49,7 @@ def inspect(
         facts = describe_store(store)
         if not json:
             print_store(facts)
-        finish(json, facts, "Nothing was made.", f"stillroom inspect {store} {facts['ids'][0]}")
+        finish(json, facts, "", following("inspect", str(store), None, facts["ids"][0]))
         return
     opened = SignalStore.open(store)
     example_id = find_example(opened, example)
@@ -59,7 +61,8 @@ def inspect(
         attention_figure(opened, example_id, text, reference).savefig(temporary, format="png")
     if not json:
         print_example(facts)
-    then = "open it" if student else f"stillroom inspect {store} {example_id} --student MODEL, to see the alignment"
+    aligned = f"{following('inspect', str(store), None, example_id)} --student MODEL, to see the alignment"
+    then = "open it" if student else aligned
     finish(json, {**facts, "picture": target}, f"Attention map: {target}.", then)
 
 
@@ -69,7 +72,7 @@ def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a new folder")],
     json: JsonOption = False,
 ) -> None:
-    """Write a trained student ready for the hub: weights, tokenizer, generation config and a model card.
+    """Write a trained student as a Hugging Face model directory: weights, tokenizer, generation config, model card.
 
     Example: stillroom export results/knowledge_distillation_experiment/TRIAL my-student
     """

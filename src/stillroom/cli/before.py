@@ -1,4 +1,4 @@
-"""Commands that cost nothing: the plan and the doctor."""
+"""Commands that cost nothing: the plan and the doctor's checks."""
 
 from __future__ import annotations
 
@@ -6,26 +6,29 @@ import json as json_format
 
 import typer
 
-from stillroom.cli.options import BEFORE, JsonOption, SetOption, StudyArgument, app, say
+from stillroom.cli.options import BEFORE, JsonOption, SetOption, StudyArgument, app, following, say, warn
 
 
 @app.command(rich_help_panel=BEFORE)
 def plan(study: StudyArgument, set_: SetOption = None, json: JsonOption = False) -> None:
-    """What a study will cost: examples, tokens, bytes, steps. Needs no weights.
+    """Estimate what a study will cost: examples, tokens, bytes, steps, hours. Needs no weights.
 
     Example: stillroom plan paper
     """
     from stillroom.preflight.planning import plan_study, print_plan
     from stillroom.studies import load_study
 
-    print_plan(plan_study(load_study(study, set_ or [])), as_json=json)
+    planned = plan_study(load_study(study, set_ or []))
+    for text in planned["warnings"]:
+        warn(text)
+    print_plan(planned, as_json=json)
     if not json:
-        say(f"Nothing was made. Next: stillroom doctor {study}")
+        say(f"Next: {following('doctor', study, set_)}")
 
 
 @app.command(rich_help_panel=BEFORE)
 def doctor(study: StudyArgument, set_: SetOption = None, json: JsonOption = False) -> None:
-    """Check this machine against a study before hours are spent; exit code 1 if there is something to do.
+    """Check that this machine can run a study, before hours are spent; exit code 1 if there is something to fix.
 
     Example: stillroom doctor paper
     """
@@ -38,6 +41,7 @@ def doctor(study: StudyArgument, set_: SetOption = None, json: JsonOption = Fals
         typer.echo(json_format.dumps([finding.__dict__ for finding in findings], indent=2, ensure_ascii=False))
     else:
         print_findings(findings)
-        say(f"All is well. Next: stillroom run {study}" if fine else "Next: see to the lines marked todo")
+        ready = f"Ready. Next: {following('run', study, set_)}"
+        say(ready if fine else "Next: fix what the lines marked todo name")
     if not fine:
         raise typer.Exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,9 +17,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="stillroom",
-    help="Measure what each signal of a large language model is worth when a small one is distilled from it.",
-    epilog="Exit codes: 0 done, 1 the doctor found something to do, 2 a mistake to mend or a trial that failed "
-    "(the message says which), 130 stopped with Ctrl-C; the same command goes on.",
+    help="Measure how much each signal of a large language model (its predictions, hidden states and attention) "
+    "improves a small one that is distilled from it.",
+    epilog="Exit codes: 0 done; 1 the doctor found something to fix, or an internal error; 2 a mistake to fix or a "
+    "trial that failed (the message says which); 130 stopped with Ctrl-C. Run the same command again to resume.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -27,7 +29,7 @@ app = typer.Typer(
 BARS = ProgressBars()
 """Progress of the one command that this process runs."""
 
-BEFORE, STAGES, AFTER = "Before", "Stages, in order", "After"
+BEFORE, STAGES, AFTER = "Preparation", "Pipeline stages", "Results"
 """Headings under which `--help` lists the commands."""
 
 
@@ -48,7 +50,7 @@ StudyArgument = Annotated[
     typer.Argument(metavar="STUDY", help="quickstart, small, paper, or a YAML file", autocompletion=complete_study),
 ]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="override any field; repeat as needed")
+    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="override any field; can be repeated")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="print facts as JSON on standard output, and nothing else")]
 
@@ -77,21 +79,29 @@ def open_workspace(study: str, overrides: list[str] | None) -> Workspace:
 
 
 def say(text: str) -> None:
-    """A line on standard output; brackets in it are no markup."""
-    from rich import print as rich_print
-    from rich.markup import escape
+    """A line on standard output; brackets in it are no markup, and no break is put into what may be copied."""
+    from rich import get_console
 
-    rich_print(escape(text))
+    BARS.close()
+    get_console().print(text, markup=False, soft_wrap=True)
+
+
+def following(stage: str, study: str, overrides: list[str] | None, *more: str) -> str:
+    """The command of another stage of the study, with what was set for this one."""
+    settings = (part for override in overrides or () for part in ("--set", override))
+    return shlex.join(["stillroom", stage, study, *settings, *more])
 
 
 def finish(as_json: bool, facts: dict[str, Any], made: str, then: str) -> None:
     """How a command ends: its facts for a machine, or what was made and what to do next."""
+    BARS.close()
     if as_json:
         typer.echo(json.dumps(facts, indent=2, default=str, ensure_ascii=False))
     else:
-        say(f"{made} Next: {then}")
+        say(f"{made} Next: {then}".strip())
 
 
 def warn(text: str) -> None:
     """A line on standard error, where it does not get into JSON."""
+    BARS.close()
     typer.secho(f"warning: {text}", err=True, fg="yellow")

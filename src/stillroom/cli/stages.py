@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stillroom.cli.options import (
+    BARS,
     STAGES,
     JsonOption,
     SetOption,
@@ -15,19 +16,25 @@ from stillroom.cli.options import (
     app,
     complete_study,
     finish,
+    following,
     open_workspace,
     say,
     warn,
 )
 
+if TYPE_CHECKING:
+    from stillroom.experiment.workspace import Workspace
+
 
 @app.command(rich_help_panel=STAGES)
 def run(study: StudyArgument, set_: SetOption = None, json: JsonOption = False) -> None:
-    """Every stage in order; goes on where it stopped.
+    """Run every stage in order; resumes after an interruption.
 
     Example: stillroom run quickstart
     """
     workspace = open_workspace(study, set_)
+    workspace.tracker.check()  # before hours are spent, not after
+    _tell_unusable(workspace)
     workspace.adapt()
     _tell_baselines(workspace.baselines(), json)
     workspace.capture()
@@ -41,35 +48,39 @@ def run(study: StudyArgument, set_: SetOption = None, json: JsonOption = False) 
 
 @app.command(rich_help_panel=STAGES)
 def adapt(study: StudyArgument, set_: SetOption = None, json: JsonOption = False) -> None:
-    """Fine-tune the teacher on the training part, if the study says so.
+    """Fine-tune the teacher on the training split, if the study says so.
 
     Example: stillroom adapt small
     """
     model = open_workspace(study, set_).adapt().model
-    finish(json, {"teacher": model}, f"Teacher: {model}.", f"stillroom evaluate {study}")
+    finish(json, {"teacher": model}, f"Teacher: {model}.", following("evaluate", study, set_))
 
 
 @app.command(rich_help_panel=STAGES)
 def evaluate(study: StudyArgument, set_: SetOption = None, json: JsonOption = False) -> None:
-    """Measure the teacher and the untouched student on the validation part.
+    """Measure the teacher and the student before training on the validation split.
 
     Example: stillroom evaluate small
     """
     workspace = open_workspace(study, set_)
+    _tell_unusable(workspace)
     measured = workspace.baselines()
     _tell_baselines(measured, json)
-    finish(json, measured, f"Measured, in {workspace.results / 'baselines'}.", f"stillroom capture {study}")
+    made = f"Results are in {workspace.results / 'baselines'}."
+    finish(json, measured, made, following("capture", study, set_))
 
 
 @app.command(rich_help_panel=STAGES)
 def capture(
     study: StudyArgument,
     set_: SetOption = None,
-    shard: Annotated[str | None, typer.Option(metavar="I/N", help="do part I of N, in this process")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Ray workers that share the work; 0: none, do it here")] = 0,
+    shard: Annotated[str | None, typer.Option(metavar="I/N", help="capture part I of N, in this process")] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Ray workers that share the work; 0: this process does it alone")
+    ] = 0,
     json: JsonOption = False,
 ) -> None:
-    """Run the teacher once over the corpus and store its signals; goes on where it stopped.
+    """Run the teacher once over the corpus and store its signals; resumes after an interruption.
 
     Example: stillroom capture small --shard 1/2
     """
@@ -79,14 +90,15 @@ def capture(
     if shard and workers:
         raise UserError("--shard and --workers: give one of them; workers share the parts out themselves")
     workspace = open_workspace(study, set_)
+    _tell_unusable(workspace)
     store = workspace.capture(Share.parse(shard) if shard else None, workers)
     facts: dict[str, Any]
     if store is None:
         facts = {"store": workspace.store_path, "part": shard, "finished": False}
-        made = f"{workspace.store_path}: part {shard} is done; the last part to end finishes the store."
-        return finish(json, facts, made, f"the other parts, or stillroom capture {study}")
+        made = f"{workspace.store_path}: part {shard} is done; whichever part ends last completes the store."
+        return finish(json, facts, made, f"the other parts, or {following('capture', study, set_)}")
     facts = {"store": store.path, "examples": len(store)}
-    return finish(json, facts, f"{store.path}: signals of {len(store)} examples.", f"stillroom verify {study}")
+    return finish(json, facts, f"{store.path}: signals of {len(store)} examples.", following("verify", study, set_))
 
 
 @app.command(rich_help_panel=STAGES)
@@ -97,7 +109,7 @@ def verify(
     recompute: Annotated[int, typer.Option(min=0, help="rows to compare with a new forward pass of the teacher")] = 0,
     json: JsonOption = False,
 ) -> None:
-    """The gate before training: checksums of every shard, values of sampled rows.
+    """Check the store before training: checksums of every shard, values of sampled rows.
 
     Example: stillroom verify small --samples 50 --recompute 20
     """
@@ -108,17 +120,19 @@ def verify(
             listed = ", ".join(f"{name} {error:.2g}" for name, error in errors.items())
             say(f"{how.replace('_', ' ')}, largest difference: {listed}")
     made = f"{record['store']}: {record['sampled']} of {record['examples']} examples checked, all shards whole."
-    finish(json, record, made, f"stillroom archive {study}")
+    finish(json, record, made, following("archive", study, set_))
 
 
 @app.command(rich_help_panel=STAGES)
 def archive(study: StudyArgument, set_: SetOption = None, json: JsonOption = False) -> None:
-    """Keep the verified store as a read-only, dated snapshot, which trials read.
+    """Make the verified store a read-only, dated snapshot, which the trials read.
 
     Example: stillroom archive small
     """
-    path = open_workspace(study, set_).archive()
-    finish(json, {"snapshot": path}, f"{path}.", f"stillroom sweep {study}")
+    workspace = open_workspace(study, set_)
+    workspace.tracker.check()
+    path = workspace.archive()
+    finish(json, {"snapshot": path}, f"{path}.", following("sweep", study, set_))
 
 
 @app.command(rich_help_panel=STAGES)
@@ -128,9 +142,10 @@ def sweep(study: StudyArgument, set_: SetOption = None, json: JsonOption = False
     Example: stillroom sweep small
     """
     workspace = open_workspace(study, set_)
+    workspace.tracker.check()
     errors = workspace.sweep()
     summary = workspace.results / "results_summary.csv"
-    finish(json, {"summary": summary, "failed": errors}, f"{summary}.", f"stillroom report {study}")
+    finish(json, {"summary": summary, "failed": errors}, f"{summary}.", following("report", study, set_))
     _fail_on(errors)
 
 
@@ -146,9 +161,11 @@ def train(
 
     Example: stillroom train small --group hidden --seed 0
     """
-    result = open_workspace(study, set_).train_one(group, seed)
+    workspace = open_workspace(study, set_)
+    workspace.tracker.check()
+    result = workspace.train_one(group, seed)
     made = f"{result['trial']}: accuracy {result['validation_accuracy']:.3f}."
-    finish(json, result, made, f"stillroom report {study}")
+    finish(json, result, made, following("report", study, set_))
 
 
 @app.command(rich_help_panel=STAGES)
@@ -183,6 +200,7 @@ def _finish_report(folder: Path, as_json: bool, errors: dict[str, str]) -> None:
     from stillroom.analysis.report import print_table
 
     path = folder / "report.html"
+    BARS.close()
     if not as_json:
         print_table(folder)
     facts = {"report": path, "summary": folder / "results_summary.csv", "failed": errors}
@@ -196,7 +214,19 @@ def _tell_baselines(baselines: dict[str, Any], as_json: bool) -> None:
         if not as_json:
             say(f"{label}: accuracy {baselines[name]['metrics']['validation_accuracy']:.3f}")
     for task in baselines["teacher_no_better"]["tasks"]:
-        warn(f"on {task} the teacher is no better than the untouched student: it has nothing to give there")
+        warn(f"on {task} the teacher is no better than the student before training; distillation cannot help there")
+
+
+def _tell_unusable(workspace: Workspace) -> None:
+    """Rows of the study's data that were left out, with the first of each task: the user may not know of them."""
+    examples = workspace.examples
+    for counts, faults in (
+        (examples.counts, examples.faults),
+        (examples.official_counts, examples.official_faults),
+    ):
+        for task, fault in faults.items():
+            many = f"{counts[task]['unusable']} of {counts[task]['source_rows']} rows cannot be used and are left out"
+            warn(f"{task}: {many}; the first is {fault}")
 
 
 def _fail_on(errors: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Groups × seeds on Ray Tune, and capture shared among Ray's workers. The only module that imports ray.
+"""Groups × seeds on Ray Tune, and capture shared among Ray's workers. `ray_processes` watches over Ray itself.
 
 Ray finds a place for each job and starts it again elsewhere; what a job has done is on disk, in folders that every
 node sees, so `jobs.run_trial` and `jobs.run_capture` run as well without Ray.
@@ -24,11 +24,12 @@ from stillroom.config import (
 )
 from stillroom.errors import UserError
 from stillroom.experiment.jobs import CapturePlan, TrialPlan, error_of, failures, finished, run_capture, run_trial
+from stillroom.experiment.ray_processes import guarded
 from stillroom.experiment.resources import trial_resources, worker_resources
 from stillroom.files import exclusive, write_text
 from stillroom.offline_teacher_data.shards import Share
 from stillroom.offline_teacher_data.store import MANIFEST, SHARDS
-from stillroom.progress import Progress
+from stillroom.progress import Progress, silent
 from stillroom.provenance import package_digest
 
 Watch = Callable[[str, dict[str, Any]], None]
@@ -119,7 +120,7 @@ def _await(reference: Any) -> None:
             raise error.cause from None
         raise
     except ray.exceptions.RayError as error:
-        raise UserError(f"a worker was lost: {error}; the same command goes on where it stopped") from error
+        raise UserError(f"a worker was lost: {error}; run the same command to resume") from error
 
 
 @contextmanager
@@ -136,25 +137,30 @@ def _ray(address: str | None) -> Iterator[None]:
     address = address or os.environ.get("RAY_ADDRESS") or "local"
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = str(int(address != "local"))  # 0: listen on 127.0.0.1 alone
     import ray
-    from ray._private import ray_constants
+    from ray._private import ray_constants, worker
 
     if address == "local" and ray.is_initialized():
-        yield
+        with guarded():
+            yield
         return
     _require_listener(address)
     ray.shutdown()
     own: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     ray_constants.ENABLE_RAY_CLUSTER = address != "local"  # where Ray was imported before
+    worker.listen_error_messages = silent  # would print its servers' errors amid our output; ours come as exceptions
     environment = {"env_vars": _WORKER_ENVIRONMENT}
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **own)
     except Exception as error:  # Ray raises a plain one when its processes do not start in time
         raise UserError(_unreachable(address, error)) from error
+    if address == "local":
+        with guarded():
+            yield
+        return
     try:
         yield
     finally:
-        if address != "local":
-            ray.shutdown()
+        ray.shutdown()
 
 
 def _require_listener(address: str) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import re
+import shutil
+import sqlite3
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +30,16 @@ class Tracker:
 
     def _open(self) -> Any:
         if self._mlflow is None:
+            server, file = os.environ.get("MLFLOW_TRACKING_URI"), self.results / "mlflow.db"
+            self.results.mkdir(parents=True, exist_ok=True)
+            if not server:
+                _require_sound(file)  # MLflow would try for minutes
             logging.getLogger("alembic").setLevel(logging.ERROR)
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # a sweep must not wait minutes for a server
             import mlflow
 
-            logging.getLogger("mlflow").setLevel(logging.ERROR)
-            self.results.mkdir(parents=True, exist_ok=True)
-            default = f"sqlite:///{(self.results / 'mlflow.db').resolve()}"
-            server = os.environ.get("MLFLOW_TRACKING_URI")
-            mlflow.set_tracking_uri(server or default)
+            logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # what goes wrong is in the exception
+            mlflow.set_tracking_uri(server or _address(file))
             if not server:  # MLflow sets it for its children; another study of this process has a file of its own
                 os.environ.pop("MLFLOW_TRACKING_URI", None)
             if mlflow.get_experiment_by_name(self.study.name) is None:
@@ -48,13 +54,11 @@ class Tracker:
 
     def _find_or_start(self, results: str) -> str:
         """The parent run of this results folder."""
-        quoted = results.replace("'", "")
-        found = self._mlflow.search_runs(
-            filter_string=f"tags.results = '{quoted}' and tags.kind = 'study'", output_format="list"
-        )
-        if found:
-            return str(found[0].info.run_id)
-        with self._mlflow.start_run(run_name=self.study.name, tags={"results": quoted, "kind": "study"}) as run:
+        studies = self._mlflow.search_runs(filter_string="tags.kind = 'study'", output_format="list")
+        for run in studies:  # compared here: a path may hold what no filter of MLflow's can
+            if run.data.tags.get("results") == results:
+                return str(run.info.run_id)
+        with self._mlflow.start_run(run_name=self.study.name, tags={"results": results, "kind": "study"}) as run:
             self._mlflow.log_params(_flat(self.study.model_dump(mode="json")))
             return str(run.info.run_id)
 
@@ -66,10 +70,12 @@ class Tracker:
             with mlflow.start_run(run_id=self._parent):
                 yield mlflow
         except Exception as error:
-            where = os.environ.get("MLFLOW_TRACKING_URI") or self.results / "mlflow.db"
+            server, file = os.environ.get("MLFLOW_TRACKING_URI"), self.results / "mlflow.db"
+            reason = next(iter(str(error).splitlines()), "")
+            remedy = "fix it, or unset MLFLOW_TRACKING_URI" if server else "fix it, or move the file away"
             raise UserError(
-                f"the tracker, {where}, cannot be written ({type(error).__name__}: {str(error).splitlines()[0]}); "
-                f"all of it is in {self.results} too: mend it or unset MLFLOW_TRACKING_URI, and run the command again"
+                f"the tracker, {server or file}, cannot be written ({type(error).__name__}: {reason}); all that goes "
+                f"there is in {self.results} too, so nothing is lost: {remedy}, and run the command again"
             ) from error
 
     def check(self) -> None:
@@ -114,6 +120,32 @@ class Tracker:
         """The report as an artefact of the parent run."""
         with self._running() as mlflow:
             mlflow.log_artifact(str(path))
+
+
+def _require_sound(file: Path) -> None:
+    """Raise `sqlite3.Error` unless the database, if it is there, is whole and can be written."""
+    if file.exists():
+        with closing(sqlite3.connect(file, timeout=30, isolation_level=None)) as database:
+            database.execute("BEGIN IMMEDIATE")
+            (found,) = database.execute("PRAGMA quick_check(1)").fetchone()
+            database.execute("ROLLBACK")
+        if found != "ok":
+            raise sqlite3.DatabaseError(f"damaged: {found}")
+
+
+def _address(file: Path) -> str:
+    """A SQLite file as MLflow is told of it: as a URL.
+
+    What a URL gives a meaning to, MLflow and SQLAlchemy encode and decode at different times: a folder whose name has
+    any such character is reached through a link that has none.
+    """
+    folder = file.resolve().parent
+    if re.search(r"[^\w./ -]", str(folder)):
+        links = Path(tempfile.mkdtemp(prefix="stillroom-"))
+        atexit.register(shutil.rmtree, links, ignore_errors=True)  # of a link, the link alone is removed
+        (links / "results").symlink_to(folder, target_is_directory=True)
+        folder = links / "results"
+    return f"sqlite:///{folder / file.name}"
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -26,7 +26,8 @@ class SweepWatch:
         name = facts["trial"]
         self._states[name] = {"finished": "finished", "failed": "failed"}.get(event, "running")
         if event == "epoch":
-            self._epochs[name] = int(facts["epoch"])
+            # the last one counts when the trial has ended: what follows it takes time too
+            self._epochs[name] = min(int(facts["epoch"]), self._length[name] - 1)
             accuracy = 100 * float(facts["validation_accuracy"])
             self._newest = f"; {self._labels[name]}, epoch {facts['epoch']}: accuracy {accuracy:.1f} %"
         elif event == "finished":

@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from stillroom.config import Precision, Signals, Study, Training
+from stillroom.config import ModelRef, Precision, Signals, Study, Training
 from stillroom.data.encoding import encode_many
 from stillroom.data.tasks import get_task
 from stillroom.errors import UserError
@@ -51,11 +52,16 @@ class _Lengths:
 def plan_study(study: Study) -> dict[str, Any]:
     """The plan as nested figures.
 
-    `models`, `corpus`, `store_bytes`, `training`, `disk_bytes`, `memory_bytes`, `hours`, `assumptions`.
+    `models`, `corpus`, `store_bytes`, `training`, `disk_bytes`, `memory_bytes`, `hours`, `assumptions`, and in
+    `warnings` those assumptions that stand for what cannot be reached from here. `UserError` names a field whose model
+    or data set is not there or cannot be read.
     """
-    assumptions: list[str] = []
-    teacher, student = (shape_of(ref, assumptions) for ref in (study.teacher, study.student))
-    lengths = _count(study, assumptions) or _assume(study, assumptions)
+    unreached: list[str] = []
+    teacher, student = (_shape(role, ref, unreached) for role, ref in _models(study).items())
+    tokenizers = _tokenizers(study, unreached)
+    _require_data(study, unreached)
+    assumptions = list(unreached)
+    lengths = _count(study, tokenizers) if tokenizers and not unreached else _assume(study, assumptions)
     examples = sum(data.examples for data in study.corpus.tasks.values())
     tokens = {name: int(own.teacher.sum()) for name, own in lengths.items()}
     student_tokens = {name: int(own.student.sum()) for name, own in lengths.items()}
@@ -74,7 +80,7 @@ def plan_study(study: Study) -> dict[str, Any]:
         "study": study.name,
         "models": {
             role: {"model": ref.model, **shape.__dict__}
-            for role, ref, shape in (("teacher", study.teacher, teacher), ("student", study.student, student))
+            for (role, ref), shape in zip(_models(study).items(), (teacher, student), strict=True)
         },
         "corpus": {
             "examples": examples,
@@ -100,22 +106,102 @@ def plan_study(study: Study) -> dict[str, Any]:
         },
         "hours": _hours(study, teacher, student, sum(store.values()), training, lengths, assumptions),
         "assumptions": assumptions,
+        "warnings": unreached,
     }
 
 
-def _count(study: Study, assumptions: list[str]) -> dict[str, _Lengths] | None:
-    """Tokens counted with the real tokenizers on the real data; None if either is not at hand."""
-    from stillroom.data.corpus import build_corpus
+def _models(study: Study) -> dict[str, ModelRef]:
+    return {"teacher": study.teacher, "student": study.student}
+
+
+def _shape(role: str, ref: ModelRef, unreached: list[str]) -> Shape:
+    try:
+        return shape_of(ref, unreached)
+    except UserError as error:
+        raise _of_field(f"{role}.model", error) from error
+
+
+def _require_data(study: Study, unreached: list[str]) -> None:
+    """Raise `UserError` for a data set that is not there or cannot be read; add one out of reach to `unreached`.
+
+    The hub is asked no more once it did not answer: its client tries for half a minute each time.
+    """
+    from stillroom.data.corpus import load_rows
+
+    places = {f"corpus.tasks.{name}": (name, data) for name, data in study.corpus.tasks.items()}
+    places |= {f"evaluation.official.{name}": (name, data) for name, data in study.official.items()}
+    for place, (name, data) in places.items():
+        path = Path(data.dataset)
+        here = data.dataset.startswith(("/", ".", "~")) or path.exists() or bool(path.suffix)
+        if unreached and not here and data.dataset != "builtin":
+            continue
+        try:
+            load_rows(get_task(name, data), data, study.corpus.sample_seed, place)
+        except UserError as error:
+            if not _out_of_reach(error):
+                raise _of_field(f"{place}.dataset", error) from error
+            unreached.append(_uncounted(error))
+
+
+def _of_field(field: str, error: UserError) -> UserError:
+    """The error, with the field of the study that it is about."""
+    known = str(error).startswith(field.rpartition(".")[0])
+    return error if known else UserError(f"{field}: {error}")
+
+
+def _uncounted(error: UserError) -> str:
+    return f"tokens per example: assumed, since they could not be counted ({error})"
+
+
+def _out_of_reach(error: BaseException) -> bool:
+    """Whether the hub did not answer, or not to this login: nothing is known then of what was asked for."""
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    chain = _causes(error)
+    if any(isinstance(cause, GatedRepoError) for cause in chain):
+        return True
+    if any(isinstance(cause, DatasetNotFoundError | RepositoryNotFoundError) for cause in chain):
+        return False
+    kinds = (ConnectionError, TimeoutError, OfflineModeIsEnabled, LocalEntryNotFoundError)
+    return any(isinstance(cause, kinds) for cause in chain)
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and len(chain) < 12:
+        chain.append(cause)
+    return chain
+
+
+def _tokenizers(study: Study, unreached: list[str]) -> list[Any]:
+    """Both tokenizers; none if either is built in, and made on first use, or out of reach."""
     from stillroom.models.hub import load_tokenizer
 
-    if study.teacher.model.startswith("builtin:") or study.student.model.startswith("builtin:"):
-        return None
-    try:
-        tokenizers = [load_tokenizer(ref) for ref in (study.teacher, study.student)]
-        examples = build_corpus(study.corpus, tokenizers)
-    except UserError as error:
-        assumptions.append(f"tokens per example: assumed, since they could not be counted ({error})")
-        return None
+    if any(ref.model.startswith("builtin:") for ref in _models(study).values()):
+        return []
+    tokenizers = []
+    for role, ref in _models(study).items():
+        try:
+            tokenizers.append(load_tokenizer(ref))
+        except UserError as error:
+            if not _out_of_reach(error):
+                raise _of_field(f"{role}.model", error) from error
+            unreached.append(_uncounted(error))
+            return []
+    return tokenizers
+
+
+def _count(study: Study, tokenizers: list[Any]) -> dict[str, _Lengths]:
+    """Tokens counted with the real tokenizers on the real data."""
+    from stillroom.data.corpus import build_corpus
+
+    examples = build_corpus(study.corpus, tokenizers)
     result = {}
     for name in study.corpus.tasks:
         texts = [example.text for example in examples.all if example.task == name]
