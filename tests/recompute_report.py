@@ -63,9 +63,24 @@ def raw(results):
     return planned["study"], found
 
 
+def keyed(epoch):
+    """An epoch's numbers by split, task and measure."""
+    return {(row["split"], row["task"], row["measure"]): row["value"] for row in epoch["metrics"]}
+
+
+def value_of(epoch, split, measure):
+    """One number of all tasks together."""
+    return keyed(epoch)[split, None, measure]
+
+
+def together(tasks):
+    """What a report calls all tasks together."""
+    return "all tasks" if "all" in set(tasks) else "all"
+
+
 def accuracy(rows, measure):
     """Share of right answers, judged again from prediction and gold."""
-    own = rows if measure == "all" else rows[rows["task"] == measure]
+    own = rows if measure == together(rows["task"]) else rows[rows["task"] == measure]
     return float(np.mean([p == g for p, g in zip(own["prediction"], own["gold"], strict=True)]))
 
 
@@ -181,7 +196,7 @@ def check_accuracy(rows, results, trials, tasks, suffix=""):
     done = 0
     groups = {group for group, _ in trials}
     for name, count, *cells in rows[1:]:
-        for measure, cell in zip(["all", *tasks], cells, strict=True):
+        for measure, cell in zip([together(tasks), *tasks], cells, strict=True):
             if name in groups:
                 values = [accuracy(own, measure) for (group, _), (own, _) in trials.items() if group == name]
                 assert int(count) == len(values)
@@ -214,7 +229,7 @@ def check_others(rows, results, trials, tasks):
         task, _, what = heading.partition(", ")
         own = rows[rows["task"] == task]
         if heading == "task loss, nats":
-            return result["epochs"][-1]["validation_task_loss"]
+            return value_of(result["epochs"][-1], "validation", "task_loss")
         if heading == "unweighted mean of tasks":
             return statistics.mean(accuracy(rows, name) for name in tasks)
         if what == "last number":
@@ -328,13 +343,13 @@ def never_apart(pair, trials):
     """Whether trials of two groups with other terms have the same losses, accuracies and weights at some seed."""
 
     def measured(result, names):
-        return [[epoch.get(name) for name in names] for epoch in result["epochs"]]
+        return [[keyed(epoch).get(name, epoch.get(name)) for name in names] for epoch in result["epochs"]]
 
     for seed in {seed for _, seed in trials}:
         if all((group, seed) in trials for group in pair):
             first, second = (trials[group, seed][1] for group in pair)
-            names = {name for name in first["epochs"][0] if re.match(r"(train|validation)_(?!loss|seconds)", name)}
-            shared = [*sorted(names & set(second["epochs"][0])), "weights"]
+            names = [key for key in keyed(first["epochs"][0]) if key[2] != "loss"]
+            shared = [*(key for key in names if key in keyed(second["epochs"][0])), "weights"]
             if first["config"]["objective"] != second["config"]["objective"] and measured(first, shared) == measured(
                 second, shared
             ):
@@ -357,7 +372,7 @@ def check_bootstrap(shown, pair, measure, trials, seeds, alpha):
     arrays = []
     for group in pair:
         own = [trials[group, seed][0] for seed in seeds]
-        own = [rows if measure == "all" else rows[rows["task"] == measure] for rows in own]
+        own = [rows if measure == together(rows["task"]) else rows[rows["task"] == measure] for rows in own]
         arrays.append(np.array([(r["prediction"] == r["gold"]).to_numpy() for r in own], dtype=float))
     difference = arrays[0] - arrays[1]
     s, e = difference.shape

@@ -14,7 +14,7 @@ from stillroom.analysis.frame import PLANNED, write_summary
 from stillroom.config import EXPERIMENT, RESULT
 from stillroom.data.corpus import Examples, save_corpus
 from stillroom.data.tasks import TASKS
-from stillroom.evaluation.metrics import accuracy_metrics, save_predictions
+from stillroom.evaluation.metrics import accuracy_metrics, by_key, overall_metrics, save_predictions
 from stillroom.files import read_json, write_json
 from stillroom.provenance import record_run
 from stillroom.studies import load_study
@@ -50,16 +50,22 @@ def make_identical(folder, first, second, seed, weights=None):
     paths = [next((folder / EXPERIMENT).glob(f"trial_*_{group}_seed_{seed}")) for group in (first, second)]
     one, other = (read_json(path / RESULT) for path in paths)
     for own, result, digest in zip((one, other), (one, other), weights or (None, None), strict=True):
-        names = [name for name in one["epochs"][0] if not name.endswith("_seconds")]
         own["epochs"] = [
-            {**after, **{name: before[name] for name in names}, **({"weights": digest} if digest else {})}
+            {**after, "metrics": merged(after, before), **({"weights": digest} if digest else {})}
             for before, after in zip(one["epochs"], result["epochs"], strict=True)
         ]
-        own |= own["epochs"][-1]
+        tested = [row for row in own["metrics"] if row["split"] == "test"]
+        own |= {**own["epochs"][-1], "metrics": [*own["epochs"][-1]["metrics"], *tested]}
     for path, own in zip(paths, (one, other), strict=True):
         write_json(path / RESULT, own)
     save_predictions(pd.read_parquet(paths[0] / "predictions.parquet"), paths[1] / "predictions.parquet")
     write_summary(folder)
+
+
+def merged(after, before):
+    """The rows of one epoch with the values that another has of the same, and its further ones."""
+    values = by_key(after["metrics"]) | by_key(before["metrics"])
+    return [{"split": key[0], "task": key[1], "measure": key[2], "value": value} for key, value in values.items()]
 
 
 def predictions_of(examples, chance, rng):
@@ -105,10 +111,10 @@ def write_results(folder, seeds=(0, 1, 2), drop=(), overrides=(), rename=lambda 
     official = {name: {"used": size, "source_rows": 500, "in_corpus": 1} for name, size in SIZES.items()}
     save_corpus(Examples(train, held_out, counts, held_out, official), folder / "corpus", "0123456789abcdef")
     for name, chance in (("teacher", 0.9), ("student", 0.3)):
-        for suffix, prefix in (("", "validation_"), ("_official", "official_")):
+        for suffix, split in (("", "validation"), ("_official", "test")):
             own = predictions_of(held_out, chance, rng)
             save_predictions(own, folder / "baselines" / f"{name}{suffix}.parquet")
-            metrics = {"fingerprint": f"{name}{suffix}", "identity": name, "metrics": accuracy_metrics(own, prefix)}
+            metrics = {"fingerprint": f"{name}{suffix}", "identity": name, "metrics": accuracy_metrics(own, split)}
             write_json(folder / "baselines" / f"{name}{suffix}.json", metrics)
     trials = []
     for group in study.groups:
@@ -123,7 +129,8 @@ def write_results(folder, seeds=(0, 1, 2), drop=(), overrides=(), rename=lambda 
             save_predictions(own, trial / "predictions.parquet")
             save_predictions(official, trial / "predictions_official.parquet")
             result = result_of(name, group, number, study, own, rng)
-            write_json(trial / "result.json", {**result, **accuracy_metrics(official, "official_")})
+            result["metrics"] = [*result["metrics"], *accuracy_metrics(official, "test")]
+            write_json(trial / "result.json", result)
     planned = {"study": study.model_dump(mode="json"), "snapshot": "offline_teacher_data_20260101T000000Z"}
     names = [f"{name}{suffix}" for name in ("teacher", "student") for suffix in ("", "_official")]
     planned |= dict.fromkeys(("fingerprint", "corpus"), "0123456789abcdef") | {"baselines": {n: n for n in names}}
@@ -140,13 +147,15 @@ def result_of(name, group, seed, study, predictions, rng):
     terms = [term for term, weight in objective.weights.items() if weight > 0]
     epochs = []
     for epoch in range(1, study.training.epochs + 1):
-        losses = {
-            f"{part}_{term}_loss": float(2 / epoch + rng.random()) for part in ("train", "validation") for term in terms
-        }
-        totals = {f"{part}_loss": 3 / epoch for part in ("train", "validation")}
+        losses = [
+            row
+            for split in ("train", "validation")
+            for row in overall_metrics({f"{term}_loss": float(2 / epoch + rng.random()) for term in terms}, split)
+        ]
+        losses += [row for split in ("train", "validation") for row in overall_metrics({"loss": 3 / epoch}, split)]
         spent = {"train_seconds": 20.0 + seed, "data_wait_seconds": 0.1, "evaluation_seconds": 5.0, "tokens": 9000}
         progress = {"epoch": epoch, "step": 90 * epoch, "skipped_steps": 0}
-        epochs.append({**losses, **totals, **accuracy_metrics(predictions), **progress, **spent})
+        epochs.append({"metrics": [*losses, *accuracy_metrics(predictions)], **progress, **spent})
     norms = {"task": 1.0, "kd": 0.6, "hidden": 0.2, "attention": 0.004}
     own = {term: norms[term] for term in terms}
     shares = {term: norm / sum(own.values()) for term, norm in own.items()}

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from architectures import verdicts
 from stillroom.config import GROUPS, Evaluation, ModelRef, Objective, Training
 from stillroom.errors import UserError
+from stillroom.evaluation.metrics import by_column
 from stillroom.models.architecture import PROBE, check_capture, check_model, miniature
 from stillroom.models.forward import last_hidden_state
 from stillroom.models.hub import load_model, load_tokenizer
@@ -120,7 +121,7 @@ def test_a_students_validation_loss_is_that_of_its_checkpoint_in_plain_transform
             logprobs = plain(torch.tensor([ids])).logits[0].log_softmax(-1)
         total -= sum(float(logprobs[t - 1, ids[t]]) for t in targets)
         count += len(targets)
-    assert result["validation_task_loss"] == pytest.approx(total / count, rel=1e-5)
+    assert by_column(result["metrics"])["validation_task_loss"] == pytest.approx(total / count, rel=1e-5)
 
 
 def test_the_width_is_that_of_what_the_output_head_reads(tmp_path, byte_level):

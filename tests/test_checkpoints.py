@@ -11,6 +11,7 @@ import torch
 from stillroom.afterwards.export import export_trial
 from stillroom.config import GROUPS, Evaluation, Objective, Training
 from stillroom.errors import UserError
+from stillroom.evaluation.metrics import overall_metrics
 from stillroom.files import read_json, write_json
 from stillroom.training.checkpoints import DIGESTS, STATE, TrainingState, best_epoch, checkpoints, require_whole
 from stillroom.training.fine_tuning import adapted_teacher
@@ -107,6 +108,7 @@ def test_a_fine_tuned_teacher_is_found_where_its_results_were_moved_and_refused_
     assert moved
 
 
+@pytest.mark.slow
 def test_a_damaged_student_is_not_exported(finished_study, tmp_path):
     """A flipped bit in a final checkpoint was handed on."""
     results = shutil.copytree(finished_study.results, tmp_path / "results")
@@ -135,7 +137,8 @@ def test_each_epoch_says_which_weights_it_ended_in(unfinished, tmp_path):
 
 def test_the_best_epoch_is_the_earliest_of_the_highest():
     """As the study's documentation says."""
-    rows = [{"epoch": n, "validation_accuracy": value} for n, value in enumerate((0.4, 0.5, 0.5, 0.3), 1)]
+    values = enumerate((0.4, 0.5, 0.5, 0.3), 1)
+    rows = [{"epoch": n, "metrics": overall_metrics({"accuracy": value}, "validation")} for n, value in values]
     assert best_epoch(rows) == 2
 
 

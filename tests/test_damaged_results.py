@@ -130,7 +130,9 @@ NEEDED = {
     "run.json": ("stages",),
     "corpus/corpus.json": ("fingerprint", "counts", "official_counts"),
     "baselines/teacher.json": ("fingerprint", "metrics"),
-    f"{TRIAL}/result.json": ("trial", "config", "epochs", "gradients", "gradient_shares", "coverage", "step"),
+    f"{TRIAL}/result.json": (
+        *("trial", "config", "metrics", "epochs", "gradients", "gradient_shares", "coverage", "step"),
+    ),
     f"{FAILED}/error.json": ("error",),
 }
 
@@ -220,10 +222,39 @@ def test_what_a_file_says_of_itself_does_not_steer_the_terminal(results, monkeyp
     """A key with an escape in it is named in the message, as an escape."""
     path = results / TRIAL / "result.json"
     value = json.loads(path.read_text())
-    path.write_text(json.dumps({**value, "validation_accuracy_\x1b[31mred": 0.5}))
+    row = {"split": "validation", "task": "\x1b[31mred", "measure": "accuracy", "value": 0.5}
+    path.write_text(json.dumps({**value, "metrics": [*value["metrics"], row]}))
     code, output = told(results, monkeypatch, capsys)
     assert code == 2
-    assert "validation_accuracy_\\x1b[31mred is of no task of the study" in output
+    assert "the task \\x1b[31mred is not in the study" in output
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: [*rows, rows[0]], "is there twice"),
+        (lambda rows: [row for row in rows if row["task"] != "quiz"], "on the validation split, task quiz, is missing"),
+        (lambda rows: [row for row in rows if row["measure"] != "accuracy"], "accuracy on the validation split"),
+        (lambda rows: [*rows, {**rows[0], "split": "tset"}], "split: Input should be 'train', 'validation'"),
+        (lambda rows: [*rows, {**rows[0], "task": "quiz", "measure": "loss"}], "is nothing that is measured of a task"),
+    ],
+)
+def test_numbers_that_are_not_there_once_are_named(results, change, message, monkeypatch, capsys):
+    """A report that finds a number twice, or not, or of a split that is none, takes nothing for it."""
+    for place, value in places(results):
+        before = place.read_text()
+        rows = value["epochs"][-1]["metrics"] if "epochs" in value else value["metrics"]
+        rows[:] = change(list(rows))
+        place.write_text(json.dumps(value))
+        code, output = told(results, monkeypatch, capsys)
+        assert (code, message in output, str(place) in output) == (2, True, True), output
+        place.write_text(before)
+
+
+def places(results):
+    """A trial's result and a baseline's measurement, with what is in them."""
+    for name in (f"{TRIAL}/result.json", "baselines/teacher.json"):
+        yield results / name, json.loads((results / name).read_text())
 
 
 def leaves(value, path=()):

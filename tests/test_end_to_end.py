@@ -16,9 +16,14 @@ import reference
 from conftest import STUDENT_SHAPE, TEACHER_SHAPE, real_tokenizer, write_model
 from recompute_report import check_report
 from setups import dense
+from stillroom.afterwards.export import export_trial
+from stillroom.analysis.escaping import markdown_plain
+from stillroom.analysis.report import print_table
+from stillroom.analysis.results import StudyResults
 from stillroom.config import ModelRef
 from stillroom.data.tasks import TASKS
 from stillroom.errors import UserError
+from stillroom.evaluation.metrics import by_column
 from stillroom.experiment.workspace import Workspace
 from stillroom.files import read_json
 from stillroom.models.hub import load_model
@@ -99,10 +104,10 @@ def test_official_splits_are_evaluated_for_trials_teacher_and_untouched_student(
     assert len(ids) == 18
     results, trial = tmp_path / "results", workspace.plans()[0].folder
     result = read_json(trial / "result.json")
-    measured = {trial / "predictions_official.parquet": result}
+    measured = {trial / "predictions_official.parquet": by_column(result["metrics"])}
     for name in ("teacher", "student"):
         own = results / "baselines" / f"{name}_official.parquet"
-        measured[own] = read_json(own.with_suffix(".json"))["metrics"]
+        measured[own] = by_column(read_json(own.with_suffix(".json"))["metrics"])
     for predictions, metrics in measured.items():
         table = pd.read_parquet(predictions)
         assert list(table["example_id"]) == ids
@@ -110,9 +115,60 @@ def test_official_splits_are_evaluated_for_trials_teacher_and_untouched_student(
         assert metrics["official_accuracy_quiz"] == table[table["task"] == "quiz"]["correct"].mean()
         assert (results / "baselines" / "teacher.parquet").is_file()
     frame = pd.read_csv(results / "results_summary.csv")
-    assert frame["official_accuracy"].tolist() == [result["official_accuracy"]]
+    assert frame["official_accuracy"].tolist() == [by_column(result["metrics"])["official_accuracy"]]
     changed = Workspace(load_study(path, ["evaluation.official.quiz.examples=11"]))
     assert changed.plans()[0].folder != trial
+
+
+def test_no_task_name_is_forbidden(tmp_path, teacher_ref, student_ref, capsys):
+    """Tasks called like a measure or a heading, from training to report: every number is that of its own rows."""
+    for name, more in (("sums", 0), ("others", 10)):
+        rows = [{"a": a + more, "b": b - more, "sum": a + b} for a in range(6) for b in range(5)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    generation = {"prompt": "{a} and {b} make", "answer": " {sum}.", "pattern": r"(\d+)"}
+    choice = {"prompt": "{a}, {b}: the sum?", "choices": [str(n) for n in range(10)], "label": "sum"}
+    own = {"dataset": str(tmp_path / "sums.jsonl"), "examples": 20}
+    test = {"dataset": str(tmp_path / "others.jsonl"), "examples": 4}
+    tasks = {name: {**own, "choice": {**choice, "prompt": f"{name} {choice['prompt']}"}} for name in ("all", "macro")}
+    tasks |= {"accuracy": {**own, "choice": {**choice, "prompt": "sum of {a}, {b}:"}}}
+    tasks |= {
+        name: {**own, "generation": {**generation, "prompt": f"{name}: {{a}} and {{b}} make"}}
+        for name in ("x", "x_flexible")
+    }
+    path = study_file(
+        tmp_path,
+        teacher_ref.model,
+        student_ref.model,
+        corpus={"tasks": tasks, "max_length": 128},
+        evaluation={"max_new_tokens": 8, "official": dict.fromkeys(("all", "x_flexible"), test)},
+        analysis={"primary": [["combined", "task_only"]], "secondary": [], "simple_tasks": ["all"], "hard_tasks": []},
+    )
+    workspace = Workspace(load_study(path))
+    workspace.baselines()
+    workspace.capture()
+    workspace.verify()
+    workspace.archive()
+    for group in ("task_only", "combined"):
+        workspace.train_one(group, 0)
+    page = workspace.report()
+    assert check_report(page.parent, bootstrap=False)
+    print_table(page.parent)
+    assert "all tasks" in capsys.readouterr().out
+    results = StudyResults.read(page.parent)
+    assert list(results.accuracy_keys) == ["all tasks", "accuracy", "all", "macro", "x", "x_flexible"]
+    frame = pd.read_csv(page.parent / "results_summary.csv").set_index("config/distill_type")
+    for (group, _), rows in results.predictions.items():
+        by_task, row = rows.groupby("task")["correct"].mean(), frame.loc[group]
+        assert row["validation_accuracy"] == pytest.approx(rows["correct"].mean())
+        assert row["validation_accuracy_macro"] == pytest.approx(by_task.mean())
+        assert row["validation_accuracy:macro"] == by_task["macro"]
+        assert row["validation_accuracy:x_flexible"] == by_task["x_flexible"]
+        for task in ("all", "accuracy", "x"):
+            assert row[f"validation_accuracy_{task}"] == by_task[task]
+    assert set(pd.read_csv(page.parent / "tables" / "comparisons.csv")["measure"]) == set(results.accuracy_keys)
+    export_trial(results.trial_folder(results.finished[0]["trial"]), tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert all(f"\n| {markdown_plain(name)} | " in card for name in results.accuracy_keys)
 
 
 def test_other_official_rows_in_the_same_file_are_another_trial(tmp_path, teacher_ref, student_ref, store):
@@ -190,8 +246,9 @@ def test_with_one_tokenizer_the_reported_losses_are_the_textbook_ones(tmp_path, 
         for name, values in terms.items():
             sums[name] += sum(values)
             counts[name] += len(values)
+    measured = by_column(result["metrics"])
     for name in sums:
-        assert result[f"validation_{name}_loss"] == pytest.approx(sums[name] / counts[name], rel=1e-4), name
+        assert measured[f"validation_{name}_loss"] == pytest.approx(sums[name] / counts[name], rel=1e-4), name
 
 
 def test_a_changed_study_is_not_mixed_with_the_old_one(tmp_path, teacher_ref, student_ref):
@@ -304,10 +361,11 @@ def test_an_adapted_teacher_is_another_teacher(tmp_path, teacher_ref, student_re
     plain = Workspace(load_study(path, ["teacher.adapt.method=none"]))
     assert plain.adapt() == plain.teacher_ref
     assert plain.origin()["teacher"] != workspace.origin()["teacher"]
-    losses = [e["train_task_loss"] for e in read_json(tmp_path / "results" / "teacher" / "adapted.json")["epochs"]]
+    epochs = read_json(tmp_path / "results" / "teacher" / "adapted.json")["epochs"]
+    losses = [by_column(epoch["metrics"])["train_task_loss"] for epoch in epochs]
     assert losses[1] < losses[0]
     baselines = workspace.baselines()
-    assert set(baselines["teacher"]["metrics"]) == set(baselines["student"]["metrics"])
+    assert set(by_column(baselines["teacher"]["metrics"])) == set(by_column(baselines["student"]["metrics"]))
     assert all(value > 0 for value in baselines["teacher"]["answer_nll"].values())
 
 

@@ -137,8 +137,13 @@ def test_generation_goes_on_after_an_answer_and_stops_at_the_next_question(token
 
 def test_a_teacher_with_nothing_to_give_is_called_out():
     """Equal is not better."""
-    teacher = {"validation_accuracy": 0.9, "validation_accuracy_a": 0.5, "validation_accuracy_b": 0.9}
-    student = {"validation_accuracy": 0.5, "validation_accuracy_a": 0.5, "validation_accuracy_b": 0.4}
+    teacher, student = (
+        [
+            {"split": "validation", "task": task, "measure": "accuracy", "value": value}
+            for task, value in zip((None, "a", "b"), values, strict=True)
+        ]
+        for values in ((0.9, 0.5, 0.9), (0.5, 0.5, 0.4))
+    )
     assert worse_or_equal(teacher, student) == ["a"]
 
 

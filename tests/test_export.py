@@ -19,6 +19,7 @@ from stillroom.afterwards.export import export_trial
 from stillroom.cli import app
 from stillroom.config import ModelRef
 from stillroom.errors import UserError
+from stillroom.evaluation.metrics import by_column
 from stillroom.evaluation.scoring import evaluate
 from stillroom.files import read_json
 from stillroom.models.hub import load_model, load_tokenizer
@@ -89,7 +90,7 @@ def test_the_card_says_data_method_metrics_and_limits(exported, trial, finished_
     teacher = read_json(finished_study.results / "baselines" / "teacher.json")["metrics"]
     for task in ("sentiment", "quiz", "arithmetic"):
         cells = re.search(rf"^\| {task} \| 3 \| (.*) \| (.*) \| (.*) \|$", card, re.M).groups()
-        values = [metrics[f"validation_accuracy_{task}"] for metrics in (untouched, result, teacher)]
+        values = [by_column(rows)[f"validation_accuracy_{task}"] for rows in (untouched, result["metrics"], teacher)]
         assert cells == tuple(f"{value:.1%}" for value in values)
         assert f"| {task} | builtin | train | 27 | 3 |" in card
     for term, weight in {"task": 1.0, "kd": 0.5, "hidden": 0.1, "attention": 0.1}.items():

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from stillroom.errors import UserError
-from stillroom.evaluation.metrics import accuracy_metrics, agreement, calibration_error
+from stillroom.evaluation.metrics import accuracy_metrics, agreement, by_column, by_key, calibration_error, column_names
 
 
 def choices(*rows, task="quiz"):
@@ -90,14 +90,40 @@ def test_metrics_are_shares_of_right_answers():
     """Over all examples, per task, the tasks' unweighted mean; each kind of task has its own extra."""
     quiz = choices(([0.7, 0.3], 0), ([0.3, 0.7], 0), ([0.95, 0.05], 0))
     table = pd.concat([quiz, generated((True, True), (False, True), (False, False), (False, False), (False, True))])
-    metrics = accuracy_metrics(table, "official_")
-    assert metrics == {
-        "official_accuracy": pytest.approx(3 / 8),
-        "official_accuracy_macro": pytest.approx((2 / 3 + 1 / 5) / 2),
-        "official_accuracy_quiz": pytest.approx(2 / 3),
-        "official_accuracy_arithmetic": pytest.approx(1 / 5),
-        "official_accuracy_arithmetic_flexible": pytest.approx(3 / 5),
-        "official_ece_quiz": pytest.approx(0.15),
+    metrics = accuracy_metrics(table, "test")
+    assert by_key(metrics) == {
+        ("test", None, "accuracy"): pytest.approx(3 / 8),
+        ("test", None, "accuracy_macro"): pytest.approx((2 / 3 + 1 / 5) / 2),
+        ("test", "quiz", "accuracy"): pytest.approx(2 / 3),
+        ("test", "quiz", "calibration_error"): pytest.approx(0.15),
+        ("test", "arithmetic", "accuracy"): pytest.approx(1 / 5),
+        ("test", "arithmetic", "accuracy_flexible"): pytest.approx(3 / 5),
+    }
+    assert sorted(by_column(metrics)) == [
+        "official_accuracy",
+        "official_accuracy_arithmetic",
+        "official_accuracy_arithmetic_flexible",
+        "official_accuracy_macro",
+        "official_accuracy_quiz",
+        "official_ece_quiz",
+    ]
+
+
+def test_no_two_numbers_have_one_column_whatever_tasks_are_called():
+    """Tasks named like a measure of another: each keeps a column, the one of all tasks together its own name."""
+    keys = [("validation", None, measure) for measure in ("accuracy", "accuracy_macro")]
+    keys += [("validation", task, "accuracy") for task in ("macro", "all", "accuracy", "x", "x_flexible")]
+    keys += [("validation", task, "accuracy_flexible") for task in ("x", "x_flexible")]
+    assert column_names(keys) == {
+        ("validation", None, "accuracy"): "validation_accuracy",
+        ("validation", None, "accuracy_macro"): "validation_accuracy_macro",
+        ("validation", "macro", "accuracy"): "validation_accuracy:macro",
+        ("validation", "all", "accuracy"): "validation_accuracy_all",
+        ("validation", "accuracy", "accuracy"): "validation_accuracy_accuracy",
+        ("validation", "x", "accuracy"): "validation_accuracy_x",
+        ("validation", "x_flexible", "accuracy"): "validation_accuracy:x_flexible",
+        ("validation", "x", "accuracy_flexible"): "validation_accuracy_flexible:x",
+        ("validation", "x_flexible", "accuracy_flexible"): "validation_accuracy_x_flexible_flexible",
     }
 
 

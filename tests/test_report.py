@@ -206,7 +206,7 @@ def test_what_was_measured_for_another_study_is_left_out(results, tmp_path, quic
     assert "The examples in this folder are another study" in page
     read = StudyResults.read(copy)
     assert list(read.baselines) == list(read.baseline_predictions) == ["student before training"]
-    assert [name for name in read.measures if name.startswith("agreement_")] == []
+    assert not any(key[2] == "agreement" for trial in read.measured_with_agreement for key in trial.values)
     assert "the record at hand is of other data" not in (results / "report.html").read_text()
     assert "the record at hand is of other data" in page
     write_json(copy / "planned.json", {k: v for k, v in read_json(copy / "planned.json").items() if k != "baselines"})
@@ -243,7 +243,8 @@ def test_groups_of_other_weights_or_of_one_objective_are_no_error(tmp_path, weig
     results = [read_json(p) for p in sorted((folder / EXPERIMENT).glob("*/result.json"))]
     one = next(r for r in results if r["config"]["distill_type"] == "attention")
     other = next(r for r in results if r["config"]["distill_type"] == "combined")
-    one["epochs"][0]["validation_task_loss"] += 1e-12
+    losses = {(row["split"], row["measure"]): row for row in one["epochs"][0]["metrics"]}
+    losses["validation", "task_loss"]["value"] += 1e-12
     assert identical_groups([one, other]) == {}
     same = {**one, "config": {**one["config"], "distill_type": "again"}}
     assert identical_groups([one, same]) == {}

@@ -10,7 +10,7 @@ from stillroom.config import ChoiceColumns, Corpus, Evaluation, TaskColumns, Tas
 from stillroom.data.corpus import build_corpus, load_corpus, save_corpus, with_official
 from stillroom.data.tasks import get_task, task_of
 from stillroom.errors import UserError
-from stillroom.evaluation.metrics import accuracy_metrics
+from stillroom.evaluation.metrics import accuracy_metrics, by_column
 from stillroom.evaluation.scoring import evaluate
 from stillroom.experiment.sources import Sources
 from stillroom.models.hub import load_model
@@ -79,7 +79,7 @@ def test_a_model_is_scored_on_them(files, tokenizers, student_ref, monkeypatch):
     assert not sums["correct_flexible"].any()
     assert set(animals["prediction"]) <= {"no", "yes"}
     assert (animals["correct"] == (animals["prediction"] == animals["gold"])).all()
-    metrics = accuracy_metrics(found)
+    metrics = by_column(accuracy_metrics(found))
     assert metrics["validation_accuracy_sums"] == 1
     assert metrics["validation_accuracy_sums_flexible"] == 0
     assert "validation_accuracy_animals_flexible" not in metrics

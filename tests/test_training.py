@@ -12,16 +12,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conftest import STUDENT_SHAPE, make_store, write_model
-from setups import ALL, EVALUATION, TRAINING, numbers, run
+from setups import ALL, EVALUATION, TIMES, TRAINING, numbers, run
 from stillroom.config import GROUPS, Group, ModelRef, Objective, Training
 from stillroom.data.tasks import TASKS
 from stillroom.errors import UserError
+from stillroom.evaluation.metrics import by_column
 from stillroom.evaluation.scoring import evaluate
 from stillroom.files import read_json
 from stillroom.models.hub import load_model, load_tokenizer
 from stillroom.models.precision import without_adapters
 from stillroom.offline_teacher_data.store import SignalStore
 from stillroom.terms import terms_of
+from stillroom.terms.hidden_states import HiddenStates
 from stillroom.training import train_student
 from stillroom.training.train_student import Trial, train
 
@@ -63,7 +65,7 @@ def test_the_same_trial_twice_gives_identical_numbers(tmp_path, combined, studen
 def test_every_metric_of_the_specification_is_there(combined):
     """Total and components, on training and validation, accuracy in all its forms, coverage and gradients."""
     result, folder = combined
-    last = result["epochs"][-1]
+    last = by_column(result["epochs"][-1]["metrics"])
     for part in ("train", "validation"):
         for name in ("loss", "task_loss", "kd_loss", "hidden_loss", "attention_loss"):
             assert last[f"{part}_{name}"] > 0
@@ -75,7 +77,7 @@ def test_every_metric_of_the_specification_is_there(combined):
     assert set(result["gradient_shares"]) == {"task", "kd", "hidden", "attention"}
     assert sum(result["gradient_shares"].values()) == pytest.approx(1)
     assert set(result["coverage"]) == {"sentiment", "quiz", "arithmetic"}
-    assert read_json(folder / "result.json")["validation_accuracy"] == last["validation_accuracy"]
+    assert by_column(read_json(folder / "result.json")["metrics"]) == last
 
 
 def test_predictions_are_kept_and_give_the_accuracy(combined, examples):
@@ -83,9 +85,10 @@ def test_predictions_are_kept_and_give_the_accuracy(combined, examples):
     result, folder = combined
     frame = pd.read_parquet(folder / "predictions.parquet")
     assert list(frame["example_id"]) == [e.example_id for e in examples.validation]
-    assert frame["correct"].mean() == result["validation_accuracy"]
+    measured = by_column(result["metrics"])
+    assert frame["correct"].mean() == measured["validation_accuracy"]
     own = frame[frame["task"] == "quiz"]["correct"].mean()
-    assert own == result["validation_accuracy_quiz"]
+    assert own == measured["validation_accuracy_quiz"]
 
 
 def test_a_checkpoint_is_a_plain_model_with_the_projector_beside_it(combined, student_ref, store):
@@ -115,6 +118,7 @@ def test_a_groups_scale_reaches_its_training(tmp_path, student_ref, store, examp
         train(Trial("t", group, 0), student_ref, still, Objective(), EVALUATION, examples, store.path, tmp_path / name)
         for name, group in (("plain", GROUPS["hidden"]), ("scaled", scaled))
     ]
+    found = [by_column(result["metrics"]) for result in found]
     for name in ("train_hidden_loss", "validation_hidden_loss"):
         assert found[0][name] / found[1][name] == pytest.approx(store.hidden_mean_square, rel=1e-4)
 
@@ -183,9 +187,10 @@ def test_official_examples_are_evaluated_once_and_change_nothing_else(
     assert numbers(result) == numbers(combined[0])
     frame = pd.read_parquet(tmp_path / "predictions_official.parquet")
     assert list(frame["example_id"]) == [e.example_id for e in official]
-    assert result["official_accuracy"] == frame["correct"].mean()
+    measured = by_column(result["metrics"])
+    assert measured["official_accuracy"] == frame["correct"].mean()
     for task, own in frame.groupby("task"):
-        assert result[f"official_accuracy_{task}"] == own["correct"].mean()
+        assert measured[f"official_accuracy_{task}"] == own["correct"].mean()
     scored = evaluate(load_model(ModelRef(model=str(tmp_path / "checkpoint_2"))), *evaluated(student_ref, official))
     pd.testing.assert_frame_equal(scored, frame)
     assert not any(key.startswith("official") for key in combined[0])
@@ -237,7 +242,10 @@ def test_the_best_checkpoint_is_kept_when_asked(tmp_path, student_ref, store, ex
     def scripted(*arguments):
         passed.append([p.name for p in sorted(tmp_path.glob("checkpoint_*"))])
         metrics, predictions = real(*arguments)
-        return metrics | {"validation_accuracy": float(len(passed) == best)}, predictions
+        for row in metrics:
+            if (row["task"], row["measure"]) == (None, "accuracy"):
+                row["value"] = float(len(passed) == best)
+        return metrics, predictions
 
     monkeypatch.setattr(train_student, "_validate", scripted)
     result = run(tmp_path, student_ref, store, examples, "task_only", keep_checkpoints="best", epochs=3)
@@ -250,8 +258,9 @@ def test_the_best_checkpoint_is_kept_when_asked(tmp_path, student_ref, store, ex
 def test_without_a_store_the_task_loss_alone_is_trained(tmp_path, student_ref, examples):
     """What adapting a teacher uses."""
     result = run(tmp_path, student_ref, None, examples, "task_only")
-    assert "validation_kd_loss" not in result
-    assert result["epochs"][1]["train_task_loss"] < result["epochs"][0]["train_task_loss"]
+    assert "validation_kd_loss" not in by_column(result["metrics"])
+    first, last = (by_column(epoch["metrics"])["train_task_loss"] for epoch in result["epochs"])
+    assert last < first
 
 
 def test_lora_trains_the_adapters_and_saves_them_merged(tmp_path, student_ref, examples):
@@ -260,7 +269,8 @@ def test_lora_trains_the_adapters_and_saves_them_merged(tmp_path, student_ref, e
     from stillroom.training.fine_tuning import _lora
 
     result = run(tmp_path, student_ref, None, examples, "task_only", adapter=_lora(Adaptation(lora_rank=4)))
-    assert result["epochs"][1]["train_task_loss"] < result["epochs"][0]["train_task_loss"]
+    first, last = (by_column(epoch["metrics"])["train_task_loss"] for epoch in result["epochs"])
+    assert last < first
     names = set(load_file(tmp_path / "checkpoint_2" / "model.safetensors"))
     assert not any("lora" in name for name in names)
     moved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint_2").state_dict()
@@ -278,7 +288,7 @@ def test_the_seed_decides_an_adapters_first_weights(tmp_path, student_ref, examp
     for number, seed in enumerate((0, 0, 1)):
         torch.manual_seed(number)
         result = run(tmp_path / str(number), student_ref, None, examples, "task_only", seed, adapter=adapter, epochs=1)
-        loss.append(result["train_loss"])
+        loss.append(by_column(result["metrics"])["train_loss"])
     assert loss[0] == loss[1] != loss[2]
 
 
@@ -301,7 +311,8 @@ def test_merged_adapters_compute_what_the_adapters_did(student_ref):
 def test_half_precision_trains_with_float32_weights(tmp_path, student_ref, store, examples, precision):
     """Autocast (and, for float16, the gradient scaler) around float32 weights and losses."""
     result = run(tmp_path, student_ref, store, examples, precision=precision, learning_rate=1e-3)
-    assert result["epochs"][1]["train_task_loss"] < result["epochs"][0]["train_task_loss"]
+    first, last = (by_column(epoch["metrics"])["train_task_loss"] for epoch in result["epochs"])
+    assert last < first
     assert result["skipped_steps"] <= 2
     assert load_file(tmp_path / "checkpoint_2" / "model.safetensors")["model.norm.weight"].dtype == getattr(
         torch, precision
@@ -405,7 +416,8 @@ def test_dropout_is_new_at_each_step_and_measuring_does_not_move_it(
 
     monkeypatch.setattr(ts.StepRunner, "update", look)
     few = replace(examples, train=examples.train[::3], validation=examples.validation[:1])
-    found = [run(tmp_path / str(n), ref, store, few, gradient_interval=n)["train_task_loss"] for n in (0, 1)]
+    results = [run(tmp_path / str(n), ref, store, few, gradient_interval=n) for n in (0, 1)]
+    found = [by_column(result["metrics"])["train_task_loss"] for result in results]
     half = len(states) // 2
     assert states[:half] == states[half:]
     assert len(set(states)) == half
@@ -444,3 +456,18 @@ def test_a_student_whose_attention_is_captured_wrongly_is_not_trained(
     monkeypatch.setattr("stillroom.training.train_student.check_capture", refuse)
     with pytest.raises(UserError, match="captured wrongly"):
         run(tmp_path, student_ref, store, examples, "attention")
+
+
+@pytest.mark.parametrize("term", ["kd", "hidden"])
+def test_a_term_that_compares_nothing_stops_the_trial(tmp_path, student_ref, store, examples, monkeypatch, term):
+    """A public run of this kind of study trained all its groups on cross-entropy alone, and nothing said so."""
+    few = examples.__class__(examples.train[:8], examples.validation[:2], examples.counts)
+    if term == "kd":
+        monkeypatch.setattr("stillroom.terms.NextToken.compared", lambda self, item: item.alignment.pairs[:0])
+    else:
+        whole = HiddenStates.collate
+        nothing = {"count": 0}
+        monkeypatch.setattr(HiddenStates, "collate", lambda self, *batch: replace(whole(self, *batch), **nothing))
+    with pytest.raises(UserError, match=rf"the term {term} is on, but in a whole epoch no example had anything"):
+        run(tmp_path, student_ref, store, few, "hidden", epochs=1)
+    assert not (tmp_path / "result.json").exists()

@@ -33,13 +33,20 @@ def frame(effects, seeds=SEEDS, drop=()):
     return pd.DataFrame(rows)
 
 
+def accuracies(table):
+    """The table's columns by measure, then by group and seed."""
+    trials = list(zip(table["config/distill_type"], table["config/seed"], strict=True))
+    columns = {"all": "validation_accuracy"} | {task: f"validation_accuracy_{task}" for task in ("easy", "hard")}
+    return {measure: dict(zip(trials, table[column], strict=True)) for measure, column in columns.items()}
+
+
 NOTHING = dict.fromkeys(("black_box", "hidden", "attention", "combined"), (0.0, 0.0))
 
 
 def answer_questions(table, analysis, seeds, groups=None):
     """The answers from a table alone, all its groups planned."""
     planned = groups or list(dict.fromkeys(table["config/distill_type"]))
-    return answers_from(Evidence(table, analysis, tuple(seeds), planned, {}))
+    return answers_from(Evidence(accuracies(table), analysis, tuple(seeds), planned, {}))
 
 
 def verdicts(answers, question):
@@ -115,7 +122,8 @@ def test_combining_is_known_by_what_a_group_has_and_not_by_its_name():
     table = frame({"black_box": (0, 0), "hidden": (0, 0), "attention": (0, 0), "everything": (0, 0)})
     pairs = (("hidden", "attention"), ("everything", "hidden"))
     analysis = ANALYSIS.model_copy(update={"secondary": pairs})
-    evidence = Evidence(table, analysis, tuple(SEEDS), ["black_box", "hidden", "attention", "everything"], {})
+    planned = ["black_box", "hidden", "attention", "everything"]
+    evidence = Evidence(accuracies(table), analysis, tuple(SEEDS), planned, {})
     for combining, second, third in (
         ({"everything"}, {"hidden"}, {"everything"}),
         (set(), {"hidden", "everything"}, set()),
@@ -159,7 +167,7 @@ def test_findings_carry_their_differences_and_a_bootstrap_over_examples():
                 }
             )
     table = pd.DataFrame(rows)
-    evidence = Evidence(table, ANALYSIS, SEEDS, ["black_box", "hidden"], predictions)
+    evidence = Evidence(accuracies(table), ANALYSIS, SEEDS, ["black_box", "hidden"], predictions)
     for measure, chosen in (("all", slice(None)), ("easy", slice(30)), ("hard", slice(30, None))):
         (finding,) = evidence.findings([("hidden", "black_box")], measure)
         means = {

@@ -12,10 +12,12 @@ from transformers import GenerationConfig
 
 from stillroom import __version__
 from stillroom.analysis.escaping import control_free, fence, markdown_plain
+from stillroom.analysis.frame import accuracy_keys
 from stillroom.analysis.reading import read_baselines, read_planned, read_result
 from stillroom.config import RESULT, ModelRef
 from stillroom.data.corpus import load_corpus
 from stillroom.errors import UserError
+from stillroom.evaluation.metrics import Key, by_key
 from stillroom.files import atomic_path
 from stillroom.models.hub import load_tokenizer
 from stillroom.training.checkpoints import DIGESTS, STATE, checkpoints, require_whole
@@ -152,12 +154,13 @@ def _term_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _metric_rows(trial: Path, own: dict[str, Any], counts: dict[str, dict[str, int]]) -> list[dict[str, Any]]:
     known = read_baselines(_results(trial))
-    columns = {"own": own, **{role: known[role]["metrics"] if role in known else {} for role in ("student", "teacher")}}
+    columns = {"own": by_key(own["metrics"])}
+    columns |= {role: by_key(known[role]["metrics"]) if role in known else {} for role in ("student", "teacher")}
     validated = {task: count["validation"] for task, count in counts.items()}
-    rows = {"all": ("validation_accuracy", sum(validated.values()))}
-    rows |= {task: (f"validation_accuracy_{task}", count) for task, count in validated.items()}
+    keys: dict[str, Key] = accuracy_keys([("validation", task, "accuracy") for task in validated])
+    rows = zip(keys.items(), [sum(validated.values()), *validated.values()], strict=True)
     return [
         {"task": task, "examples": count}
         | {name: f"{metrics[key]:.1%}" if key in metrics else "not measured" for name, metrics in columns.items()}
-        for task, (key, count) in rows.items()
+        for (task, key), count in rows
     ]

@@ -16,11 +16,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from stillroom.analysis.frame import accuracy_columns
 from stillroom.analysis.results import StudyResults
 from stillroom.analysis.statistics import mean_interval
 from stillroom.analysis.verdicts import Answer, Finding
 from stillroom.config import TERMS, WEAK_SIGNAL
+from stillroom.evaluation.metrics import by_key
 
 # Okabe & Ito's palette, which every common kind of colour blindness can tell apart
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#000000")
@@ -127,12 +127,13 @@ def study_figures(results: StudyResults, answers: Sequence[Answer], margin: floa
 
 def accuracy_figure(results: StudyResults, alpha: float) -> Any:
     """Accuracy by task and group: every seed a mark, the mean a bar with its interval; baselines as lines."""
-    columns = {"all": "validation_accuracy", **accuracy_columns(results.frame)}
+    keys = results.accuracy_keys
+    baselines = {name: by_key(metrics) for name, metrics in results.baseline_metrics.items()}
     colours = group_colours(results.groups)
-    figure, axes = plt.subplots(1, len(columns), figsize=(2.6 * len(columns), 3.6), sharey=True, squeeze=False)
-    for axis, (task, column) in zip(axes[0], columns.items(), strict=True):
+    figure, axes = plt.subplots(1, len(keys), figsize=(2.6 * len(keys), 3.6), sharey=True, squeeze=False)
+    for axis, (task, key) in zip(axes[0], keys.items(), strict=True):
         for place, group in enumerate(results.groups):
-            values = results.frame.loc[results.frame["config/distill_type"] == group, column].to_numpy()
+            values = np.array([trial.values[key] for trial in results.measured if trial.group == group])
             if len(values):
                 spread = place + np.linspace(-0.18, 0.18, len(values)) if len(values) > 1 else [place]
                 axis.scatter(spread, values, s=14, color=colours[group], marker=MARKERS[place % 8], alpha=0.7, zorder=3)
@@ -140,8 +141,8 @@ def accuracy_figure(results: StudyResults, alpha: float) -> Any:
                 low, high = mean_interval(values, alpha)
                 axis.vlines(place, low, high, color=colours[group], lw=1.2, zorder=4)
         for name, style in zip(results.labels.values(), ("-", ":"), strict=True):
-            if column in results.baseline_metrics.get(name, {}):
-                axis.axhline(results.baseline_metrics[name][column], color="0.35", ls=style, lw=1, label=name)
+            if key in baselines.get(name, {}):
+                axis.axhline(baselines[name][key], color="0.35", ls=style, lw=1, label=name)
         axis.set_title(task)
         axis.set_xticks(range(len(results.groups)), results.groups, rotation=60, ha="right")
         axis.yaxis.set_major_formatter(PercentFormatter(1))
@@ -161,7 +162,7 @@ def forest_figure(answers: Sequence[Answer], results: StudyResults, margin: floa
             row = finding.comparison
             findings.setdefault(row.measure, {})[f"{row.first} − {row.second}"] = finding
     names = list(dict.fromkeys(name for own in findings.values() for name in own))
-    order = [measure for measure in ("all", *results.tasks) if measure in findings] or ["all"]
+    order = [measure for measure in results.accuracy_keys if measure in findings] or [results.overall]
     figure, axes = plt.subplots(
         1, len(order), figsize=(1.6 + 2.4 * len(order), 1.3 + 0.36 * len(names)), sharey=True, squeeze=False
     )
@@ -187,12 +188,12 @@ def forest_figure(answers: Sequence[Answer], results: StudyResults, margin: floa
 def learning_figure(results: StudyResults) -> Any:
     """Validation accuracy and task loss by epoch."""
     panels = {
-        "validation_accuracy": "validation accuracy",
-        "validation_task_loss": "validation task loss, nats a token",
+        "accuracy": "validation accuracy",
+        "task_loss": "validation task loss, nats a token",
     }
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), squeeze=False)
-    for axis, (metric, label) in zip(axes[0], panels.items(), strict=True):
-        _curves(axis, results.epochs[results.epochs["metric"] == metric], results.groups, seeds=True)
+    for axis, (measure, label) in zip(axes[0], panels.items(), strict=True):
+        _curves(axis, results.history("validation", measure), results.groups, seeds=True)
         axis.set_ylabel(label)
     axes[0][0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     figure.legend(*axes[0][0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right center")
@@ -204,7 +205,7 @@ def losses_figure(results: StudyResults) -> Any:
     terms = _terms(results)
     figure, axes = plt.subplots(1, len(terms), figsize=(1.4 + 2.5 * len(terms), 3.2), squeeze=False)
     for axis, term in zip(axes[0], terms, strict=True):
-        _curves(axis, results.epochs[results.epochs["metric"] == f"train_{term}_loss"], results.groups, seeds=False)
+        _curves(axis, results.history("train", f"{term}_loss"), results.groups, seeds=False)
         axis.set_title(term)
         axis.set_ylim(bottom=0)
     axes[0][0].set_ylabel("loss")
@@ -214,7 +215,7 @@ def losses_figure(results: StudyResults) -> Any:
 
 def _terms(results: StudyResults) -> list[str]:
     """The loss terms that some trial was trained with."""
-    return [term for term in TERMS if (results.epochs["metric"] == f"train_{term}_loss").any()]
+    return [term for term in TERMS if len(results.history("train", f"{term}_loss"))]
 
 
 def _curves(axis: Any, rows: pd.DataFrame, groups: Sequence[str], seeds: bool) -> None:

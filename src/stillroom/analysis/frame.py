@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from stillroom.analysis.reading import PLANNED as PLANNED
 from stillroom.analysis.reading import read_planned, read_results
 from stillroom.config import ERROR, EXPERIMENT
+from stillroom.evaluation.metrics import Key, Metric, by_key, column_names
 from stillroom.files import atomic_path
 
 SUMMARY = "results_summary.csv"
@@ -18,14 +21,21 @@ SUMMARY = "results_summary.csv"
 
 def summary_row(result: dict[str, Any]) -> dict[str, Any]:
     """One trial as a row: its configuration, its last epoch's metrics, its gradient shares."""
-    config = result["config"]
-    metrics = {k: v for k, v in result.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    config, values = result["config"], by_key(result["metrics"])
+    names = column_names(values)
+    trained = {names[key]: value for key, value in values.items() if key[0] != "test"}
+    tested = {names[key]: value for key, value in values.items() if key[0] == "test"}
+    facts = {k: v for k, v in result.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    of_epoch = {name: value for name, value in facts.items() if name in result["epochs"][-1]}
     shares = {f"gradient_share_{term}": share for term, share in result["gradient_shares"].items()}
     return {
         "trial": result["trial"],
         "config/distill_type": config["distill_type"],
         "config/seed": config["seed"],
-        **metrics,
+        **trained,
+        **of_epoch,
+        **tested,
+        **{name: value for name, value in facts.items() if name not in of_epoch},
         **shares,
     }
 
@@ -60,37 +70,67 @@ def write_summary(results: Path) -> None:
         pd.concat([frame, pd.DataFrame(absent)]).to_csv(temporary, index=False)
 
 
-def accuracy_columns(frame: pd.DataFrame, prefix: str = "validation_accuracy_") -> dict[str, str]:
-    """Column name by task of `validation_accuracy_<task>`."""
-    skip = ("_macro", "_flexible")
-    return {c.removeprefix(prefix): c for c in frame.columns if c.startswith(prefix) and not c.endswith(skip)}
+OVERALL: Key = ("validation", None, "accuracy")
 
 
-def worse_or_equal(teacher: dict[str, float], student: dict[str, float]) -> list[str]:
+def accuracy_keys(keys: Iterable[Key], split: str = "validation") -> dict[str, Key]:
+    """What accuracy was measured on, as tables call it: all tasks together, then each task.
+
+    All together is called `all`; where a task is called so, `all tasks`, which no task can be called.
+    """
+    tasks = {key[1]: key for key in keys if key[1] and (key[0], key[2]) == (split, "accuracy")}
+    return {"all tasks" if "all" in tasks else "all": (split, None, "accuracy"), **tasks}
+
+
+def worse_or_equal(teacher: Iterable[Metric], student: Iterable[Metric]) -> list[str]:
     """Tasks on which the teacher's accuracy is no better than the student's before training."""
-    columns = accuracy_columns(pd.DataFrame([teacher]))
-    return [task for task, column in columns.items() if teacher[column] <= student[column]]
+    one, other = by_key(teacher), by_key(student)
+    _, *tasks = accuracy_keys(one).items()
+    return [task for task, key in tasks if one[key] <= other[key]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of a finished trial after its last epoch."""
+
+    group: str
+    seed: int
+    values: Mapping[Key, float]
+
+
+class Spread(NamedTuple):
+    """Mean and standard deviation over seeds; of fewer than two a deviation of NaN, of none both."""
+
+    mean: float
+    std: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table of groups: a group with its seeds, or a baseline with none."""
+
+    name: str
+    seeds: int
+    cells: Mapping[str, Spread]
 
 
 def group_table(
-    frame: pd.DataFrame,
+    trials: Sequence[Measured],
     groups: Sequence[str],
-    baselines: dict[str, dict[str, float]],
-    columns: dict[str, str] | None = None,
-) -> pd.DataFrame:
-    """Mean and standard deviation of accuracy by group, over all and per task; the baselines beside them.
-
-    Index: row name. Columns: seeds, then for `accuracy` and each task `<name>_mean` and `<name>_std`; `columns` asks
-    for others, by name. A group with one seed has no standard deviation (NaN), a baseline neither.
-    """
-    columns = columns or {"accuracy": "validation_accuracy", **accuracy_columns(frame)}
-    rows: dict[str, dict[str, float]] = {}
+    baselines: Mapping[str, Sequence[Metric]],
+    wanted: Mapping[str, Key],
+) -> list[Row]:
+    """The baselines and then each group, with what is `wanted` by the heading of its column."""
+    rows = []
     for name, metrics in baselines.items():
-        rows[name] = {"seeds": 0} | {f"{k}_mean": metrics.get(c, float("nan")) for k, c in columns.items()}
+        values = by_key(metrics)
+        rows.append(Row(name, 0, {label: Spread(values.get(key, math.nan), math.nan) for label, key in wanted.items()}))
     for group in groups:
-        own = frame[frame["config/distill_type"] == group]
-        rows[group] = {"seeds": len(own)}
-        for key, column in columns.items():
-            rows[group][f"{key}_mean"] = own[column].mean() if len(own) else float("nan")
-            rows[group][f"{key}_std"] = own[column].std() if len(own) > 1 else float("nan")
-    return pd.DataFrame.from_dict(rows, orient="index")
+        own = [trial.values for trial in trials if trial.group == group]
+        rows.append(Row(group, len(own), {label: _spread(own, key) for label, key in wanted.items()}))
+    return rows
+
+
+def _spread(trials: Sequence[Mapping[Key, float]], key: Key) -> Spread:
+    values = pd.Series([values.get(key, math.nan) for values in trials], dtype=float)
+    return Spread(float(values.mean()), float(values.std()))

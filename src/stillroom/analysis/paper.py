@@ -22,7 +22,7 @@ def accuracy_rows(results: StudyResults) -> pd.DataFrame:
     parts += [(label, "", own) for label, own in results.baseline_predictions.items()]
     rows = []
     for group, seed, own in parts:
-        for task, part in [("all", own), *own.groupby("task")]:
+        for task, part in [(results.overall, own), *own.groupby("task")]:
             right = int(part["correct"].sum())
             share = right / len(part)
             rows.append(
@@ -65,7 +65,7 @@ def study_tables(results: StudyResults, answers: Sequence[Answer]) -> dict[str, 
         "results_summary": results.frame,
         "accuracy": accuracy_rows(results),
         "comparisons": comparison_rows(answers),
-        "epochs": results.epochs,
+        "epochs": results.epochs.drop(columns=["split", "task", "measure"]),
         "gradients": results.gradients,
         "coverage": coverage_rows(results),
         "costs": results.costs,
@@ -94,13 +94,11 @@ def latex_table(caption: str, label: str, headings: Sequence[str], rows: Sequenc
 
 def accuracy_latex(results: StudyResults) -> str:
     """Accuracy by group and task, mean ± standard deviation over seeds, in percent."""
-    table = group_table(results.frame, results.groups, results.baseline_metrics)
-    keys = ["accuracy", *results.tasks]
     rows = []
-    for name, row in table.iterrows():
-        cells = [_mean_and_spread(row[f"{key}_mean"], row.get(f"{key}_std", math.nan)) for key in keys]
-        rows.append([latex_escaped(str(name)), str(int(row["seeds"])) if name in results.groups else "--", *cells])
-    headings = ["Group", "Seeds", "All", *(latex_escaped(task) for task in results.tasks)]
+    for row in group_table(results.measured, results.groups, results.baseline_metrics, results.accuracy_keys):
+        cells = [_mean_and_spread(cell.mean, cell.std) for cell in row.cells.values()]
+        rows.append([latex_escaped(row.name), str(row.seeds) if row.name in results.groups else "--", *cells])
+    headings = ["Group", "Seeds", results.overall.capitalize(), *(latex_escaped(task) for task in results.tasks)]
     incomplete = f" Incomplete: {len(results.missing)} trials are missing." if results.missing else ""
     tuned = results.study["teacher"]["adapt"]["method"] != "none"
     teacher = "the teacher, fine-tuned on the training part" if tuned else "the teacher, as it was published"

@@ -6,9 +6,10 @@ file's own content, unchanged.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pandas as pd
 import pyarrow as pa
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from stillroom.analysis.escaping import control_free
 from stillroom.config import BASELINES, ERROR, EXPERIMENT, RESULT, UNTOUCHED, Analysis, Study
 from stillroom.errors import UserError
+from stillroom.evaluation.metrics import TASK_MEASURES, Key, Metric, by_key
 from stillroom.files import read_json
 
 PLANNED = "planned.json"
@@ -25,8 +27,6 @@ PLANNED = "planned.json"
 PREDICTIONS = "predictions.parquet"
 
 _OUTDATED = "`stillroom run STUDY` brings it up to date"
-_MEASURED = ("train_", "validation_", "official_")
-"""How the name of every number begins that training or evaluation gave."""
 
 
 class _Shape(BaseModel):
@@ -64,10 +64,17 @@ class _TrialConfig(_Shape):
     objective: dict[str, _Term]
 
 
+class _Metric(_Shape):
+    split: Literal["train", "validation", "test"]
+    task: str | None
+    measure: str
+    value: float
+
+
 class _Epoch(_Shape):
     epoch: int
     step: int
-    validation_accuracy: float
+    metrics: Annotated[list[_Metric], Field(min_length=1)]
     skipped_steps: int = 0
     tokens: int = 0
     train_seconds: float = 0.0
@@ -98,11 +105,12 @@ class _Result(_Epoch):
     gradients: list[_Gradient]
     gradient_shares: dict[str, float]
     coverage: dict[str, _Coverage]
+    official_evaluation_seconds: float = 0.0
 
 
 class _Baseline(_Shape):
     fingerprint: str
-    metrics: dict[str, float]
+    metrics: list[_Metric]
 
 
 class _Counts(_Shape):
@@ -206,8 +214,7 @@ def read_result(path: Path) -> dict[str, Any]:
     """One trial's `result.json`, by itself."""
     result = _checked(path, _Result, _again(path.parent))
     for epoch in (result, *result["epochs"]):
-        if wrong := [name for name, value in epoch.items() if name.startswith(_MEASURED) and not _is_number(value)]:
-            raise _damaged(path, f"{wrong[0]}: Input should be a valid number", _again(path.parent))
+        _require_metrics(path, epoch["metrics"], [("validation", None, "accuracy")], _again(path.parent))
     if wrong := [row["step"] for row in result["gradients"] if row["norms"].keys() != row["shares"].keys()]:
         raise _damaged(path, f"gradients at step {wrong[0]}: norms and shares name other terms", _again(path.parent))
     return result
@@ -218,18 +225,29 @@ def _read_result(path: Path, trial: Mapping[str, Any], tasks: Sequence[str]) -> 
     config = result["config"]
     if (result["trial"], config["distill_type"], config["seed"]) != (trial["name"], trial["group"], trial["seed"]):
         raise _damaged(path, f"it is the result of {result['trial']}", _again(path.parent))
-    needed = {f"validation_accuracy_{task}" for task in tasks}
-    beside = {"validation_accuracy_macro"} | {f"{name}_flexible" for name in needed}
-    given = {name for name in result if name.startswith("validation_accuracy_")}
-    if lacking := sorted(needed - given):
-        raise _damaged(path, f"{lacking[0]}: Field required", _again(path.parent))
-    if strange := sorted(given - needed - beside):
-        raise _damaged(path, f"{strange[0]} is of no task of the study", _again(path.parent))
+    needed: list[Key] = [("validation", task, "accuracy") for task in tasks]
+    for epoch in (result, *result["epochs"]):
+        _require_metrics(path, epoch["metrics"], needed, _again(path.parent))
+        if strange := [row["task"] for row in epoch["metrics"] if row["task"] is not None and row["task"] not in tasks]:
+            raise _damaged(path, f"metrics: the task {strange[0]} is not in the study", _again(path.parent))
     return result
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _require_metrics(path: Path, metrics: Sequence[Metric], needed: Sequence[Key], remedy: str) -> None:
+    """Raise `UserError` unless every number is there once, and those that a report cannot do without are there."""
+    found = Counter((row["split"], row["task"], row["measure"]) for row in metrics)
+    if twice := [key for key, count in found.items() if count > 1]:
+        raise _damaged(path, f"metrics: {_described(twice[0])} is there twice", remedy)
+    if lacking := [key for key in needed if key not in found]:
+        raise _damaged(path, f"metrics: {_described(lacking[0])} is missing", remedy)
+    for _, task, measure in found:
+        if task is not None and measure not in TASK_MEASURES:
+            raise _damaged(path, f"metrics: {measure} is nothing that is measured of a task", remedy)
+
+
+def _described(key: Key) -> str:
+    split, task, measure = key
+    return f"{measure} on the {split} split" + ("" if task is None else f", task {task},")
 
 
 def _again(trial: Path) -> str:
@@ -253,8 +271,8 @@ def read_baselines(results: Path, suffix: str = "") -> dict[str, dict[str, Any]]
     `suffix`: "" for the validation part, `_official` for the official splits.
     """
     planned = read_planned(results)
-    tasks = [f"validation_accuracy_{task}" for task in planned["study"]["corpus"]["tasks"]]
-    columns = ["official_accuracy"] if suffix else ["validation_accuracy", *tasks]
+    split, tasks = ("test", []) if suffix else ("validation", planned["study"]["corpus"]["tasks"])
+    needed: list[Key] = [(split, task, "accuracy") for task in (None, *tasks)]
     found = {}
     for role in UNTOUCHED:
         path = results / BASELINES / f"{role}{suffix}.json"
@@ -263,8 +281,7 @@ def read_baselines(results: Path, suffix: str = "") -> dict[str, dict[str, Any]]
         own = _checked(path, _Baseline, _measure_again(path))
         if own["fingerprint"] != planned["baselines"].get(f"{role}{suffix}"):
             continue
-        if lacking := [column for column in columns if column not in own["metrics"]]:
-            raise _damaged(path, f"metrics.{lacking[0]}: Field required", _measure_again(path))
+        _require_metrics(path, own["metrics"], needed, _measure_again(path))
         found[role] = own
     return found
 
@@ -302,26 +319,28 @@ def read_examples(results: Path, counts: Mapping[str, Mapping[str, int]]) -> pd.
     return rows
 
 
-def _read_predictions(path: Path, metrics: Mapping[str, float], remedy: str) -> pd.DataFrame:
+def _read_predictions(path: Path, metrics: Sequence[Metric], remedy: str) -> pd.DataFrame:
     """Predictions on the validation part, sorted by example; `metrics` are those that were measured on them."""
     if not path.exists():
         raise UserError(f"{path} is missing: the report needs every finished trial's predictions; {remedy}")
     columns = {"example_id": "text", "task": "text", "prediction": "answer", "gold": "text", "correct": "truth"}
     rows = _read_table(path, {**columns, "scores": "numbers"}, remedy)
-    found = {"validation_accuracy": rows["correct"].mean()}
-    found |= {f"validation_accuracy_{task}": own["correct"].mean() for task, own in rows.groupby("task")}
-    for name, value in found.items():
-        if not abs(value - metrics.get(name, float("nan"))) < 1e-9:
-            raise _damaged(path, f"{name} is {value:.4f} by its rows, which are others than were measured", remedy)
+    measured = by_key(metrics)
+    for task, own in [(None, rows), *rows.groupby("task")]:
+        key, value = ("validation", task, "accuracy"), own["correct"].mean()
+        if not abs(value - measured.get(key, float("nan"))) < 1e-9:
+            raise _damaged(
+                path, f"{_described(key)} is {value:.4f} by its rows, which are others than were measured", remedy
+            )
     return rows.sort_values("example_id", ignore_index=True)
 
 
 def read_trial_predictions(trial: Path, result: Mapping[str, Any]) -> pd.DataFrame:
     """A finished trial's predictions on the validation part."""
-    return _read_predictions(trial / PREDICTIONS, result, _again(trial))
+    return _read_predictions(trial / PREDICTIONS, result["metrics"], _again(trial))
 
 
-def read_baseline_predictions(results: Path, role: str, metrics: Mapping[str, float]) -> pd.DataFrame:
+def read_baseline_predictions(results: Path, role: str, metrics: Sequence[Metric]) -> pd.DataFrame:
     """An untouched model's predictions on the validation part."""
     path = results / BASELINES / f"{role}.parquet"
     return _read_predictions(path, metrics, _measure_again(path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from stillroom.analysis.figures import save_figure, study_figures
-from stillroom.analysis.frame import group_table, worse_or_equal
+from stillroom.analysis.frame import Spread, group_table, worse_or_equal
 from stillroom.analysis.paper import study_tables, write_paper
 from stillroom.analysis.results import StudyResults
 from stillroom.analysis.verdicts import Answer, Evidence, answer_questions
 from stillroom.config import TERMS, WEAK_SIGNAL
+from stillroom.evaluation.metrics import Key
 from stillroom.files import write_text
 
 
@@ -25,7 +27,7 @@ def answers_of(results: StudyResults, bootstrap: bool = True) -> list[Answer]:
     seeds = results.study["sweep"]["seeds"]
     both = {group["name"] for group in results.study["groups"] if {"hidden", "attention"} <= set(group["terms"])}
     return answer_questions(
-        Evidence(results.frame, results.analysis, seeds, results.groups, predictions, both, results.identical)
+        Evidence(results.accuracies, results.analysis, seeds, results.groups, predictions, both, results.identical)
     )
 
 
@@ -167,7 +169,7 @@ def write_report(folder: Path) -> Path:
     """
     results = StudyResults.read(folder)
     results.read_all()
-    analysis, answers = results.analysis, answers_of(results)
+    analysis, answers, groups = results.analysis, answers_of(results), results.groups
     figures = study_figures(results, answers, analysis.equivalence_margin, analysis.alpha)
     measures = other_measures(results)
     pictures = {figure.name: save_figure(figure, folder / "figures") for figure in figures}
@@ -183,10 +185,10 @@ def write_report(folder: Path) -> Path:
             analysis=analysis,
             errors=errors_of(results),
             warnings=warnings_of(results),
-            accuracy=group_table(results.frame, results.groups, results.baseline_metrics),
+            accuracy=group_table(results.measured, groups, results.baseline_metrics, results.accuracy_keys),
             measures=list(measures),
-            others=group_table(results.measures, results.groups, results.baseline_metrics, measures),
-            official=group_table(results.frame, results.groups, results.official_metrics, results.official_columns),
+            others=group_table(results.measured_with_agreement, groups, results.baseline_metrics, measures),
+            official=group_table(results.measured, groups, results.official_metrics, results.official_keys),
             gradients=gradient_rows(results),
             integrity=integrity_rows(results),
             group_rows=group_rows(results.study),
@@ -200,16 +202,17 @@ def write_report(folder: Path) -> Path:
     return folder / "report.html"
 
 
-def other_measures(results: StudyResults) -> dict[str, str]:
-    """What stands beside accuracy, where it was measured: the column of each by its name in the report."""
-    names = {
-        "task loss, nats": "validation_task_loss",
-        "unweighted mean of tasks": "validation_accuracy_macro",
-        **{f"{task}, last number": f"validation_accuracy_{task}_flexible" for task in results.tasks},
-        **{f"{task}, calibration error": f"validation_ece_{task}" for task in results.tasks},
-        **{f"{task}, agreement with teacher": f"agreement_{task}" for task in results.tasks},
+def other_measures(results: StudyResults) -> dict[str, Key]:
+    """What stands beside accuracy, where it was measured: where it is among a trial's numbers, by its label."""
+    keys: dict[str, Key] = {
+        "task loss, nats": ("validation", None, "task_loss"),
+        "unweighted mean of tasks": ("validation", None, "accuracy_macro"),
+        **{f"{task}, last number": ("validation", task, "accuracy_flexible") for task in results.tasks},
+        **{f"{task}, calibration error": ("validation", task, "calibration_error") for task in results.tasks},
+        **{f"{task}, agreement with teacher": ("validation", task, "agreement") for task in results.tasks},
     }
-    return {label: column for label, column in names.items() if column in results.measures}
+    measured = {key for trial in results.measured_with_agreement for key in trial.values}
+    return {label: key for label, key in keys.items() if key in measured}
 
 
 def _downloads(folder: Path, tables: dict[str, pd.DataFrame]) -> list[dict[str, Any]]:
@@ -250,12 +253,12 @@ def print_table(folder: Path) -> None:
 
     results = StudyResults.read(folder)
     table = Table(title=f"{results.study['name']}: validation accuracy, mean ± standard deviation over seeds")
-    for heading in ("group", "seeds", "all", *results.tasks):
+    for heading in ("group", "seeds", *results.accuracy_keys):
         first = heading == "group"  # on 80 columns, room for "student before" and three tasks of "90.0 ± 1.2"
         table.add_column(heading, justify="left" if first else "right", min_width=14 if first else None)
-    for name, row in group_table(results.frame, results.groups, results.baseline_metrics).iterrows():
-        cells = [_cell(row, key) for key in ("accuracy", *results.tasks)]
-        table.add_row(str(name), str(int(row["seeds"])) if name in results.groups else "–", *cells)
+    for row in group_table(results.measured, results.groups, results.baseline_metrics, results.accuracy_keys):
+        seeds = str(row.seeds) if row.name in results.groups else "–"
+        table.add_row(row.name, seeds, *(_cell(cell) for cell in row.cells.values()))
     console = Console()
     console.print(table)
     for answer in answers_of(results, bootstrap=False):
@@ -266,8 +269,7 @@ def print_table(folder: Path) -> None:
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _cell(row: pd.Series, key: str) -> str:
-    mean, std = row.get(f"{key}_mean"), row.get(f"{key}_std")
-    if mean is None or pd.isna(mean):
+def _cell(cell: Spread) -> str:
+    if math.isnan(cell.mean):
         return "–"
-    return f"{100 * mean:.1f}" + ("" if std is None or pd.isna(std) else f" ± {100 * std:.1f}")
+    return f"{100 * cell.mean:.1f}" + ("" if math.isnan(cell.std) else f" ± {100 * cell.std:.1f}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from stillroom.analysis.frame import accuracy_columns, summary_frame
+from stillroom.analysis.frame import Measured, accuracy_keys, summary_frame
 from stillroom.analysis.reading import (
     PREDICTIONS,
     read_baseline_predictions,
@@ -26,7 +26,7 @@ from stillroom.analysis.sameness import identical_groups
 from stillroom.config import BASELINES, EXPERIMENT, Analysis
 from stillroom.data.corpus import folded
 from stillroom.errors import UserError
-from stillroom.evaluation.metrics import agreement
+from stillroom.evaluation.metrics import Key, Metric, agreement, by_key, column_names
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,33 @@ class StudyResults:
     @cached_property
     def tasks(self) -> list[str]:
         """Names of the tasks, sorted."""
-        return list(accuracy_columns(self.frame))
+        return list(self.accuracy_keys)[1:]
+
+    @cached_property
+    def overall(self) -> str:
+        """What tables call all tasks together."""
+        return next(iter(self.accuracy_keys))
+
+    @cached_property
+    def accuracy_keys(self) -> dict[str, Key]:
+        """Where accuracy on the validation part is among a trial's numbers, by what tables call it."""
+        return accuracy_keys(self.measured[0].values)
+
+    @cached_property
+    def measured(self) -> list[Measured]:
+        """What was measured of each finished trial after its last epoch, test splits too."""
+        return [
+            Measured(result["config"]["distill_type"], result["config"]["seed"], by_key(result["metrics"]))
+            for result in self.finished
+        ]
+
+    @cached_property
+    def accuracies(self) -> dict[str, dict[tuple[str, int], float]]:
+        """Accuracy on the validation part by what tables call it, then by group and seed."""
+        return {
+            name: {(trial.group, trial.seed): trial.values[key] for trial in self.measured}
+            for name, key in self.accuracy_keys.items()
+        }
 
     @cached_property
     def missing(self) -> list[dict[str, Any]]:
@@ -126,22 +152,20 @@ class StudyResults:
         return bool(self._corpus["fingerprint"] != self.corpus_fingerprint)
 
     @cached_property
-    def baseline_metrics(self) -> dict[str, dict[str, float]]:
+    def baseline_metrics(self) -> dict[str, list[Metric]]:
         """Metrics of the baselines."""
         return {label: own["metrics"] for label, own in self.baselines.items()}
 
     @cached_property
-    def official_metrics(self) -> dict[str, dict[str, float]]:
+    def official_metrics(self) -> dict[str, list[Metric]]:
         """Metrics of the baselines on the official evaluation splits, if the study evaluates any."""
         return {self.labels[role]: own["metrics"] for role, own in self._measured["_official"].items()}
 
     @cached_property
-    def official_columns(self) -> dict[str, str]:
-        """Column of `frame` by what was measured on the official splits; empty if nothing was."""
-        if "official_accuracy" not in self.frame:
-            return {}
-        tasks = accuracy_columns(self.frame, "official_accuracy_")
-        return {"all": "official_accuracy", **tasks}
+    def official_keys(self) -> dict[str, Key]:
+        """Where accuracy on the official splits is among a trial's numbers; empty if nothing was measured there."""
+        keys = dict.fromkeys(key for trial in self.measured for key in trial.values)
+        return accuracy_keys(keys, "test") if ("test", None, "accuracy") in keys else {}
 
     @cached_property
     def identical(self) -> dict[tuple[str, str], list[int]]:
@@ -189,16 +213,17 @@ class StudyResults:
         return folder / PREDICTIONS, list(read_trial_predictions(folder, first)["example_id"])
 
     @cached_property
-    def measures(self) -> pd.DataFrame:
-        """`frame` with `agreement_<task>`: share of a choice task's examples on which the teacher chooses the same."""
+    def measured_with_agreement(self) -> list[Measured]:
+        """`measured` with the measure `agreement`: share of a choice task's examples that the teacher answers alike."""
         teacher = self.baseline_predictions.get(self.labels["teacher"])
         if teacher is None:
-            return self.frame
-        rows = [
-            {f"agreement_{task}": share for task, share in agreement(own, teacher).items()}
-            for own in self.predictions.values()
-        ]
-        return pd.concat([self.frame, pd.DataFrame(rows)], axis=1)
+            return self.measured
+        found = []
+        for trial in self.measured:
+            shares = agreement(self.predictions[trial.group, trial.seed], teacher)
+            more: dict[Key, float] = {("validation", task, "agreement"): share for task, share in shares.items()}
+            found.append(Measured(trial.group, trial.seed, {**trial.values, **more}))
+        return found
 
     @cached_property
     def corpus(self) -> dict[str, dict[str, int]]:
@@ -234,15 +259,27 @@ class StudyResults:
 
     @cached_property
     def epochs(self) -> pd.DataFrame:
-        """Tidy: trial, group, seed, epoch, metric, value; a row for each number that training or validation gave."""
-        rows = [
-            {**_key(result), "epoch": epoch["epoch"], "metric": name, "value": value}
-            for result in self.finished
-            for epoch in result["epochs"]
-            for name, value in epoch.items()
-            if name != "epoch" and isinstance(value, int | float)
-        ]
+        """Tidy: trial, group, seed, epoch, split, task, measure, metric, value; a row for each number of an epoch.
+
+        `metric` is the name that a table's column has. What is no metric, such as `tokens`, has no split.
+        """
+        rows = []
+        for result in self.finished:
+            for epoch in result["epochs"]:
+                about = {**_key(result), "epoch": epoch["epoch"]}
+                values = by_key(epoch["metrics"])
+                for key, name in column_names(values).items():
+                    split, task, measure = key
+                    what = {"split": split, "task": task, "measure": measure, "metric": name}
+                    rows.append({**about, **what, "value": values[key]})
+                facts = {k: v for k, v in epoch.items() if k != "epoch" and isinstance(v, int | float)}
+                rows += [{**about, "measure": name, "metric": name, "value": value} for name, value in facts.items()]
         return pd.DataFrame(rows)
+
+    def history(self, split: str, measure: str) -> pd.DataFrame:
+        """The rows of `epochs` with one measure of all tasks together."""
+        rows = self.epochs
+        return rows[(rows["split"] == split) & rows["task"].isna() & (rows["measure"] == measure)]
 
     @cached_property
     def gradients(self) -> pd.DataFrame:

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-_LOSSES = ("train_task_loss", "validation_task_loss")
-_TOTALS = ("train_loss", "validation_loss")
-"""They have each term's value in them, though it may never have reached a weight of the model."""
+from stillroom.evaluation.metrics import Key, by_key
+
+_TASK_LOSSES: tuple[Key, ...] = (("train", None, "task_loss"), ("validation", None, "task_loss"))
+_TOTAL = "loss"
+"""It has each term's value in it, though it may never have reached a weight of the model."""
 
 
 def identical_groups(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[int]]:
@@ -39,15 +41,12 @@ def _identical(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
 
 
 def _same_epoch(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    first, second = by_key(one["metrics"]), by_key(other["metrics"])
     if "weights" in one and "weights" in other:
-        names = [name for name in _LOSSES if name in one or name in other]
-        return one["weights"] == other["weights"] and all(_same(one.get(n), other.get(n)) for n in names)
-    names = [name for name in one if name in other and _is_measured(name)]
-    return bool(names) and all(_same(one[name], other[name]) for name in names)
-
-
-def _is_measured(name: str) -> bool:
-    return name.startswith(("train_", "validation_")) and not name.endswith("_seconds") and name not in _TOTALS
+        losses = [key for key in _TASK_LOSSES if key in first or key in second]
+        return one["weights"] == other["weights"] and all(_same(first.get(k), second.get(k)) for k in losses)
+    keys = [key for key in first if key in second and key[2] != _TOTAL]
+    return bool(keys) and all(_same(first[key], second[key]) for key in keys)
 
 
 def _same(one: Any, other: Any) -> bool:

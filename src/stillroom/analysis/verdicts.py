@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 from numpy import ndarray
 
-from stillroom.analysis.frame import accuracy_columns
 from stillroom.analysis.statistics import (
     Comparison,
     bootstrap_intervals,
@@ -23,8 +22,6 @@ from stillroom.analysis.statistics import (
 from stillroom.config import Analysis
 
 Pair = tuple[str, str]
-OVERALL = "all"
-"""The measure that is `validation_accuracy`; every other measure is a task."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +54,9 @@ class Answer:
 class Evidence:
     """What a study's verdicts are made from."""
 
-    frame: pd.DataFrame
-    """A row a finished trial."""
+    accuracies: Mapping[str, Mapping[tuple[str, int], float]]
+    """By measure, then by group and seed of the finished trials. The first measure is accuracy over all tasks
+    together, every other one a task's."""
     analysis: Analysis
     seeds: Sequence[int]
     """Planned ones."""
@@ -76,20 +74,18 @@ class Evidence:
         return self.identical.get(pair) or self.identical.get(pair[::-1]) or ()
 
     @property
-    def columns(self) -> dict[str, str]:
-        """Column of the frame by measure."""
-        return {OVERALL: "validation_accuracy", **accuracy_columns(self.frame)}
+    def overall(self) -> str:
+        """The measure that is accuracy over all tasks together."""
+        return next(iter(self.accuracies))
+
+    @property
+    def tasks(self) -> list[str]:
+        """The measures that are a task's accuracy."""
+        return list(self.accuracies)[1:]
 
     def scores(self, groups: set[str], measure: str) -> tuple[dict[str, dict[int, float]], list[tuple[str, int]]]:
         """By group one value a seed, over the same seeds; and which planned trials are missing or not finite."""
-        column = self.frame[self.columns[measure]]
-        values = {
-            (str(group), int(seed)): float(value)
-            for group, seed, value in zip(
-                self.frame["config/distill_type"], self.frame["config/seed"], column, strict=True
-            )
-            if math.isfinite(value)
-        }
+        values = {trial: value for trial, value in self.accuracies[measure].items() if math.isfinite(value)}
         missing = [(group, seed) for group in sorted(groups) for seed in self.seeds if (group, seed) not in values]
         whole = [seed for seed in self.seeds if all((group, seed) in values for group in groups)]
         if missing and self.analysis.incomplete == "refuse":
@@ -139,18 +135,17 @@ class Evidence:
 
     def _correct(self, group: str, seed: int, measure: str) -> ndarray:
         own = self.predictions[group, seed]
-        chosen = own if measure == OVERALL else own[own["task"] == measure]
+        chosen = own if measure == self.overall else own[own["task"] == measure]
         return chosen["correct"].to_numpy()
 
     def interactions(self, pairs: Sequence[Pair]) -> dict[Pair, tuple[float, int]]:
         """By contrast: p of the group × task interaction, and over how many seeds."""
-        tasks = [measure for measure in self.columns if measure != OVERALL]
         found = {}
         for first, second in pairs:
-            by_task = [self.scores({first, second}, task)[0] for task in tasks]
+            by_task = [self.scores({first, second}, task)[0] for task in self.tasks]
             seeds = [seed for seed in self.seeds if all(seed in own[first] for own in by_task)]
             values = [[own[first][seed] - own[second][seed] for own in by_task] for seed in seeds]
-            found[first, second] = interaction_p(np.array(values).reshape(len(seeds), len(tasks))), len(seeds)
+            found[first, second] = interaction_p(np.array(values).reshape(len(seeds), len(self.tasks))), len(seeds)
         return found
 
 
@@ -163,15 +158,15 @@ def answer_questions(evidence: Evidence) -> list[Answer]:
     groups = set(evidence.groups)
     primary = [pair for pair in evidence.analysis.primary if set(pair) <= groups]
     secondary = [pair for pair in evidence.analysis.secondary if set(pair) <= groups]
-    first = {measure: evidence.findings(primary, measure) for measure in evidence.columns}
-    second = {measure: evidence.findings(secondary, measure) for measure in evidence.columns}
+    first = {measure: evidence.findings(primary, measure) for measure in evidence.accuracies}
+    second = {measure: evidence.findings(secondary, measure) for measure in evidence.accuracies}
     signals = [f for own in second.values() for f in own if evidence.combining.isdisjoint(_groups(f))]
     combining = [f for own in second.values() for f in own if not evidence.combining.isdisjoint(_groups(f))]
-    by_task = [finding for measure, own in first.items() if measure != OVERALL for finding in own]
+    by_task = [finding for task in evidence.tasks for finding in first[task]]
     return [
-        _answer("Do white-box signals improve over black-box distillation?", first[OVERALL]),
-        _answer("Hidden states or attention: which is worth more?", signals),
-        _answer("Does combining the signals help?", combining),
+        _answer("Do white-box signals improve over black-box distillation?", first[evidence.overall], evidence.overall),
+        _answer("Hidden states or attention: which is worth more?", signals, evidence.overall),
+        _answer("Does combining the signals help?", combining, evidence.overall),
         _task_dependence(evidence, primary, by_task),
         _hypothesis(by_task, evidence.analysis),
     ]
@@ -241,9 +236,9 @@ def _why(row: Comparison, family: int, analysis: Analysis, missing: list[tuple[s
     )
 
 
-def _answer(question: str, findings: Sequence[Finding]) -> Answer:
-    """The answer is read off the overall accuracy; the findings hold the tasks too."""
-    overall = [finding for finding in findings if finding.comparison.measure == OVERALL]
+def _answer(question: str, findings: Sequence[Finding], measure: str) -> Answer:
+    """The answer is read off the overall accuracy, `measure`; the findings hold the tasks too."""
+    overall = [finding for finding in findings if finding.comparison.measure == measure]
     if not overall:
         missing = "The study declares no contrast of its groups for this question."
         return Answer(question, missing, missing, ())

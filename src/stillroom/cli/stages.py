@@ -161,10 +161,12 @@ def train(
 
     Example: stillroom train small --group hidden --seed 0
     """
+    from stillroom.evaluation.metrics import by_key
+
     workspace = open_workspace(study, set_)
     workspace.tracker.check()
     result = workspace.train_one(group, seed)
-    made = f"{result['trial']}: accuracy {result['validation_accuracy']:.3f}."
+    made = f"{result['trial']}: accuracy {by_key(result['metrics'])['validation', None, 'accuracy']:.3f}."
     finish(json, result, made, following("report", study, set_))
 
 
@@ -209,10 +211,11 @@ def _finish_report(folder: Path, as_json: bool, errors: dict[str, str]) -> None:
 
 def _tell_baselines(baselines: dict[str, Any], as_json: bool) -> None:
     from stillroom.config import UNTOUCHED
+    from stillroom.evaluation.metrics import by_key
 
     for name, label in UNTOUCHED.items():
         if not as_json:
-            say(f"{label}: accuracy {baselines[name]['metrics']['validation_accuracy']:.3f}")
+            say(f"{label}: accuracy {by_key(baselines[name]['metrics'])['validation', None, 'accuracy']:.3f}")
     for task in baselines["teacher_no_better"]["tasks"]:
         warn(f"on {task} the teacher is no better than the student before training; distillation cannot help there")
 

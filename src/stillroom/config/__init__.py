@@ -275,12 +275,8 @@ class Study(Section):
         names = [g.name for g in self.groups]
         if len(set(names)) < len(names):
             raise ValueError(f"groups are repeated: {names}")
-        for reserved, given, what in (
-            (("teacher", "student"), names, "group"),
-            (("all", "macro"), self.corpus.tasks, "task"),
-        ):
-            if taken := [name for name in given if name in reserved or name.endswith(("_macro", "_flexible"))]:
-                raise ValueError(f"a {what} cannot be named {taken[0]!r}: tables have a row or column of that name")
+        if taken := [name for name in names if name in ("teacher", "student")]:
+            raise ValueError(f"a group cannot be named {taken[0]!r}: tables have a row of that name")
         for family in {"primary", "secondary"} & self.analysis.model_fields_set:  # by default some may be absent
             for name in (name for pair in getattr(self.analysis, family) for name in pair):
                 if name not in names:

@@ -28,7 +28,7 @@ class Baseline:
     role: str
     """`teacher` or `student`."""
     part: str
-    """`validation` or `official`: what the metrics' names begin with."""
+    """`validation` or `official`."""
     identity: str
     """What pins the model."""
     precision: Precision
@@ -49,7 +49,7 @@ class Baseline:
     def fingerprint(self) -> str:
         """Of all that decides the numbers."""
         how = self.settings.model_dump(exclude={"official"})
-        return fingerprint(self.identity, self.precision, how, f"{self.part}_", [e.example_id for e in self.examples])
+        return fingerprint(self.identity, self.precision, how, self.part, [e.example_id for e in self.examples])
 
     def read(self) -> dict[str, Any] | None:
         """The measurement, if it was made; None for one of another model, other examples or other settings."""
@@ -67,7 +67,7 @@ class Baseline:
         result = {
             "fingerprint": self.fingerprint,
             "identity": self.identity,
-            "metrics": accuracy_metrics(predictions, f"{self.part}_"),
+            "metrics": accuracy_metrics(predictions, "validation" if self.part == "validation" else "test"),
             "answer_nll": nll_metrics(predictions),
         }
         write_json(self.path, result)

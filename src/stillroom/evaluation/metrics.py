@@ -1,8 +1,11 @@
-"""Accuracy, calibration, likelihood and agreement: plain functions of tables of predictions (`evaluation.evaluate`)."""
+"""Accuracy, calibration, likelihood and agreement: plain functions of tables of predictions (`scoring.evaluate`)."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import pandas as pd
@@ -12,24 +15,83 @@ from stillroom.files import atomic_path
 
 _BINS = 10
 
+Key = tuple[str, str | None, str]
+"""What a number is: its split, its task (None: of all tasks together), its measure."""
 
-def accuracy_metrics(predictions: pd.DataFrame, prefix: str = "validation_") -> dict[str, float]:
-    """Accuracy over all examples, per task, and the tasks' unweighted mean; flexible accuracy where it differs.
 
-    Keys: `<prefix>accuracy`, `<prefix>accuracy_macro`, `<prefix>accuracy_<task>`; for a generation task also
-    `<prefix>accuracy_<task>_flexible`, for a choice task `<prefix>ece_<task>`. All are shares of 1.
+class Metric(TypedDict):
+    """One number that training or evaluation gave, as it is kept in `result.json`."""
+
+    split: str
+    """`train`, `validation` or `test`."""
+    task: str | None
+    """None: of all tasks together."""
+    measure: str
+    """`accuracy`, `accuracy_macro`, `accuracy_flexible`, `calibration_error`, `loss`, or a term's `<term>_loss`."""
+    value: float
+
+
+def overall_metrics(values: Mapping[str, float], split: str) -> list[Metric]:
+    """Numbers of all tasks together, by measure, as rows."""
+    return [Metric(split=split, task=None, measure=measure, value=value) for measure, value in values.items()]
+
+
+def by_key(metrics: Iterable[Metric]) -> dict[Key, float]:
+    """Values by split, task and measure."""
+    return {(row["split"], row["task"], row["measure"]): row["value"] for row in metrics}
+
+
+_PREFIX = {"test": "official"}
+TASK_MEASURES = {
+    "accuracy": "{split}_accuracy_{task}",
+    "accuracy_flexible": "{split}_accuracy_{task}_flexible",
+    "calibration_error": "{split}_ece_{task}",
+}
+"""What is measured of a task by itself, and how a table with a column for each number calls it."""
+
+
+def column_names(keys: Iterable[Key]) -> dict[Key, str]:
+    """What a table with a column for each number calls it: `validation_accuracy`, `validation_accuracy_<task>`, ….
+
+    No two are called the same: where a task's own name makes its column another's (a task `macro`), the task stands
+    after a colon (`validation_accuracy:macro`).
+    """
+    names = {key: _column(*key) for key in keys}
+    taken = Counter(names.values())
+    return {
+        key: f"{_PREFIX.get(key[0], key[0])}_{key[2]}:{key[1]}" if taken[name] > 1 and key[1] is not None else name
+        for key, name in names.items()
+    }
+
+
+def _column(split: str, task: str | None, measure: str) -> str:
+    form = "{split}_{measure}" if task is None else TASK_MEASURES[measure]
+    return form.format(split=_PREFIX.get(split, split), task=task, measure=measure)
+
+
+def by_column(metrics: Iterable[Metric]) -> dict[str, float]:
+    """Values by the name that a table's column has."""
+    values = by_key(metrics)
+    return {name: values[key] for key, name in column_names(values).items()}
+
+
+def accuracy_metrics(predictions: pd.DataFrame, split: str = "validation") -> list[Metric]:
+    """Accuracy over all examples, the tasks' unweighted mean (`accuracy_macro`), and accuracy per task.
+
+    A generation task also has `accuracy_flexible`, a choice task `calibration_error`. All are shares of 1.
     """
     by_task = predictions.groupby("task", sort=True)
     accuracy = by_task["correct"].mean()
-    metrics = {f"{prefix}accuracy": float(predictions["correct"].mean())}
-    metrics[f"{prefix}accuracy_macro"] = float(accuracy.mean())
+    overall = {"accuracy": float(predictions["correct"].mean()), "accuracy_macro": float(accuracy.mean())}
+    metrics = overall_metrics(overall, split)
     for task, value in accuracy.items():
-        metrics[f"{prefix}accuracy_{task}"] = float(value)
-        own = by_task.get_group(task)
-        if own["scores"].notna().all():
-            metrics[f"{prefix}ece_{task}"] = calibration_error(own)
+        rows = by_task.get_group(task)
+        measures = {"accuracy": float(value)}
+        if rows["scores"].notna().all():
+            measures["calibration_error"] = calibration_error(rows)
         else:
-            metrics[f"{prefix}accuracy_{task}_flexible"] = float(own["correct_flexible"].mean())
+            measures["accuracy_flexible"] = float(rows["correct_flexible"].mean())
+        metrics += [Metric(split=split, task=str(task), measure=name, value=own) for name, own in measures.items()]
     return metrics
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from stillroom.config import RESULT, Study
 from stillroom.errors import UserError
+from stillroom.evaluation.metrics import by_column
 from stillroom.files import read_json
 
 
@@ -99,8 +100,11 @@ class Tracker:
                 mlflow.log_params(_flat(result["config"]))
                 for epoch in result["epochs"]:
                     numbers = {k: float(v) for k, v in epoch.items() if isinstance(v, int | float)}
+                    numbers |= by_column(epoch["metrics"])
                     mlflow.log_metrics(numbers, step=epoch["step"])
-                official = {k: float(v) for k, v in result.items() if k.startswith("official_")}
+                official = by_column(row for row in result["metrics"] if row["split"] == "test")
+                if "official_evaluation_seconds" in result:
+                    official["official_evaluation_seconds"] = result["official_evaluation_seconds"]
                 shares = {f"gradient_share_{term}": share for term, share in result["gradient_shares"].items()}
                 mlflow.log_metrics({**official, **shares}, step=result["step"])
                 for row in result["gradients"]:

@@ -11,6 +11,7 @@ import torch
 
 from stillroom.config import Retention, Training, fingerprint
 from stillroom.errors import UserError
+from stillroom.evaluation.metrics import by_key
 from stillroom.files import atomic_path, file_sha256, read_json, remove_tree, write_json
 from stillroom.models.precision import DTYPES
 from stillroom.training.collation import Batch
@@ -133,8 +134,9 @@ def drop_superseded(folder: Path, keep: Retention, epochs: Sequence[dict[str, An
 
 
 def best_epoch(epochs: Sequence[dict[str, Any]]) -> int:
-    """The epoch of highest `validation_accuracy`; the earliest of several."""
-    return int(max(epochs, key=lambda metrics: (metrics["validation_accuracy"], -metrics["epoch"]))["epoch"])
+    """The epoch of highest validation accuracy; the earliest of several."""
+    accuracies = {own["epoch"]: by_key(own["metrics"])["validation", None, "accuracy"] for own in epochs}
+    return int(max(accuracies, key=lambda epoch: (accuracies[epoch], -epoch)))
 
 
 def restore_checkpoint(

@@ -23,7 +23,7 @@ from stillroom.data.corpus import Examples
 from stillroom.data.prepared import Prepared
 from stillroom.data.tasks import Example
 from stillroom.errors import UserError
-from stillroom.evaluation.metrics import accuracy_metrics, save_predictions
+from stillroom.evaluation.metrics import Metric, accuracy_metrics, by_column, overall_metrics, save_predictions
 from stillroom.evaluation.scoring import evaluate
 from stillroom.files import remove_leftovers, write_json
 from stillroom.models.architecture import check_capture, check_model
@@ -143,12 +143,11 @@ def train(
             progress(step + 1, steps * training.epochs)
         _require_every_term(group_objective, totals)
         trained = time.perf_counter()
-        metrics = {f"train_{name}": value for name, value in losses_of(totals, group_objective).items()}
         validation, predictions = _validate(
             student, tokenizer, parts["validation"], examples, runner, collate, training, evaluation
         )
-        metrics |= validation
-        metrics |= {
+        metrics = [*overall_metrics(losses_of(totals, group_objective), "train"), *validation]
+        facts = {
             "epoch": epoch + 1,
             "step": (epoch + 1) * steps,
             "tokens": tokens,
@@ -157,14 +156,14 @@ def train(
             "data_wait_seconds": batches.waited,
             "evaluation_seconds": time.perf_counter() - trained,
         }
-        state.epoch, state.epochs = epoch + 1, [*state.epochs, metrics]
+        state.epoch, state.epochs = epoch + 1, [*state.epochs, {"metrics": metrics, **facts}]
         save_predictions(predictions, folder / f"predictions_{epoch + 1}.parquet")
         save_checkpoint(student, tokenizer, optimizer, scaler, state, folder, training, epoch + 1 == training.epochs)
         drop_superseded(folder, keep_checkpoints, state.epochs, finished=False)
-        report(metrics)
+        report({**by_column(metrics), **facts})
 
-    official_metrics = _evaluate_official(student, tokenizer, official, training, evaluation, folder)
-    result = _finish(trial, group_objective, state, coverage, folder, student, official_metrics)
+    test_metrics, spent = _evaluate_official(student, tokenizer, official, training, evaluation, folder)
+    result = _finish(trial, group_objective, state, coverage, folder, student, test_metrics, spent)
     drop_superseded(folder, keep_checkpoints, state.epochs, finished=True)
     return result
 
@@ -244,7 +243,7 @@ def _validate(
     collate: Collator,
     training: Training,
     evaluation: Evaluation,
-) -> tuple[dict[str, Any], Any]:
+) -> tuple[list[Metric], Any]:
     student.eval()
     totals: dict[str, Any] = defaultdict(float)
     size = training.micro_batch_size or training.batch_size
@@ -253,10 +252,10 @@ def _validate(
         batch = collate([items[i] for i in order[first : first + size]])
         _, sums = runner.losses(batch.to(runner.device), runner.objective.weights, batch.counts)
         accumulate(totals, sums, batch.counts)
-    metrics = {f"validation_{name}": value for name, value in losses_of(totals, runner.objective).items()}
+    losses = overall_metrics(losses_of(totals, runner.objective), "validation")
     scored = scoring_copy(student.model, training.precision, evaluation.dtype)
     predictions = evaluate(scored, tokenizer, examples.validation, evaluation)
-    return metrics | accuracy_metrics(predictions), predictions
+    return [*losses, *accuracy_metrics(predictions)], predictions
 
 
 def _evaluate_official(
@@ -266,16 +265,16 @@ def _evaluate_official(
     training: Training,
     evaluation: Evaluation,
     folder: Path,
-) -> dict[str, float]:
+) -> tuple[list[Metric], dict[str, float]]:
     if not official:
-        return {}
+        return [], {}
     started = time.perf_counter()
     student.eval()
     predictions = evaluate(
         scoring_copy(student.model, training.precision, evaluation.dtype), tokenizer, official, evaluation
     )
     save_predictions(predictions, folder / "predictions_official.parquet")
-    return {**accuracy_metrics(predictions, "official_"), "official_evaluation_seconds": time.perf_counter() - started}
+    return accuracy_metrics(predictions, "test"), {"official_evaluation_seconds": time.perf_counter() - started}
 
 
 def _finish(
@@ -285,7 +284,8 @@ def _finish(
     coverage: dict[str, Any],
     folder: Path,
     student: DistillationStudent,
-    official: dict[str, float],
+    test_metrics: Sequence[Metric],
+    spent: Mapping[str, float],
 ) -> dict[str, Any]:
     last = state.epochs[-1]
     if (newest := folder / f"predictions_{last['epoch']}.parquet").is_file():  # else stopped right after this line
@@ -296,7 +296,8 @@ def _finish(
         "trial": trial.name,
         "config": {"distill_type": trial.group.name, "seed": trial.seed, "objective": objective.model_dump()},
         **last,
-        **official,
+        "metrics": [*last["metrics"], *test_metrics],
+        **spent,
         "epochs": state.epochs,
         "gradients": state.gradients,
         "gradient_shares": mean_shares(state.gradients),
