@@ -53,7 +53,8 @@ wheel: install
 		> "$$(build/clean/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/dependencies.pth"
 	$(BIN)/python -m pip --python build/clean/bin/python install --quiet --no-index --force-reinstall --no-deps dist/*.whl
 	$(BIN)/python -m pip --python build/clean/bin/python check
-	cd build && clean/bin/stillroom run quickstart $(SMOKE)
+	# on a terminal, as who installs it runs it
+	cd build && TERM=xterm script -qec "stty cols 80; clean/bin/stillroom run quickstart $(SMOKE)" /dev/null
 
 cover: install
 	$(BIN)/python -m pytest --cov --cov-report=term
