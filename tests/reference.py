@@ -159,3 +159,19 @@ def attention_terms(teacher, student):
         (maps[0][h, g, s] - maps[1][h, g, s]) ** 2 for h in range(heads) for g in range(size) for s in range(g + 1)
     ]
     return terms, heads * size
+
+
+def value_divergences(teacher, student, heads):
+    """KL(teacher's row ‖ student's row) of value relations at aligned tokens, of every relation head and row."""
+    aligned = pairs(teacher, student)
+    sides = []
+    for model, column in ((teacher, 0), (student, 1)):
+        values = np.array([model["values"][pair[column]] for pair in aligned], np.float64)
+        size = values.shape[1] // heads
+        rows = []
+        for h in range(heads):
+            part = values[:, h * size : (h + 1) * size]
+            for a in range(len(part)):
+                rows.append(log_softmax([part[a] @ part[b] / np.sqrt(size) for b in range(a + 1)]))
+        sides.append(rows)
+    return [float((np.exp(t) * (t - s)).sum()) for t, s in zip(*sides, strict=True)]

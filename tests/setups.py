@@ -21,8 +21,8 @@ from stillroom.training.distillation_student import DistillationStudent
 from stillroom.training.step import StepRunner, losses_of
 from stillroom.training.train_student import Trial, train
 
-ALL = Objective()
-"""Every term on, with the study's own weights."""
+ALL = Objective(values={"weight": 0.0})
+"""Every term of the study on, with its own weights."""
 TRAINING = Training(learning_rate=3e-3, batch_size=8, epochs=2, precision="float32", gradient_interval=3)
 EVALUATION = Evaluation(max_new_tokens=12)
 
@@ -44,10 +44,15 @@ def dense(ref, text, add_eos=False, layer="last"):
     `layer`: whose hidden state and attention map.
     """
     encoding = encode(load_tokenizer(ref), text, add_eos=add_eos)
+    model, found = _eager(ref.model), {}
+    block = model.model.layers[-1 if layer == "last" else layer - 1]
+    hook = block.self_attn.v_proj.register_forward_hook(lambda module, given, output: found.update(values=output[0]))
     with torch.no_grad():
         ids = torch.from_numpy(encoding.ids.astype("int64"))[None]
-        output = _eager(ref.model)(ids, output_attentions=True, output_hidden_states=True)
+        output = model(ids, output_attentions=True, output_hidden_states=True)
+    hook.remove()
     return {
+        "values": found["values"].numpy(),
         "ids": encoding.ids,
         "ends": encoding.ends,
         "special": encoding.special,

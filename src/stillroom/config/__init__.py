@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from stillroom.config.columns import ChoiceColumns as ChoiceColumns
 from stillroom.config.columns import GenerationColumns as GenerationColumns
@@ -27,6 +27,7 @@ from stillroom.config.objective import Hidden as Hidden
 from stillroom.config.objective import Objective as Objective
 from stillroom.config.objective import StudyGroup
 from stillroom.config.objective import TermName as TermName
+from stillroom.config.objective import Values as Values
 from stillroom.config.section import Layer, Name, PossiblePath, Section
 from stillroom.errors import UserError
 
@@ -144,6 +145,7 @@ class Signals(Section):
     top_k: int = Field(256, ge=1, description="next-token log-probabilities kept of each token, the highest")
     hidden_layers: tuple[Layer, ...] = Field(("last",), min_length=1, description="layers whose hidden state is kept")
     attention_layers: tuple[Layer, ...] = Field(("last",), min_length=1, description="layers whose attention is kept")
+    value_layers: tuple[Layer, ...] = Field((), description="layers whose value vectors are kept, for value relations")
     dtype: Literal["float16", "float32"] = Field("float16", description="dtype of every stored signal")
     attention_dtype: Literal["uint8_sqrt"] | None = Field(
         None, description="`uint8_sqrt`: attention in 8 bits, as round(255·√p); default as dtype"
@@ -287,13 +289,13 @@ class Study(Section):
             except ValidationError as error:
                 fault = error.errors()[0]
                 raise ValueError(f"group {group.name!r}: {fault['loc'][0]}: {fault['msg']}") from None
-            for term in ("hidden", "attention"):
-                pairs = getattr(objective, term).layers if term in group.terms else ()
-                kept = getattr(self.signals, f"{term}_layers")
-                if missing := [teacher for teacher, _ in pairs if teacher not in kept]:
+            for term in [term for term in ("hidden", "attention", "values") if term in group.terms]:
+                field = f"{term.removesuffix('s')}_layers"
+                kept = getattr(self.signals, field)
+                if missing := [teacher for teacher, _ in getattr(objective, term).layers if teacher not in kept]:
                     raise ValueError(
                         f"group {group.name!r} compares the teacher's {term} layer {missing[0]}, which is not among "
-                        f"signals.{term}_layers {list(kept)}"
+                        f"signals.{field} {list(kept)}"
                     )
         for task in (*self.analysis.simple_tasks, *self.analysis.hard_tasks):
             if task not in self.corpus.tasks:

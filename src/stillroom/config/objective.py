@@ -15,8 +15,8 @@ from pydantic import (
 
 from stillroom.config.section import Layer, Name, Section
 
-TermName = Literal["task", "kd", "hidden", "attention"]
-TERMS: tuple[TermName, ...] = ("task", "kd", "hidden", "attention")
+TermName = Literal["task", "kd", "hidden", "attention", "values"]
+TERMS: tuple[TermName, ...] = ("task", "kd", "hidden", "attention", "values")
 WEAK_SIGNAL = 0.01
 """A term under this share of the gradient is flagged: the group may be its baseline in all but name."""
 
@@ -73,6 +73,16 @@ class Attention(Section):
     )
 
 
+class Values(Section):
+    """L_align_values: KL of value relations, rows of softmax(V Vᵀ/√d) at aligned tokens (MiniLMv2)."""
+
+    weight: Weight = 0.1
+    relation_heads: int = Field(8, ge=1, description="heads that the value vectors of both models are split into")
+    layers: tuple[tuple[Layer, Layer], ...] = Field(
+        (("last", "last"),), min_length=1, description="pairs [teacher's, student's]; their mean"
+    )
+
+
 def _scale_of_mse_alone(section: Hidden | Attention) -> Any:
     if section.distance != "mse" and section.scale != "none":
         raise ValueError(f"scale {section.scale} is one of mse, and distance is {section.distance}: leave it out")
@@ -86,6 +96,7 @@ class Objective(Section):
     kd: Distillation = Distillation()
     hidden: Annotated[Hidden, AfterValidator(_scale_of_mse_alone)] = Hidden()
     attention: Annotated[Attention, AfterValidator(_scale_of_mse_alone)] = Attention()
+    values: Values = Values()
 
     @property
     def weights(self) -> dict[TermName, float]:
@@ -102,6 +113,7 @@ class Group(Section):
     kd: Distillation | None = Field(None, description="settings that differ from the objective's")
     hidden: Hidden | None = Field(None, description="settings that differ from the objective's")
     attention: Attention | None = Field(None, description="settings that differ from the objective's")
+    values: Values | None = Field(None, description="settings that differ from the objective's")
 
     @model_validator(mode="after")
     def _settings_of_terms_that_are_on(self) -> Group:

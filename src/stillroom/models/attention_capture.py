@@ -25,27 +25,32 @@ CANNOT = "{}: its attention maps cannot be captured"
 
 
 class Recorder:
-    """The maps that one forward pass leaves behind, float32 (B, H, T, T), by layer from 0."""
+    """What one forward pass leaves behind of its attention, by layer from 0."""
 
-    def __init__(self, layers: frozenset[int]) -> None:
-        """`layers`: those to keep."""
-        self.layers = layers
+    def __init__(self, layers: frozenset[int], value_layers: frozenset[int] = frozenset()) -> None:
+        """Those whose maps, and those whose value vectors are to be kept."""
+        self.layers, self.value_layers = layers, value_layers
         self.maps: dict[int, Tensor] = {}
+        """Post-softmax, float32 (B, H, T, T)."""
+        self.values: dict[int, Tensor] = {}
+        """Of the key-value heads, one after the other: (B, T, W)."""
 
 
 _RECORDER: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
 
 
 @contextmanager
-def attention_recorder(model: PreTrainedModel, layers: frozenset[int]) -> Iterator[Recorder]:
-    """Keep the attention maps of the forward pass inside.
+def attention_recorder(
+    model: PreTrainedModel, layers: frozenset[int], value_layers: frozenset[int] = frozenset()
+) -> Iterator[Recorder]:
+    """Keep the attention maps and value vectors of the forward pass inside.
 
     Raises `UserError` for an architecture whose attention function cannot be exchanged.
     """
     if not model._can_set_attn_implementation():
         raise UserError(f"{CANNOT.format(type(model).__name__)}: it does not let its attention function be exchanged")
     native = model.config._attn_implementation
-    recorder = Recorder(layers)
+    recorder = Recorder(layers, value_layers)
     model.set_attn_implementation(ATTENTION)
     token = _RECORDER.set(recorder)
     try:
@@ -89,6 +94,8 @@ def _attention(
 ) -> tuple[Tensor, None]:
     recorder, layer = _RECORDER.get(), getattr(module, "layer_idx", None)
     wanted = recorder is not None and layer in recorder.layers
+    if recorder is not None and layer in recorder.value_layers:
+        recorder.values[int(layer)] = value.transpose(1, 2).flatten(2)
     if not wanted and softcap is None:
         return _sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options), None
     mask = attention_mask

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from stillroom.data.encoding import Encoding
 from stillroom.errors import UserError
-from stillroom.models.attention_capture import CANNOT, attention_recorder
+from stillroom.models.attention_capture import CANNOT, Recorder, attention_recorder
 
 Tap = int | Literal["last"]
 """A layer by its number, from 1, or the last one: whose hidden state is the one after the final norm."""
@@ -28,10 +28,11 @@ class Taps:
 
     hidden: frozenset[Tap] = frozenset({"last"})
     attention: frozenset[Tap] = frozenset()
+    values: frozenset[Tap] = frozenset()
 
     def __or__(self, other: Taps) -> Taps:
         """What either asks for."""
-        return Taps(self.hidden | other.hidden, self.attention | other.attention)
+        return Taps(self.hidden | other.hidden, self.attention | other.attention, self.values | other.values)
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Forward:
     """By the layers that were asked for: the residual stream after that block, or the last hidden state."""
     attention: Mapping[Tap, Float[Tensor, "B H T T"]] = field(default_factory=dict)
     """Post-softmax maps, float32, by the layers that were asked for."""
+    values: Mapping[Tap, Float[Tensor, "B T W"]] = field(default_factory=dict)
+    """Value vectors of the key-value heads, one after the other, by the layers that were asked for."""
 
 
 def forward(model: PreTrainedModel, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"], taps: Taps = Taps()) -> Forward:
@@ -51,20 +54,26 @@ def forward(model: PreTrainedModel, ids: Int[Tensor, "B T"], mask: Int[Tensor, "
 
     Raises `UserError` where a layer's attention passes the attention function by.
     """
-    maps = {tap: _number(model, tap) - 1 for tap in taps.attention}
+    maps, values = ({tap: _number(model, tap) - 1 for tap in kind} for kind in (taps.attention, taps.values))
     blocks = {tap: _number(model, tap) - 1 for tap in taps.hidden if tap != "last"}
     with _block_outputs(model, frozenset(blocks.values())) as states:
-        if not maps:
-            last, recorded = last_hidden_state(model, ids, mask), {}
+        if not maps and not values:
+            last, recorder = last_hidden_state(model, ids, mask), Recorder(frozenset())
         else:
-            with attention_recorder(model, frozenset(maps.values())) as recorder:
-                last, recorded = last_hidden_state(model, ids, mask), recorder.maps
-    if missing := sorted(set(maps.values()) - set(recorded)):
-        raise UserError(f"{CANNOT.format(type(model).__name__)} in layer {missing[0] + 1}; not supported")
+            with attention_recorder(model, frozenset(maps.values()), frozenset(values.values())) as recorder:
+                last = last_hidden_state(model, ids, mask)
+    for asked, found in ((maps, recorder.maps), (values, recorder.values)):
+        if missing := sorted(set(asked.values()) - set(found)):
+            raise UserError(f"{CANNOT.format(type(model).__name__)} in layer {missing[0] + 1}; not supported")
     hidden: dict[Tap, Tensor] = {tap: states[block] for tap, block in blocks.items()}
     if "last" in taps.hidden:
         hidden["last"] = last
-    return Forward(last, hidden, {tap: recorded[block] for tap, block in maps.items()})
+    return Forward(
+        last,
+        hidden,
+        {tap: recorder.maps[block] for tap, block in maps.items()},
+        {tap: recorder.values[block] for tap, block in values.items()},
+    )
 
 
 def _number(model: PreTrainedModel, tap: Tap) -> int:

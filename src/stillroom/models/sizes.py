@@ -128,6 +128,13 @@ def _required(config: Any, name: str) -> Any:
     return value
 
 
+def value_width(config: Any) -> int:
+    """Dimensions of a token's value vectors: of all key-value heads together."""
+    text = config.get_text_config()
+    count = int(getattr(text, "num_key_value_heads", None) or heads(config))
+    return count * int(getattr(text, "head_dim", None) or _required(text, "hidden_size") // heads(config))
+
+
 def context_length(config: Any) -> int:
     """Tokens the model was made to read at once; where its configuration does not say, no bound is known."""
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize)

@@ -21,7 +21,7 @@ from stillroom.errors import UserError
 from stillroom.files import exclusive, read_json, write_json
 from stillroom.models.architecture import check_capture
 from stillroom.models.hub import tokenizer_hash
-from stillroom.models.sizes import heads, vocabulary_size, width
+from stillroom.models.sizes import heads, value_width, vocabulary_size, width
 from stillroom.offline_teacher_data.shards import Share, hold, plan_shards, token_batches
 from stillroom.offline_teacher_data.store import (
     MANIFEST,
@@ -60,8 +60,8 @@ def made_from(
         "batch_tokens": signals.batch_tokens,
         **{
             name: list(getattr(signals, name))
-            for name in ("hidden_layers", "attention_layers")
-            if getattr(signals, name) != ("last",)
+            for name in ("hidden_layers", "attention_layers", "value_layers")
+            if getattr(signals, name) != Signals.model_fields[name].default
         },
     }
 
@@ -131,9 +131,18 @@ def _layout(model: PreTrainedModel, signals: Signals) -> Layout:
     vocabulary = vocabulary_size(model)
     if signals.top_k > vocabulary:
         raise UserError(f"signals.top_k: {signals.top_k} exceeds the teacher's vocabulary of {vocabulary}")
-    shape = (signals.top_k, width(model.config), heads(model.config))
-    kept = (signals.attention_dtype, signals.hidden_layers, signals.attention_layers)
-    return Layout(*shape, signals.dtype, id_dtype(vocabulary), *kept)
+    return Layout(
+        signals.top_k,
+        width(model.config),
+        heads(model.config),
+        signals.dtype,
+        id_dtype(vocabulary),
+        signals.attention_dtype,
+        signals.hidden_layers,
+        signals.attention_layers,
+        signals.value_layers,
+        value_width(model.config) if signals.value_layers else 0,
+    )
 
 
 def _claim(store: Path, origin: dict[str, Any]) -> None:

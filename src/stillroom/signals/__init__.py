@@ -15,8 +15,9 @@ from stillroom.signals.attention_maps import AttentionMaps
 from stillroom.signals.hidden_states import HiddenStates
 from stillroom.signals.next_token import NextToken
 from stillroom.signals.signal import Column, Layout, Signal, id_dtype
+from stillroom.signals.values import Values
 
-SIGNALS = (NextToken, HiddenStates, AttentionMaps)
+SIGNALS = (NextToken, HiddenStates, AttentionMaps, Values)
 """In the order of the store's columns."""
 
 

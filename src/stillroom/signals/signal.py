@@ -35,6 +35,8 @@ class Layout:
     """`uint8_sqrt`: attention p is stored as round(255·√p); None: in `dtype`."""
     hidden_layers: tuple[Tap, ...] = ("last",)
     attention_layers: tuple[Tap, ...] = ("last",)
+    value_layers: tuple[Tap, ...] = ()
+    value_width: int = 0
 
     @classmethod
     def read(cls, described: Mapping[str, Any]) -> Layout:

@@ -10,8 +10,9 @@ from stillroom.terms.attention_maps import AttentionMaps
 from stillroom.terms.hidden_states import HiddenStates
 from stillroom.terms.next_token import NextToken, teacher_to_student_ids
 from stillroom.terms.term import Part, Term
+from stillroom.terms.value_relations import ValueRelations
 
-TERMS: tuple[Any, ...] = (HiddenStates, AttentionMaps)
+TERMS: tuple[Any, ...] = (HiddenStates, AttentionMaps, ValueRelations)
 """The white-box terms, in the order they are added up; `task` and `kd` are `NextToken`'s."""
 
 

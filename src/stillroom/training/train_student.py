@@ -203,7 +203,7 @@ def _vocabulary_map(store: SignalStore | None, tokenizer: Any, model: PreTrained
 
 
 def _check_architecture(student: DistillationStudent, items: Sequence[Prepared]) -> None:
-    check = check_capture if student.taps.attention else check_model
+    check = check_capture if student.taps.attention or student.taps.values else check_model
     ids = torch.from_numpy(items[0].encoding.ids.astype("int64"))[None].to(student.model.device)
     student.eval()
     check(student.model, ids)
