@@ -51,7 +51,8 @@ def tiny_mistral(tmp_path):
 
 def test_mistral_teaches_llama_through_their_real_tokenizers(tmp_path, tiny_mistral):
     """The study's own pair of tokenizers, all the way; files where the outline says; the outline's snippet works."""
-    path = study_file(tmp_path, *tiny_mistral)
+    sweep = {"seeds": [0], "cpus_per_trial": 1, "retries": 0, "launcher": "ray"}
+    path = study_file(tmp_path, *tiny_mistral, sweep=sweep)
     workspace, errors = run(path)
     assert errors == {}
     results = tmp_path / "results"

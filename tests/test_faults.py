@@ -167,7 +167,7 @@ def archived(folder, teacher_ref, dropout_ref):
     """A study whose teacher data is archived: its file. Trials of several seeds and groups are trained in it."""
     sub = folder / "archived"
     sub.mkdir()
-    sweep = {"seeds": [0, 1], "cpus_per_trial": 1, "retries": 0}
+    sweep = {"seeds": [0, 1], "cpus_per_trial": 1, "retries": 0, "launcher": "ray"}
     path = study_file(sub, teacher_ref.model, dropout_ref.model, signals=SMALL_SHARDS, training=TRAINING, sweep=sweep)
     for stage in ("capture", "verify", "archive"):
         done(sub / "log", stage, path)

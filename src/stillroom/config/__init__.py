@@ -205,6 +205,11 @@ class Sweep(Section):
     max_concurrent: int | None = Field(None, ge=1, description="default: as many as the GPUs (else cores) allow")
     retries: int = Field(1, ge=0, description="times a failed trial is tried again")
     keep_checkpoints: Retention = Field("last", description="best: of highest validation accuracy, the earliest such")
+    launcher: Literal["local", "ray"] | None = Field(
+        None,
+        description="`local`: trials run on this machine, without Ray; `ray`: on Ray Tune, on a machine or a cluster; "
+        "default: `ray` where address, storage or RAY_ADDRESS is given, else `local`",
+    )
     address: str | None = Field(
         None,
         description="Ray cluster, HOST:PORT or `auto`; default: RAY_ADDRESS, else a Ray of its own on this machine",
@@ -214,10 +219,19 @@ class Sweep(Section):
     )
 
     @model_validator(mode="after")
-    def _distinct(self) -> Sweep:
+    def _consistent(self) -> Sweep:
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds are repeated: {list(self.seeds)}")
+        given = [name for name in ("address", "storage") if getattr(self, name)]
+        if given and self.launcher == "local":
+            raise ValueError(f"{given[0]} is Ray's, but launcher is local: take one of them out")
         return self
+
+    def launched_by(self, environ: Mapping[str, str] = os.environ, system: str = os.name) -> Literal["local", "ray"]:
+        """What runs the trials: the launcher named, else Ray where a cluster is, or where `local` cannot run."""
+        if self.launcher:
+            return self.launcher
+        return "ray" if self.address or self.storage or environ.get("RAY_ADDRESS") or system == "nt" else "local"
 
 
 class Analysis(Section):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
 from stillroom.config import (
     Sweep,
@@ -26,10 +29,32 @@ def worker_resources(workers: int, nodes: Sequence[dict[str, float]]) -> dict[st
     return _fitting(min(max(1, int(gpus)), within), max(1, int(cores)), nodes, "--workers")[0]
 
 
+def cores(system: Path = Path("/sys/fs/cgroup")) -> int:
+    """Cores that this process may use: those it is bound to, and no more than its container's share of time."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for quota in ("cpu.max", "cpu/cpu.cfs_quota_us"):  # of cgroups' second version, and of their first
+        with suppress(OSError, ValueError):
+            text = (system / quota).read_text("ascii").split()
+            period = text[1] if len(text) > 1 else (system / "cpu/cpu.cfs_period_us").read_text("ascii")
+            if int(text[0]) > 0:  # else, or where it says "max", there is no limit
+                return max(1, min(bound, int(text[0]) // int(period)))
+    return bound
+
+
+def slots(devices: Sequence[str], gpus: float) -> list[list[str]]:
+    """The devices of each trial that runs at a time, `gpus` each; trials that share a device are last in the list."""
+    if gpus < 1:
+        return [[device] for _ in range(int(1 / gpus + 1e-9)) for device in devices]
+    size = int(gpus)
+    return [list(devices[first : first + size]) for first in range(0, len(devices) - size + 1, size)]
+
+
 def _fitting(
     gpus: float, cpus: float, nodes: Sequence[dict[str, float]], asked_by: str
 ) -> tuple[dict[str, float], int]:
     """What a job gets where there are GPUs, or else cores, and how many such jobs fit; fewer cores stop none."""
+    if gpus > 1 and gpus != int(gpus):
+        raise UserError(f"{asked_by}: {gpus} asked for; above one, a job gets whole GPUs: set {int(gpus)}")
     with_gpus = [node for node in nodes if node.get("GPU", 0) > 0 and node.get("CPU", 0) >= 1] if gpus else []
     usable = [node for node in with_gpus or nodes if node.get("GPU", 0) >= gpus or not with_gpus]
     if not usable:

@@ -20,6 +20,7 @@ from stillroom.data.corpus import examples_digest
 from stillroom.errors import UserError
 from stillroom.evaluation.baselines import Baseline
 from stillroom.experiment.jobs import CapturePlan, TrialPlan, finished, run_capture, run_trial
+from stillroom.experiment.local_sweep import sweep as sweep_here
 from stillroom.experiment.ray_sweep import capture_on_workers, sweep
 from stillroom.experiment.sources import Sources
 from stillroom.experiment.tracker import Tracker
@@ -250,7 +251,7 @@ class Workspace(Sources):
         return result
 
     def sweep(self) -> dict[str, str]:
-        """Run the trials that are missing, then write the summary; returns the errors of failed trials by name."""
+        """Run the trials that are missing, here or on Ray, and write the summary; returns failed trials' errors."""
         plans = self.plans()
         release_memory()  # the teacher's, where it ran in this process
         shown = SweepWatch(plans, self.progress)
@@ -265,8 +266,12 @@ class Workspace(Sources):
         self.tracker.check()
         write_summary(self.results)
         shown.show()
-        storage = self.study.sweep.storage or str(self.results / "ray")
-        errors = sweep(plans, self.study.sweep, storage if "://" in storage else str(Path(storage).resolve()), watch)
+        if self.study.sweep.launched_by() == "local":
+            errors = sweep_here(plans, self.study.sweep, watch)
+        else:
+            storage = self.study.sweep.storage or str(self.results / "ray")
+            where = storage if "://" in storage else str(Path(storage).resolve())
+            errors = sweep(plans, self.study.sweep, where, watch)
         write_summary(self.results)
         self._record("sweep", {"trials": len(plans), "failed": errors})
         for plan in plans:
