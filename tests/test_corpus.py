@@ -401,9 +401,8 @@ def test_prompts_leave_room_for_what_is_generated(tmp_path):
     )
     for more, fine in ((0, True), (1, False)):
         limit = f"evaluation.max_new_tokens={context - longest + more}"
-        sources = Sources(
-            load_study("quickstart", [*few, f"paths.results={tmp_path}", limit, "evaluation.official={}"])
-        )
+        changed = [*few, f"paths.results={tmp_path}", limit, "evaluation.official={}"]
+        sources = Sources(load_study("quickstart", changed))
         if fine:
             assert sources.examples.validation == fits.examples.validation
         else:

@@ -36,11 +36,14 @@ from stillroom.preflight import doctor
 from stillroom.preflight.planning import plan_study
 from stillroom.studies import load_study
 
+FEW = [f"corpus.tasks.{task}.examples=60" for task in ("sentiment", "quiz", "arithmetic")]
+FEW += [f"evaluation.official.{task}.examples=20" for task in ("sentiment", "quiz", "arithmetic")]
+
 
 @pytest.fixture
 def study(teacher_ref, student_ref):
-    """The quickstart's tasks with the test pair."""
-    return load_study("quickstart", [f"teacher.model={teacher_ref.model}", f"student.model={student_ref.model}"])
+    """The quickstart's tasks, a few examples each, with the test pair."""
+    return load_study("quickstart", [f"teacher.model={teacher_ref.model}", f"student.model={student_ref.model}", *FEW])
 
 
 @pytest.fixture
@@ -140,6 +143,7 @@ def test_what_is_refused_is_refused_by_the_doctor_and_before_the_teacher_runs(
             f"student.model={tmp_path / name if role == 'student' else study.student.model}",
             f"paths.results={tmp_path / 'results'}",
             f"paths.store={tmp_path / 'store'}",
+            *FEW,
         ],
     )
     found = [finding for finding in doctor.examine(refused) if not finding.fine]
@@ -155,7 +159,7 @@ def test_a_tokenizer_that_knows_more_than_its_model_is_refused_beforehand(tmp_pa
     tokenizer = AutoTokenizer.from_pretrained(student_ref.model)
     tokenizer.add_special_tokens({"eos_token": "<|end|>"})
     tokenizer.save_pretrained(tmp_path / "model")
-    places = [f"paths.results={tmp_path / 'results'}", f"paths.store={tmp_path / 'store'}"]
+    places = [f"paths.results={tmp_path / 'results'}", f"paths.store={tmp_path / 'store'}", *FEW]
     refused = load_study(
         "quickstart", [f"teacher.model={study.teacher.model}", f"student.model={tmp_path / 'model'}", *places]
     )
@@ -201,7 +205,7 @@ def test_native_bfloat16_is_told_by_the_processors_instructions(flags, native, m
 def test_a_dtype_that_the_device_emulates_is_warned_of(study, monkeypatch):
     """Fifty times slower, with no word said: a trial of 32 examples took over ten minutes."""
     rates = {torch.float32: 60.0, torch.bfloat16: 1.0, torch.float16: 0.5}
-    monkeypatch.setattr(doctor, "_products", lambda dtype, device: rates[dtype])
+    monkeypatch.setattr(doctor, "products", lambda dtype, device: rates[dtype])
     explicit = study.model_copy(update={"training": study.training.model_copy(update={"precision": "bfloat16"})})
     (found,) = doctor._precision(explicit)
     assert not found.fine
