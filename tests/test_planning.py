@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from typer.testing import CliRunner
@@ -89,3 +90,27 @@ def test_a_hub_that_says_no_is_no_hub_out_of_reach():
         assert not _out_of_reach(caused(known))
     for unknown in (GatedRepoError, ConnectionError, LocalEntryNotFoundError):
         assert _out_of_reach(caused(unknown))
+
+
+def test_where_there_is_no_gpu_the_hours_of_this_cpu_are_told_by_its_own_rates(monkeypatch):
+    """An emulated dtype is many times slower: the hours must say so before they are spent."""
+    rates = {torch.float32: 60.0, torch.bfloat16: 1.2, torch.float16: 1.2}
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("stillroom.preflight.planning.products", lambda dtype, device: rates[dtype])
+    slow, quick = (
+        plan_study(load_study("quickstart", [f"training.precision={dtype}"]))["cpu_hours"]
+        for dtype in ("bfloat16", "float32")
+    )
+    assert slow["training"] == pytest.approx(50 * quick["training"], rel=0.05)
+    assert slow["evaluation"] == pytest.approx(quick["evaluation"])
+
+
+def test_every_layer_that_is_kept_is_in_the_plan():
+    """A store of three layers is three times as large, and value vectors are a signal of their own."""
+    one, three = (
+        plan_study(load_study("quickstart", settings))["store_bytes"]
+        for settings in ([], ["signals.hidden_layers=[1, 2, last]", "signals.value_layers=[last]"])
+    )
+    assert three["hidden"] == pytest.approx(3 * one["hidden"])
+    assert "values" not in one
+    assert three["values"] == pytest.approx(one["hidden"] / 2)  # 4 of 8 heads of 16, against a state of 128

@@ -115,6 +115,8 @@ def verify(
     """
     workspace = open_workspace(study, set_)
     record = workspace.verify(samples, recompute)
+    if "not_checked" in record:
+        warn(f"not checked: {record['not_checked']}; `stillroom verify --recompute 20` runs the teacher instead")
     for how in ("recomputed", "with_output_head"):
         if (errors := record.get(how)) and not json:
             listed = ", ".join(f"{name} {error:.2g}" for name, error in errors.items())

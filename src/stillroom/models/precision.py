@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import platform
+import time
 from pathlib import Path
 
 import torch
@@ -91,3 +92,15 @@ def scoring_copy(model: PreTrainedModel, saved: Precision, dtype: Precision) -> 
         id(p): torch.nn.Parameter(p.detach().to(DTYPES[saved]).to(DTYPES[dtype]), False) for p in model.parameters()
     }
     return copy.deepcopy(model, cast).eval()  # deepcopy takes what is copied already from the dictionary
+
+
+def products(dtype: torch.dtype, device: torch.device) -> float:
+    """Billions of floating-point operations a second in a matrix product: the best of a few short tries."""
+    size, best = 384, 0.0
+    left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
+    for _ in range(4):
+        started = time.perf_counter()
+        product = left @ right
+        float(product[0, 0])  # waits for a GPU
+        best = max(best, 2e-9 * size**3 / (time.perf_counter() - started))
+    return best

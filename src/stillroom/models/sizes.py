@@ -63,6 +63,8 @@ class Shape:
     layers: int
     vocabulary: int
     parameters: int
+    value_width: int
+    """Of a token's value vectors, of all key-value heads together."""
 
 
 def shape_of(ref: ModelRef, assumptions: list[str]) -> Shape:
@@ -102,7 +104,8 @@ def _of(config: dict[str, Any]) -> Shape:
     inner = config.get("intermediate_size") or 4 * width
     per_layer = width * (2 * queries + 2 * keys) + 3 * width * inner + 2 * width
     embeddings = vocabulary * width * (1 if config.get("tie_word_embeddings") else 2)
-    return Shape(width, config["num_attention_heads"], layers, vocabulary, embeddings + layers * per_layer + width)
+    parameters = embeddings + layers * per_layer + width
+    return Shape(width, config["num_attention_heads"], layers, vocabulary, parameters, keys)
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

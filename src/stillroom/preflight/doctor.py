@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from stillroom.errors import UserError
 from stillroom.experiment.resources import trial_resources
 from stillroom.models.builtin_pair import materialise
 from stillroom.models.hub import is_local, load_config, load_tokenizer, require_embedded
-from stillroom.models.precision import DTYPES, default_device, resolve_precision
+from stillroom.models.precision import DTYPES, default_device, products, resolve_precision
 from stillroom.preflight.planning import plan_study
 from stillroom.provenance import hardware, package_versions
 
@@ -65,7 +64,7 @@ def _packages() -> Finding:
 def _precision(study: Study) -> Lines:
     """What `auto` stands for here, and whether a dtype that the study names is emulated by this device."""
     device = default_device()
-    rates = {dtype: _products(DTYPES[dtype], device) for dtype in ("float32", "bfloat16", "float16")}
+    rates = {dtype: products(DTYPES[dtype], device) for dtype in ("float32", "bfloat16", "float16")}
     measured = ", ".join(f"{name} {rate:,.0f}" for name, rate in rates.items())
     chosen = resolve_precision(study).training.precision
     asked = {"teacher.dtype": study.teacher.dtype, "training.precision": study.training.precision}
@@ -78,20 +77,6 @@ def _precision(study: Study) -> Lines:
         yield Finding("precision", False, f"{says}; emulated: {', '.join(slow)}; set auto, or float32")
     else:
         yield Finding("precision", True, f"{says}; training in {chosen}")
-
-
-def _products(dtype: Any, device: Any) -> float:
-    """Billions of floating-point operations a second in a matrix product: the best of a few short tries."""
-    import torch
-
-    size, best = 384, 0.0
-    left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
-    for _ in range(4):
-        started = time.perf_counter()
-        product = left @ right
-        float(product[0, 0])  # waits for a GPU
-        best = max(best, 2e-9 * size**3 / (time.perf_counter() - started))
-    return best
 
 
 def _models(study: Study) -> Lines:

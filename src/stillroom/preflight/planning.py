@@ -6,19 +6,21 @@ Where tokenizers and data sets are at hand everything is counted; what stands in
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from stillroom.config import ModelRef, Precision, Signals, Study, Training
 from stillroom.data.encoding import encode_many
 from stillroom.data.tasks import get_task
 from stillroom.errors import UserError
-from stillroom.models.precision import DTYPES
+from stillroom.models.precision import DTYPES, products, resolve_precision
 from stillroom.models.sizes import Shape, shape_of
+from stillroom.signals import signals_of
 from stillroom.signals.signal import Layout, id_dtype
 
 _TOKENS: dict[str, tuple[float, float, float]] = {
@@ -28,15 +30,36 @@ _TOKENS: dict[str, tuple[float, float, float]] = {
 }
 """Mean teacher tokens, student tokens and T(T+1)/2 of an example, under the tokenizers of Mistral and TinyLlama."""
 
-_FLOPS = 0.4 * 312e12
-"""Floating-point operations a second: 40 % of an A100's bfloat16 peak."""
-_FLOPS_FLOAT32 = 0.4 * 19.5e12
-"""The same in float32, which that card multiplies without its matrix units."""
-_BYTES_FROM_MEMORY = 0.6 * 2.0e12
-"""Bytes a second that a decoding step reads weights at: 60 % of the same card's."""
-_DECODING_STEP = 0.025
-"""Seconds that a decoding step takes to be launched, however small the model."""
 _BYTES_FROM_DISK = 1e9
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What hours are worked out for."""
+
+    name: str
+    flops: Mapping[Precision, float]
+    """Floating-point operations a second by dtype, as models reach them."""
+    bytes_from_memory: float
+    """Bytes a second that a decoding step reads weights at."""
+    launch: float
+    """Seconds that a decoding step takes at least, however small the model."""
+
+
+GPU = Machine(
+    "one A100, at 40 % of its matrix units' peak and, in float32, of what it does without them",
+    {"float32": 0.4 * 19.5e12, "bfloat16": 0.4 * 312e12, "float16": 0.4 * 312e12},
+    0.6 * 2.0e12,
+    0.025,
+)
+
+
+def this_cpu() -> Machine:
+    """This machine's processor: matrix products as they are timed now, of which models reach half."""
+    rates = {dtype: 0.5e9 * products(DTYPES[dtype], torch.device("cpu")) for dtype in GPU.flops}
+    measured = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in rates.items())
+    name = f"this CPU, at half of the matrix products it is timed at now (GFLOP/s: {measured})"
+    return Machine(name, rates, 8e9, 0.01)
 
 
 @dataclass(frozen=True)
@@ -52,10 +75,12 @@ class _Lengths:
 def plan_study(study: Study) -> dict[str, Any]:
     """The plan as nested figures.
 
-    `models`, `corpus`, `store_bytes`, `training`, `disk_bytes`, `memory_bytes`, `hours`, `assumptions`, and in
+    `models`, `corpus`, `store_bytes`, `training`, `disk_bytes`, `memory_bytes`, `hours` of a GPU, `cpu_hours` where
+    there is none here, `assumptions`, and in
     `warnings` those assumptions that stand for what cannot be reached from here. `UserError` names a field whose model
     or data set is not there or cannot be read.
     """
+    study = resolve_precision(study)
     unreached: list[str] = []
     teacher, student = (_shape(role, ref, unreached) for role, ref in _models(study).items())
     tokenizers = _tokenizers(study, unreached)
@@ -65,16 +90,11 @@ def plan_study(study: Study) -> dict[str, Any]:
     examples = sum(data.examples for data in study.corpus.tasks.values())
     tokens = {name: int(own.teacher.sum()) for name, own in lengths.items()}
     student_tokens = {name: int(own.student.sum()) for name, own in lengths.items()}
-    layout = Layout(
-        study.signals.top_k,
-        teacher.width,
-        teacher.heads,
-        study.signals.dtype,
-        id_dtype(teacher.vocabulary),
-        study.signals.attention_dtype,
-    )
-    store = _store_bytes(lengths, layout)
+    store = _store_bytes(lengths, _layout(study, teacher))
     training = _training(study, lengths)
+    machines = [GPU] if torch.cuda.is_available() else [GPU, this_cpu()]
+    hours = [_hours(study, (teacher, student), training, lengths, machine) for machine in machines]
+    assumptions += _how_hours_are_made(study, machines)
     disk = _disk(study, student, training["trials"])
     return {
         "study": study.name,
@@ -104,7 +124,8 @@ def plan_study(study: Study) -> dict[str, Any]:
                 student, teacher.width, study.training, study.evaluation.dtype, study.corpus.max_length
             ),
         },
-        "hours": _hours(study, teacher, student, sum(store.values()), training, lengths, assumptions),
+        "hours": hours[0],
+        "cpu_hours": hours[1] if len(hours) > 1 else None,
         "assumptions": assumptions,
         "warnings": unreached,
     }
@@ -222,16 +243,33 @@ def _assume(study: Study, assumptions: list[str]) -> dict[str, _Lengths]:
     return result
 
 
+def _layout(study: Study, teacher: Shape) -> Layout:
+    return Layout(
+        study.signals.top_k,
+        teacher.width,
+        teacher.heads,
+        study.signals.dtype,
+        id_dtype(teacher.vocabulary),
+        study.signals.attention_dtype,
+        study.signals.hidden_layers,
+        study.signals.attention_layers,
+        study.signals.value_layers,
+        teacher.value_width,
+    )
+
+
 def _store_bytes(lengths: dict[str, _Lengths], layout: Layout) -> dict[str, int]:
-    value, index = np.dtype(layout.dtype).itemsize, np.dtype(layout.id_dtype).itemsize
+    """By signal: what a token takes, and, of attention, what a cell of the causal triangle does."""
     tokens = sum(own.teacher.sum() for own in lengths.values())
     triangle = sum(own.triangle * len(own.teacher) for own in lengths.values())
-    return {
-        "topk": int(tokens * (layout.top_k * (value + index) + 4)),
-        "hidden": int(tokens * layout.width * value),
-        "attention": int(triangle * layout.heads * (1 if layout.attention_dtype else value)),
-        "encoding": int(tokens * 9),
-    }
+    found = {}
+    for signal in signals_of(layout):
+        found[signal.name] = 0
+        for column in signal.columns:
+            of_one, of_two = column.bytes(1), column.bytes(2)
+            cells = triangle if of_two == 3 * of_one else tokens
+            found[signal.name] += int(cells * of_one)
+    return {**{name: size for name, size in found.items() if size}, "encoding": int(tokens * 9)}
 
 
 def _training(study: Study, lengths: dict[str, _Lengths]) -> dict[str, int]:
@@ -265,48 +303,46 @@ def _disk(study: Study, student: Shape, trials: int) -> dict[str, int]:
 
 
 def _hours(
-    study: Study,
-    teacher: Shape,
-    student: Shape,
-    store_bytes: int,
-    training: dict[str, int],
-    lengths: dict[str, _Lengths],
-    assumptions: list[str],
+    study: Study, shapes: tuple[Shape, Shape], training: dict[str, int], lengths: dict[str, _Lengths], machine: Machine
 ) -> dict[str, float]:
-    """Hours of one GPU for the whole study: operations or bytes, whichever takes longer."""
-    scoring = _FLOPS_FLOAT32 if study.evaluation.dtype == "float32" else _FLOPS
-    batch, step = (
-        study.evaluation.generation_batch_size,
-        max(DTYPES[study.evaluation.dtype].itemsize * student.parameters / _BYTES_FROM_MEMORY, _DECODING_STEP),
-    )
-    assumptions += [
-        f"hours: of one GPU, all trials together, not measured; 2 FLOPs a weight and token forward, 6 in training, at "
-        f"{_FLOPS / 1e12:.0f} TFLOP/s",
-        f"evaluation: in {study.evaluation.dtype}, at {scoring / 1e12:.0f} TFLOP/s",
-        f"generation: {batch} answers at once, each to its limit; a step takes {1000 * step:.0f} ms: weights "
-        f"read at {_BYTES_FROM_MEMORY / 1e12:.1f} TB/s, {1000 * _DECODING_STEP:.0f} ms at least",
-        "left out: adapting the teacher, evaluating both models untrained, the validation loss, gradient measurements",
-        f"the store is written once, and read beside the training of each epoch, at {_BYTES_FROM_DISK / 1e9:.0f} GB/s",
-    ]
-
+    """Hours of a machine for the whole study: operations or bytes, whichever takes longer."""
+    teacher, student = shapes
+    dtype, batch = study.evaluation.dtype, study.evaluation.generation_batch_size
+    read_weights = DTYPES[dtype].itemsize * student.parameters / machine.bytes_from_memory
+    step = max(read_weights, 2 * student.parameters * batch / machine.flops[dtype], machine.launch)
+    store = sum(_store_bytes(lengths, _layout(study, teacher)).values()) / _BYTES_FROM_DISK
     kinds = {name: get_task(name, data).kind for name, data in study.corpus.tasks.items()}
 
     def evaluation(examples: dict[str, float]) -> float:
         read = sum(count * float(lengths[name].student.mean()) for name, count in examples.items())
         written = sum(count for name, count in examples.items() if kinds[name] == "generation")
-        return 2 * student.parameters * read / scoring + written / batch * study.evaluation.max_new_tokens * step
+        batches = written / batch * study.evaluation.max_new_tokens * step
+        return 2 * student.parameters * read / machine.flops[dtype] + batches
 
     held_out = {name: max(1.0, study.corpus.validation_share * len(own.student)) for name, own in lengths.items()}
     official = {name: float(split.examples) for name, split in study.official.items()}
-    computed = 6 * student.parameters * training["tokens_per_trial"] / _FLOPS
+    computed = 6 * student.parameters * training["tokens_per_trial"] / machine.flops[study.training.precision]
     tokens = sum(float(own.teacher.sum()) for own in lengths.values())
     seconds = {
-        "teacher": 2 * teacher.parameters * tokens / _FLOPS + store_bytes / _BYTES_FROM_DISK,
-        "training": training["trials"] * max(computed, study.training.epochs * store_bytes / _BYTES_FROM_DISK),
+        "teacher": 2 * teacher.parameters * tokens / machine.flops[study.teacher.dtype] + store,
+        "training": training["trials"] * max(computed, study.training.epochs * store),
         "evaluation": training["trials"] * study.training.epochs * evaluation(held_out),
         "official_evaluation": training["trials"] * evaluation(official),
     }
     return {name: value / 3600 for name, value in seconds.items()}
+
+
+def _how_hours_are_made(study: Study, machines: Sequence[Machine]) -> list[str]:
+    return [
+        "hours: all trials together, one after the other, not measured; 2 FLOPs per weight and token forward, 6 in "
+        "training",
+        *(f"hours of {machine.name}" for machine in machines),
+        f"evaluation: in {study.evaluation.dtype}; generation: {study.evaluation.generation_batch_size} answers at "
+        "once, each to its limit",
+        "left out: fine-tuning the teacher, evaluating both models before training, the validation loss, gradient "
+        "measurements",
+        f"the store is written once, and read beside the training of each epoch, at {_BYTES_FROM_DISK / 1e9:.0f} GB/s",
+    ]
 
 
 def print_plan(plan: dict[str, Any], as_json: bool = False) -> None:
@@ -326,6 +362,9 @@ def print_plan(plan: dict[str, Any], as_json: bool = False) -> None:
     console.print(_table("Disk for students", ("what", "size"), _rows(plan["disk_bytes"], _bytes)))
     console.print(_table("Memory at the peak, estimated", ("stage", "size"), _rows(plan["memory_bytes"], _bytes)))
     console.print(_table("GPU hours, estimated", ("stage", "hours"), _rows(plan["hours"], "{:.2f}".format)))
+    if plan["cpu_hours"]:
+        hours = _rows(plan["cpu_hours"], "{:.2f}".format)
+        console.print(_table("Hours of this CPU, estimated", ("stage", "hours"), hours))
     console.print("Assumptions")
     for assumption in plan["assumptions"]:
         console.print(f"  - {assumption}", markup=False, highlight=False)
