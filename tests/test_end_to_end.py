@@ -18,8 +18,8 @@ from recompute_report import check_report
 from setups import dense
 from stillroom.afterwards.export import export_trial
 from stillroom.analysis.escaping import markdown_plain
-from stillroom.analysis.report import print_table
 from stillroom.analysis.results import StudyResults
+from stillroom.cli.printing import print_table
 from stillroom.config import ModelRef
 from stillroom.data.tasks import TASKS
 from stillroom.errors import UserError

@@ -13,9 +13,10 @@ import pytest
 from recompute_report import check_report
 from stillroom.analysis.escaping import latex_escaped
 from stillroom.analysis.frame import SUMMARY, write_summary
-from stillroom.analysis.report import print_table, write_report
+from stillroom.analysis.report import write_report
 from stillroom.analysis.results import StudyResults
 from stillroom.analysis.sameness import identical_groups
+from stillroom.cli.printing import print_table
 from stillroom.config import EXPERIMENT
 from stillroom.data.corpus import folded
 from stillroom.errors import UserError

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from stillroom.analysis.figures import save_figure, study_figures
-from stillroom.analysis.frame import Spread, group_table, worse_or_equal
+from stillroom.analysis.frame import group_table, worse_or_equal
 from stillroom.analysis.paper import study_tables, write_paper
 from stillroom.analysis.results import StudyResults
 from stillroom.analysis.verdicts import Answer, Evidence, answer_questions
@@ -244,32 +243,3 @@ def _environment() -> Environment:
         f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
     )
     return environment
-
-
-def print_table(folder: Path) -> None:
-    """The groups' accuracies on the terminal, the questions' answers, and what must be known beside them."""
-    from rich.console import Console
-    from rich.table import Table
-
-    results = StudyResults.read(folder)
-    table = Table(title=f"{results.study['name']}: validation accuracy, mean ± standard deviation over seeds")
-    for heading in ("group", "seeds", *results.accuracy_keys):
-        first = heading == "group"  # on 80 columns, room for "student before" and three tasks of "90.0 ± 1.2"
-        table.add_column(heading, justify="left" if first else "right", min_width=14 if first else None)
-    for row in group_table(results.measured, results.groups, results.baseline_metrics, results.accuracy_keys):
-        seeds = str(row.seeds) if row.name in results.groups else "–"
-        table.add_row(row.name, seeds, *(_cell(cell) for cell in row.cells.values()))
-    console = Console()
-    console.print(table)
-    for answer in answers_of(results, bootstrap=False):
-        console.print(f"{answer.question} {answer.answer}", markup=False, highlight=False, soft_wrap=True)
-    for error in errors_of(results):
-        console.print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True, style="bold red")
-    for warning in warnings_of(results):
-        console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _cell(cell: Spread) -> str:
-    if math.isnan(cell.mean):
-        return "–"
-    return f"{100 * cell.mean:.1f}" + ("" if math.isnan(cell.std) else f" ± {100 * cell.std:.1f}")

@@ -37,10 +37,9 @@ def inspect(
         describe_example,
         describe_store,
         find_example,
-        print_example,
-        print_store,
         text_of,
     )
+    from stillroom.cli.printing import print_example, print_store
     from stillroom.config import ModelRef
     from stillroom.files import atomic_path
     from stillroom.offline_teacher_data.store import SignalStore

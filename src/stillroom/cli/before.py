@@ -15,7 +15,8 @@ def plan(study: StudyArgument, set_: SetOption = None, json: JsonOption = False)
 
     Example: stillroom plan paper
     """
-    from stillroom.preflight.planning import plan_study, print_plan
+    from stillroom.cli.printing import print_plan
+    from stillroom.preflight.planning import plan_study
     from stillroom.studies import load_study
 
     planned = plan_study(load_study(study, set_ or []))
@@ -32,7 +33,8 @@ def doctor(study: StudyArgument, set_: SetOption = None, json: JsonOption = Fals
 
     Example: stillroom doctor paper
     """
-    from stillroom.preflight.doctor import examine, print_findings
+    from stillroom.cli.printing import print_findings
+    from stillroom.preflight.doctor import examine
     from stillroom.studies import load_study
 
     findings = examine(load_study(study, set_ or []))

@@ -38,7 +38,7 @@ def run(study: StudyArgument, set_: SetOption = None, json: JsonOption = False) 
     workspace.adapt()
     _tell_baselines(workspace.baselines(), json)
     workspace.capture()
-    workspace.verify()
+    _tell_unchecked(workspace.verify())
     workspace.archive()
     errors = workspace.sweep()
     workspace.report()
@@ -115,8 +115,7 @@ def verify(
     """
     workspace = open_workspace(study, set_)
     record = workspace.verify(samples, recompute)
-    if "not_checked" in record:
-        warn(f"not checked: {record['not_checked']}; `stillroom verify --recompute 20` runs the teacher instead")
+    _tell_unchecked(record)
     for how in ("recomputed", "with_output_head"):
         if (errors := record.get(how)) and not json:
             listed = ", ".join(f"{name} {error:.2g}" for name, error in errors.items())
@@ -201,7 +200,7 @@ def report(
 
 
 def _finish_report(folder: Path, as_json: bool, errors: dict[str, str]) -> None:
-    from stillroom.analysis.report import print_table
+    from stillroom.cli.printing import print_table
 
     path = folder / "report.html"
     BARS.close()
@@ -232,6 +231,11 @@ def _tell_unusable(workspace: Workspace) -> None:
         for task, fault in faults.items():
             many = f"{counts[task]['unusable']} of {counts[task]['source_rows']} rows cannot be used and are left out"
             warn(f"{task}: {many}; the first is {fault}")
+
+
+def _tell_unchecked(record: dict[str, Any]) -> None:
+    if "not_checked" in record:
+        warn(f"not checked: {record['not_checked']}; `stillroom verify --recompute 20` runs the teacher instead")
 
 
 def _fail_on(errors: dict[str, str]) -> None:

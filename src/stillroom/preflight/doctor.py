@@ -296,13 +296,3 @@ def _first_line(error: Exception) -> str:
 
 def _size(value: float) -> str:
     return f"{value / 1e9:.1f} GB" if value >= 1e8 else f"{value / 1e6:.1f} MB"
-
-
-def print_findings(findings: list[Finding]) -> None:
-    """Print a line each."""
-    from rich.console import Console
-
-    console = Console()
-    for finding in findings:
-        line = f"{'ok  ' if finding.fine else 'todo'} {finding.subject}: {finding.says}"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)

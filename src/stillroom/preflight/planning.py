@@ -5,8 +5,7 @@ Where tokenizers and data sets are at hand everything is counted; what stands in
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -343,59 +342,6 @@ def _how_hours_are_made(study: Study, machines: Sequence[Machine]) -> list[str]:
         "measurements",
         f"the store is written once, and read beside the training of each epoch, at {_BYTES_FROM_DISK / 1e9:.0f} GB/s",
     ]
-
-
-def print_plan(plan: dict[str, Any], as_json: bool = False) -> None:
-    """The plan as a table, or as JSON."""
-    if as_json:
-        print(json.dumps(plan, indent=2))
-        return
-    from rich.console import Console
-
-    console = Console()
-    sizes = ("width", "heads", "layers", "vocabulary", "parameters")
-    models = [(f"{role} {own['model']}", *(f"{own[k]:,}" for k in sizes)) for role, own in plan["models"].items()]
-    console.print(_table("Models", ("model", *sizes), models))
-    console.print(_table("Corpus", ("task", "examples", "teacher tokens", "student tokens"), _corpus_rows(plan)))
-    console.print(_table("Teacher data", ("signal", "size"), _rows(plan["store_bytes"], _bytes)))
-    console.print(_table("Training", ("what", "count"), _rows(plan["training"], "{:,}".format)))
-    console.print(_table("Disk for students", ("what", "size"), _rows(plan["disk_bytes"], _bytes)))
-    console.print(_table("Memory at the peak, estimated", ("stage", "size"), _rows(plan["memory_bytes"], _bytes)))
-    console.print(_table("GPU hours, estimated", ("stage", "hours"), _rows(plan["hours"], "{:.2f}".format)))
-    if plan["cpu_hours"]:
-        hours = _rows(plan["cpu_hours"], "{:.2f}".format)
-        console.print(_table("Hours of this CPU, estimated", ("stage", "hours"), hours))
-    console.print("Assumptions")
-    for assumption in plan["assumptions"]:
-        console.print(f"  - {assumption}", markup=False, highlight=False)
-
-
-def _corpus_rows(plan: dict[str, Any]) -> list[tuple[str, ...]]:
-    corpus = plan["corpus"]
-    rows = {**corpus["by_task"], "total": corpus}
-    return [(n, *(f"{own[k]:,}" for k in ("examples", "teacher_tokens", "student_tokens"))) for n, own in rows.items()]
-
-
-def _rows(values: dict[str, Any], show: Callable[[Any], str]) -> list[tuple[str, ...]]:
-    return [(name.replace("_", " "), show(value)) for name, value in values.items()]
-
-
-def _table(title: str, headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> Any:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _bytes(value: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= size:
-            return f"{value / size:.2f} {unit}"
-    return f"{value} B"
 
 
 def capture_memory(teacher: Shape, dtype: Precision, signals: Signals, longest: int) -> int:

@@ -1,0 +1,169 @@
+"""How facts are shown on a terminal; the rest of the package returns them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stillroom.analysis.frame import Spread
+    from stillroom.preflight.doctor import Finding
+
+
+def print_plan(plan: dict[str, Any], as_json: bool = False) -> None:
+    """The plan as a table, or as JSON."""
+    if as_json:
+        print(json.dumps(plan, indent=2))
+        return
+    from rich.console import Console
+
+    console = Console()
+    sizes = ("width", "heads", "layers", "vocabulary", "parameters")
+    models = [(f"{role} {own['model']}", *(f"{own[k]:,}" for k in sizes)) for role, own in plan["models"].items()]
+    console.print(_table("Models", ("model", *sizes), models))
+    console.print(_table("Corpus", ("task", "examples", "teacher tokens", "student tokens"), _corpus_rows(plan)))
+    console.print(_table("Teacher data", ("signal", "size"), _rows(plan["store_bytes"], _bytes)))
+    console.print(_table("Training", ("what", "count"), _rows(plan["training"], "{:,}".format)))
+    console.print(_table("Disk for students", ("what", "size"), _rows(plan["disk_bytes"], _bytes)))
+    console.print(_table("Memory at the peak, estimated", ("stage", "size"), _rows(plan["memory_bytes"], _bytes)))
+    console.print(_table("GPU hours, estimated", ("stage", "hours"), _rows(plan["hours"], "{:.2f}".format)))
+    if plan["cpu_hours"]:
+        hours = _rows(plan["cpu_hours"], "{:.2f}".format)
+        console.print(_table("Hours of this CPU, estimated", ("stage", "hours"), hours))
+    console.print("Assumptions")
+    for assumption in plan["assumptions"]:
+        console.print(f"  - {assumption}", markup=False, highlight=False)
+
+
+def _corpus_rows(plan: dict[str, Any]) -> list[tuple[str, ...]]:
+    corpus = plan["corpus"]
+    rows = {**corpus["by_task"], "total": corpus}
+    return [(n, *(f"{own[k]:,}" for k in ("examples", "teacher_tokens", "student_tokens"))) for n, own in rows.items()]
+
+
+def _rows(values: dict[str, Any], show: Callable[[Any], str]) -> list[tuple[str, ...]]:
+    return [(name.replace("_", " "), show(value)) for name, value in values.items()]
+
+
+def _table(title: str, headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _bytes(value: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= size:
+            return f"{value / size:.2f} {unit}"
+    return f"{value} B"
+
+
+def print_findings(findings: list[Finding]) -> None:
+    """Print a line each."""
+    from rich.console import Console
+
+    console = Console()
+    for finding in findings:
+        line = f"{'ok  ' if finding.fine else 'todo'} {finding.subject}: {finding.says}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_store(facts: dict[str, Any]) -> None:
+    """The summary on the terminal."""
+    from rich.console import Console
+
+    from stillroom.analysis.escaping import control_free
+
+    console = Console()
+    layout = facts["layout"]
+    lines = [
+        f"{facts['store']}: {facts['examples']:,} examples, {facts['tokens']:,} teacher tokens, "
+        f"{facts['bytes'] / 1e6:.1f} MB in {facts['shards']} shards, "
+        f"{'verified' if facts['verified'] else 'not verified'}, made {facts['created']}",
+        f"a token: top {layout['top_k']} next tokens, hidden state of {layout['width']}, {layout['heads']} heads' "
+        f"attention, in {layout['dtype']}; hidden mean square {facts['hidden_mean_square']:.4g}",
+        *(f"{task}: {own['examples']:,} examples, {own['tokens']:,} tokens" for task, own in facts["tasks"].items()),
+        *(f"made from {key}: {value}" for key, value in facts["made_from"].items()),
+    ]
+    for line in lines:
+        console.print(control_free(line), markup=False, highlight=False, soft_wrap=True)
+
+
+def print_example(facts: dict[str, Any]) -> None:
+    """The text cut into tokens, then a line per teacher token."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from stillroom.afterwards.inspection import visible
+
+    console = Console()
+    sides = [side for side in ("teacher", "student") if side in facts]
+    for side in sides:
+        cut = "".join(f"{visible(token['token'])}{'│' if token['shared'] else '·'}" for token in facts[side])
+        console.print(f"{side} ({len(facts[side])} tokens): {cut}", markup=False, highlight=False, soft_wrap=True)
+    if "pairs" in facts:
+        says = f"│ both end here, · one alone; {facts['covered']:.0%} of the student's tokens of text are aligned"
+        console.print(says, markup=False, highlight=False, soft_wrap=True)
+    partner = dict(facts.get("pairs", []))
+    table = Table(title="The teacher's tokens, and what it expects after each")
+    for heading in ("#", "token", "end", "student #", "expects next", "tail", "other", "norm"):
+        table.add_column(heading, justify="left" if heading in ("token", "expects next") else "right")
+    for token in facts["teacher"]:
+        expected = ", ".join(f"‘{visible(p['token'])}’ {p['probability']:.0%}" for p in token["predictions"])
+        other = f"{token['other']:.1%}" if "other" in token else "–"
+        cells = (
+            token["position"],
+            f"‘{visible(token['token'])}’",
+            token["end"],
+            partner.get(token["position"], "–"),
+            expected,
+        )
+        table.add_row(*map(_plain, cells), f"{token['tail']:.1%}", other, f"{token['hidden_norm']:.3g}")
+    console.print(table)
+
+
+def _plain(cell: Any) -> str:
+    from rich.markup import escape
+
+    return escape(str(cell))
+
+
+def print_table(folder: Path) -> None:
+    """The groups' accuracies on the terminal, the questions' answers, and what must be known beside them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from stillroom.analysis.frame import group_table
+    from stillroom.analysis.report import answers_of, errors_of, warnings_of
+    from stillroom.analysis.results import StudyResults
+
+    results = StudyResults.read(folder)
+    table = Table(title=f"{results.study['name']}: validation accuracy, mean ± standard deviation over seeds")
+    for heading in ("group", "seeds", *results.accuracy_keys):
+        first = heading == "group"  # on 80 columns, room for "student before" and three tasks of "90.0 ± 1.2"
+        table.add_column(heading, justify="left" if first else "right", min_width=14 if first else None)
+    for row in group_table(results.measured, results.groups, results.baseline_metrics, results.accuracy_keys):
+        seeds = str(row.seeds) if row.name in results.groups else "–"
+        table.add_row(row.name, seeds, *(_cell(cell) for cell in row.cells.values()))
+    console = Console()
+    console.print(table)
+    for answer in answers_of(results, bootstrap=False):
+        console.print(f"{answer.question} {answer.answer}", markup=False, highlight=False, soft_wrap=True)
+    for error in errors_of(results):
+        console.print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True, style="bold red")
+    for warning in warnings_of(results):
+        console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _cell(cell: Spread) -> str:
+    if math.isnan(cell.mean):
+        return "–"
+    return f"{100 * cell.mean:.1f}" + ("" if math.isnan(cell.std) else f" ± {100 * cell.std:.1f}")
