@@ -41,7 +41,7 @@ docs: install
 SMOKE := --set 'groups=[task_only, combined]' --set 'sweep.seeds=[0]' --set training.epochs=1 \
 	--set teacher.adapt.training.epochs=1 --set signals.minimum_coverage=0 --set evaluation.max_new_tokens=8 \
 	$(foreach task,sentiment quiz arithmetic,--set corpus.tasks.$(task).examples=60 \
-		--set evaluation.official.$(task).examples=20)
+		--set evaluation.test_splits.$(task).examples=20)
 
 # The clean environment sees the packages of .venv by path, so that torch is not fetched twice; pip still refuses a
 # declared dependency that is not there, and the package itself can only come from the wheel.

@@ -2,7 +2,7 @@
 
     python benchmarks/harness_agreement.py small results/.../checkpoint_2 --examples 100 --output agreement.json
 
-STUDY names the tasks and their official splits, MODEL is any causal model's directory. For each task the rows drawn
+STUDY names the tasks and their test splits, MODEL is any causal model's directory. For each task the rows drawn
 and a task definition are written to a folder, from which the harness is run on the same model in the same precision;
 for sst2, mmlu and gsm8k the definition includes the harness's own, so that prompts and readings are its, not ours.
 Prints agreement by task and ends with exit code 1 where a task has less than 99.5 %.
@@ -47,20 +47,20 @@ _READINGS = {"strict-match": "extract_strict", "flexible-extract": "extract_flex
 
 
 def drawn(study: Study, count: int, tokenizer: Any, max_length: int) -> dict[str, list[tuple[dict[str, Any], Example]]]:
-    """Up to `count` rows of each official split, at random but always the same, each with our example of it.
+    """Up to `count` rows of each test split, at random but always the same, each with our example of it.
 
     None longer than `max_length` tokens: the harness would cut its beginning off.
     """
     found = {}
-    for name, data in study.official.items():
+    for name, data in study.test_splits.items():
         task = get_task(name, data)
-        rows = list(load_rows(task, data, study.corpus.sample_seed + 1, f"evaluation.official.{name}"))
+        rows = list(load_rows(task, data, study.corpus.sample_seed + 1, f"evaluation.test_splits.{name}"))
         random.Random(0).shuffle(rows)
         pairs = ((row, task.build(row)) for row in rows)
         short = ((row, own) for row, own in pairs if fits(encode(tokenizer, own.text), max_length))
         found[name] = list(islice(short, count))
     if not found:
-        raise UserError(f"study {study.name!r} names no official splits: set evaluation.official")
+        raise UserError(f"study {study.name!r} names no test splits: set evaluation.test_splits")
     return found
 
 
@@ -260,7 +260,7 @@ def disagreements(found: dict[str, dict[str, Any]]) -> list[str]:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("study", help="a shipped study's name or a YAML file; evaluation.official names the splits")
+    parser.add_argument("study", help="a shipped study's name or a YAML file; evaluation.test_splits names the splits")
     parser.add_argument("model", help="directory of the model and its tokenizer")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="override a field of the study")
     parser.add_argument("--examples", type=int, default=100, help="examples a task, at most (default 100)")

@@ -30,8 +30,8 @@ def study_arguments(description: str | None, examples: int | None, rounds: int =
 
 
 def open_study(options: argparse.Namespace, folder: Path) -> Workspace:
-    """The study with everything it makes in `folder`, and no official splits."""
-    places = [f"paths.results={folder / 'results'}", f"paths.store={folder / 'store'}", "evaluation.official={}"]
+    """The study with everything it makes in `folder`, and no test splits."""
+    places = [f"paths.results={folder / 'results'}", f"paths.store={folder / 'store'}", "evaluation.test_splits={}"]
     return Workspace(load_study(options.study, [*options.set, *places]))
 
 

@@ -10,7 +10,7 @@ MISTAKES = [
         "groups=[{name: x, terms: [kd], kd: {temprature: 2}}]",
         "kd.temprature: unknown key; did you mean temperature?",
     ),
-    ("evaluation.official.quiz.splt=x", "unknown key; did you mean split?"),
+    ("evaluation.test_splits.quiz.splt=x", "unknown key; did you mean split?"),
     ("teacher.adapt.training.epoch=1", "unknown key; did you mean epochs?"),
     ("training.zzz=1", "training.zzz: unknown key (given 1)"),
     ("training.epochs=0", "training.epochs"),

@@ -169,18 +169,18 @@ def check_report(results, bootstrap=True):
     seeds, alpha = study["sweep"]["seeds"], study["analysis"]["alpha"]
     tasks = sorted(study["corpus"]["tasks"])
     checked = check_accuracy(tables["accuracy-table"], results, trials, tasks)
-    if "official-table" in tables:
-        official = {
+    if "test-table" in tables:
+        test = {
             (result["config"]["distill_type"], result["config"]["seed"]): (
                 pd.read_parquet(
-                    results / "knowledge_distillation_experiment" / result["trial"] / "predictions_official.parquet"
+                    results / "knowledge_distillation_experiment" / result["trial"] / "predictions_test.parquet"
                 ),
                 result,
             )
             for _, result in trials.values()
         }
-        own = sorted(study["evaluation"]["official"])
-        checked += check_accuracy(tables["official-table"], results, official, own, "_official")
+        own = sorted(study["evaluation"]["test_splits"])
+        checked += check_accuracy(tables["test-table"], results, test, own, "_test")
     checked += check_others(tables["others-table"], results, trials, tasks)
     checked += check_shares(tables["gradients-table"], trials)
     checked += check_coverage(tables.get("coverage-table", [[]]), trials)

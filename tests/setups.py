@@ -125,9 +125,7 @@ def reference_means(student_ref, teacher_ref, setup, examples, top_k=32, **kd):
 def run(folder, student_ref, store, examples, group="combined", seed=0, **changes):
     """Train one trial with small settings."""
     options = {
-        k: changes.pop(k)
-        for k in ("report", "keep_checkpoints", "adapter", "minimum_coverage", "official")
-        if k in changes
+        k: changes.pop(k) for k in ("report", "keep_checkpoints", "adapter", "minimum_coverage", "test") if k in changes
     }
     training = TRAINING.model_copy(update=changes)
     trial = Trial("t", GROUPS[group], seed)

@@ -108,10 +108,10 @@ def write_results(folder, seeds=(0, 1, 2), drop=(), overrides=(), rename=lambda 
     by_task = {name: [e for e in examples if e.task == name] for name in SIZES}
     train = [e for own in by_task.values() for e in own[:2]]
     held_out = [e for own in by_task.values() for e in own[2:]]
-    official = {name: {"used": size, "source_rows": 500, "in_corpus": 1} for name, size in SIZES.items()}
-    save_corpus(Examples(train, held_out, counts, held_out, official), folder / "corpus", "0123456789abcdef")
+    test = {name: {"used": size, "source_rows": 500, "in_corpus": 1} for name, size in SIZES.items()}
+    save_corpus(Examples(train, held_out, counts, held_out, test), folder / "corpus", "0123456789abcdef")
     for name, chance in (("teacher", 0.9), ("student", 0.3)):
-        for suffix, split in (("", "validation"), ("_official", "test")):
+        for suffix, split in (("", "validation"), ("_test", "test")):
             own = predictions_of(held_out, chance, rng)
             save_predictions(own, folder / "baselines" / f"{name}{suffix}.parquet")
             metrics = {"fingerprint": f"{name}{suffix}", "identity": name, "metrics": accuracy_metrics(own, split)}
@@ -125,14 +125,14 @@ def write_results(folder, seeds=(0, 1, 2), drop=(), overrides=(), rename=lambda 
             if (group.name, number) in drop:
                 write_json(trial / "error.json", {"error": rename("RuntimeError: it broke"), "traceback": ""})
                 continue
-            own, official = (predictions_of(held_out, CHANCES[group.name] + rng.normal(0, 0.02), rng) for _ in "ab")
+            own, test = (predictions_of(held_out, CHANCES[group.name] + rng.normal(0, 0.02), rng) for _ in "ab")
             save_predictions(own, trial / "predictions.parquet")
-            save_predictions(official, trial / "predictions_official.parquet")
+            save_predictions(test, trial / "predictions_test.parquet")
             result = result_of(name, group, number, study, own, rng)
-            result["metrics"] = [*result["metrics"], *accuracy_metrics(official, "test")]
+            result["metrics"] = [*result["metrics"], *accuracy_metrics(test, "test")]
             write_json(trial / "result.json", result)
     planned = {"study": study.model_dump(mode="json"), "snapshot": "offline_teacher_data_20260101T000000Z"}
-    names = [f"{name}{suffix}" for name in ("teacher", "student") for suffix in ("", "_official")]
+    names = [f"{name}{suffix}" for name in ("teacher", "student") for suffix in ("", "_test")]
     planned |= dict.fromkeys(("fingerprint", "corpus"), "0123456789abcdef") | {"baselines": {n: n for n in names}}
     write_json(folder / PLANNED, {**planned, "trials": trials})
     write_summary(folder)

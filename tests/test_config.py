@@ -46,22 +46,22 @@ def test_paper_is_the_study_as_given():
     assert study.signals.top_k == 256
 
 
-def test_official_splits_are_those_of_the_published_figures():
+def test_the_test_splits_are_those_of_the_published_figures():
     """Whole in the paper study, on the corpus's data sets and revisions; a split from elsewhere inherits neither."""
     study = load_study("paper")
-    found = {n: (d.dataset, d.subset, d.split, d.examples) for n, d in study.official.items()}
+    found = {n: (d.dataset, d.subset, d.split, d.examples) for n, d in study.test_splits.items()}
     assert found == {
         "sst2": ("nyu-mll/glue", "sst2", "validation", 872),
         "mmlu": ("cais/mmlu", "all", "test", 14042),
         "gsm8k": ("openai/gsm8k", "main", "test", 1319),
     }
-    assert all(data.revision == study.corpus.tasks[name].revision for name, data in study.official.items())
-    other = load_study("paper", ["evaluation.official.sst2.dataset=other/data"]).official["sst2"]
+    assert all(data.revision == study.corpus.tasks[name].revision for name, data in study.test_splits.items())
+    other = load_study("paper", ["evaluation.test_splits.sst2.dataset=other/data"]).test_splits["sst2"]
     assert (other.dataset, other.subset, other.revision, other.split) == ("other/data", None, None, "validation")
-    subset = load_study("paper", ["evaluation.official.sst2.subset=cola"]).official["sst2"]
+    subset = load_study("paper", ["evaluation.test_splits.sst2.subset=cola"]).test_splits["sst2"]
     assert (subset.dataset, subset.subset) == (study.corpus.tasks["sst2"].dataset, "cola")
-    with pytest.raises(UserError, match=r"evaluation.official names the task 'quiz', which corpus.tasks has not"):
-        load_study("paper", ["evaluation.official.quiz={split: test, examples: 9}"])
+    with pytest.raises(UserError, match=r"evaluation.test_splits names the task 'quiz', which corpus.tasks has not"):
+        load_study("paper", ["evaluation.test_splits.quiz={split: test, examples: 9}"])
 
 
 def test_groups_switch_on_the_terms_of_the_table():

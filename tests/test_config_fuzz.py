@@ -60,7 +60,7 @@ def fields(node, above=()):
 
 MORE = "paths.store paths.results sweep.storage sweep.address corpus.tasks.own.choice.choices training.precision "
 MORE += (
-    "corpus.tasks.own.generation.pattern corpus.tasks.own.choice.prompt evaluation.official.quiz.split groups.0.name"
+    "corpus.tasks.own.generation.pattern corpus.tasks.own.choice.prompt evaluation.test_splits.quiz.split groups.0.name"
 )
 FIELDS = sorted({field for text in SHIPPED for field in fields(yaml.safe_load(text))} | set(MORE.split()))
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import normalizers
 
-from stillroom.config import ChoiceColumns, Corpus, OfficialSplit, TaskColumns, TaskData
+from stillroom.config import BenchmarkSplit, ChoiceColumns, Corpus, TaskColumns, TaskData
 from stillroom.data.corpus import (
     Examples,
     _read_lines,
@@ -24,7 +24,7 @@ from stillroom.data.corpus import (
     load_corpus,
     save_corpus,
     split,
-    with_official,
+    with_test_splits,
 )
 from stillroom.data.encoding import encode, encode_many
 from stillroom.data.tasks import TASKS, Example, get_task
@@ -242,7 +242,12 @@ def test_rows_that_change_while_they_are_read_are_refused(tmp_path, monkeypatch)
     lines = [json.dumps({"sentence": f"film number {n}", "label": n % 2}) for n in range(20)]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     tasks = json.dumps({"sst2": {"dataset": str(tmp_path / "rows.jsonl"), "examples": 10}})
-    given = [f"paths.results={tmp_path / 'results'}", f"corpus.tasks={tasks}", "analysis={}", "evaluation.official={}"]
+    given = [
+        f"paths.results={tmp_path / 'results'}",
+        f"corpus.tasks={tasks}",
+        "analysis={}",
+        "evaluation.test_splits={}",
+    ]
 
     def build(*arguments):
         built = build_corpus(*arguments)
@@ -283,9 +288,9 @@ def test_a_choice_without_tokens_of_its_own_is_refused(
     name = re.escape(f"{message} under the tokenizer of {student_ref.model}")
     with pytest.raises(UserError, match=f"corpus.tasks.own: {name}"):
         build_corpus(settings, [plain, strange])
-    official = {"own": settings.tasks["own"]}
-    with pytest.raises(UserError, match=f"evaluation.official.own: {name}"):
-        with_official(Examples([], [], {}), official, settings, [plain, strange], 256)
+    test = {"own": settings.tasks["own"]}
+    with pytest.raises(UserError, match=f"evaluation.test_splits.own: {name}"):
+        with_test_splits(Examples([], [], {}), test, settings, [plain, strange], 256)
 
 
 def test_a_missing_split_lists_those_there_are(tmp_path, tokenizers):
@@ -297,13 +302,13 @@ def test_a_missing_split_lists_those_there_are(tmp_path, tokenizers):
 
 
 def with_validation(tmp_path, settings, rows, examples, tokenizers, max_length=256):
-    """The corpus of `settings` with an official split of these rows, in the same folder."""
+    """The corpus of `settings` with a test split of these rows, in the same folder."""
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "sst2" / "validation.parquet")
-    split = OfficialSplit(split="validation", examples=examples).data(settings.tasks["sst2"])
-    return with_official(build_corpus(settings, tokenizers), {"sst2": split}, settings, tokenizers, max_length)
+    split = BenchmarkSplit(split="validation", examples=examples).data(settings.tasks["sst2"])
+    return with_test_splits(build_corpus(settings, tokenizers), {"sst2": split}, settings, tokenizers, max_length)
 
 
-def test_official_examples_in_the_corpus_are_dropped_and_counted(tmp_path, tokenizers):
+def test_the_test_examples_in_the_corpus_are_dropped_and_counted(tmp_path, tokenizers):
     """Whatever their white space and case; those too long for the models too; duplicates stay; the rest is all used."""
     settings = local(tmp_path, ROWS, 40)
     rows = [
@@ -315,38 +320,40 @@ def test_official_examples_in_the_corpus_are_dropped_and_counted(tmp_path, token
     ]
     built = with_validation(tmp_path, settings, rows, len(rows), tokenizers)
     counts = {"used": 21, "source_rows": 24, "unusable": 0, "in_corpus": 2, "too_long": 1}
-    assert built.official_counts == {"sst2": counts}
-    assert sorted(e.prompt.split("\n")[0] for e in built.official) == sorted(r["sentence"] for r in rows[3:])
+    assert built.test_counts == {"sst2": counts}
+    assert sorted(e.prompt.split("\n")[0] for e in built.test) == sorted(r["sentence"] for r in rows[3:])
     assert built.all == build_corpus(settings, tokenizers).all
-    some = with_validation(tmp_path, settings, rows, 10, tokenizers).official
-    assert some == built.official[:10]
+    some = with_validation(tmp_path, settings, rows, 10, tokenizers).test
+    assert some == built.test[:10]
 
 
-def test_an_official_split_that_cannot_be_used_is_named(tmp_path, tokenizers):
+def test_a_test_split_that_cannot_be_used_is_named(tmp_path, tokenizers):
     """Too few rows, nothing but the corpus again, no such file: by the field."""
     settings = local(tmp_path, ROWS, 40)
-    with pytest.raises(UserError, match=r"evaluation.official.sst2.examples: 9 asked for, but the split has 3 rows"):
+    with pytest.raises(UserError, match=r"evaluation.test_splits.sst2.examples: 9 asked for, but the split has 3 rows"):
         with_validation(tmp_path, settings, ROWS[:3], 9, tokenizers)
-    with pytest.raises(UserError, match=r"evaluation.official.sst2: no example .* can be used .*'in_corpus': 3"):
+    with pytest.raises(UserError, match=r"evaluation.test_splits.sst2: no example .* can be used .*'in_corpus': 3"):
         with_validation(tmp_path, settings, ROWS[:3], 3, tokenizers)
-    absent = OfficialSplit(examples=3).data(settings.tasks["sst2"])
-    with pytest.raises(UserError, match=r"evaluation.official.sst2: .*test.parquet is missing; splits there: train, v"):
-        with_official(build_corpus(settings, tokenizers), {"sst2": absent}, settings, tokenizers, 256)
+    absent = BenchmarkSplit(examples=3).data(settings.tasks["sst2"])
+    with pytest.raises(
+        UserError, match=r"evaluation.test_splits.sst2: .*test.parquet is missing; splits there: train, v"
+    ):
+        with_test_splits(build_corpus(settings, tokenizers), {"sst2": absent}, settings, tokenizers, 256)
 
 
-def test_built_in_official_examples_are_others_than_the_corpus(corpus_settings, examples, tokenizers):
+def test_built_in_test_examples_are_others_than_the_corpus(corpus_settings, examples, tokenizers):
     """They are drawn anew, and those that fall together with the corpus are dropped."""
-    splits = {name: OfficialSplit(examples=50).data(data) for name, data in corpus_settings.tasks.items()}
-    built = with_official(examples, splits, corpus_settings, tokenizers, 128)
-    assert {name: count["used"] for name, count in built.official_counts.items()} == dict.fromkeys(splits, 50)
-    assert not {folded(e.prompt) for e in built.official} & {folded(e.prompt) for e in built.all}
-    assert all(count["in_corpus"] < corpus_settings.tasks[n].examples / 2 for n, count in built.official_counts.items())
+    splits = {name: BenchmarkSplit(examples=50).data(data) for name, data in corpus_settings.tasks.items()}
+    built = with_test_splits(examples, splits, corpus_settings, tokenizers, 128)
+    assert {name: count["used"] for name, count in built.test_counts.items()} == dict.fromkeys(splits, 50)
+    assert not {folded(e.prompt) for e in built.test} & {folded(e.prompt) for e in built.all}
+    assert all(count["in_corpus"] < corpus_settings.tasks[n].examples / 2 for n, count in built.test_counts.items())
 
 
 def test_a_saved_corpus_is_the_same_corpus(tmp_path, examples):
     """What trials read is what was built."""
     counts = {"quiz": {"used": 3}}
-    examples = replace(examples, official=examples.validation[:3], official_counts=counts)
+    examples = replace(examples, test=examples.validation[:3], test_counts=counts)
     save_corpus(examples, tmp_path, "f")
     loaded, fingerprint = load_corpus(tmp_path)
     assert (loaded, fingerprint) == (examples, "f")
@@ -401,7 +408,7 @@ def test_prompts_leave_room_for_what_is_generated(tmp_path):
     )
     for more, fine in ((0, True), (1, False)):
         limit = f"evaluation.max_new_tokens={context - longest + more}"
-        changed = [*few, f"paths.results={tmp_path}", limit, "evaluation.official={}"]
+        changed = [*few, f"paths.results={tmp_path}", limit, "evaluation.test_splits={}"]
         sources = Sources(load_study("quickstart", changed))
         if fine:
             assert sources.examples.validation == fits.examples.validation

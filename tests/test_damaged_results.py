@@ -24,7 +24,7 @@ OBJECTS = [
     "corpus/corpus.json",
     "baselines/teacher.json",
     "baselines/student.json",
-    "baselines/student_official.json",
+    "baselines/student_test.json",
     f"{TRIAL}/result.json",
     f"{FAILED}/error.json",
 ]
@@ -128,7 +128,7 @@ def test_a_folder_in_a_files_place_is_named_with_a_remedy(results, name, monkeyp
 NEEDED = {
     "planned.json": ("study", "snapshot", "fingerprint", "corpus", "baselines", "trials"),
     "run.json": ("stages",),
-    "corpus/corpus.json": ("fingerprint", "counts", "official_counts"),
+    "corpus/corpus.json": ("fingerprint", "counts", "test_counts"),
     "baselines/teacher.json": ("fingerprint", "metrics"),
     f"{TRIAL}/result.json": (
         *("trial", "config", "metrics", "epochs", "gradients", "gradient_shares", "coverage", "step"),

@@ -37,7 +37,7 @@ from stillroom.preflight.planning import plan_study
 from stillroom.studies import load_study
 
 FEW = [f"corpus.tasks.{task}.examples=60" for task in ("sentiment", "quiz", "arithmetic")]
-FEW += [f"evaluation.official.{task}.examples=20" for task in ("sentiment", "quiz", "arithmetic")]
+FEW += [f"evaluation.test_splits.{task}.examples=20" for task in ("sentiment", "quiz", "arithmetic")]
 
 
 @pytest.fixture

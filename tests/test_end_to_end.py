@@ -95,29 +95,29 @@ def test_a_second_run_computes_nothing_again(tmp_path, teacher_ref, student_ref,
     assert sorted(pd.read_csv(tmp_path / "results" / "results_summary.csv")["config/seed"]) == [0, 1]
 
 
-def test_official_splits_are_evaluated_for_trials_teacher_and_untouched_student(tmp_path, teacher_ref, student_ref):
+def test_the_test_splits_are_evaluated_for_trials_teacher_and_untouched_student(tmp_path, teacher_ref, student_ref):
     """The same examples for all three; another split is another trial, a second run computes nothing again."""
-    evaluation = {"max_new_tokens": 8, "official": {"quiz": {"examples": 12}, "arithmetic": {"examples": 6}}}
+    evaluation = {"max_new_tokens": 8, "test_splits": {"quiz": {"examples": 12}, "arithmetic": {"examples": 6}}}
     path = study_file(tmp_path, teacher_ref.model, student_ref.model, groups=["task_only"], evaluation=evaluation)
     workspace, errors = run(path)
     assert errors == {}
-    ids = [e.example_id for e in workspace.examples.official]
+    ids = [e.example_id for e in workspace.examples.test]
     assert len(ids) == 18
     results, trial = tmp_path / "results", workspace.plans()[0].folder
     result = read_json(trial / "result.json")
-    measured = {trial / "predictions_official.parquet": by_column(result["metrics"])}
+    measured = {trial / "predictions_test.parquet": by_column(result["metrics"])}
     for name in ("teacher", "student"):
-        own = results / "baselines" / f"{name}_official.parquet"
+        own = results / "baselines" / f"{name}_test.parquet"
         measured[own] = by_column(read_json(own.with_suffix(".json"))["metrics"])
     for predictions, metrics in measured.items():
         table = pd.read_parquet(predictions)
         assert list(table["example_id"]) == ids
-        assert metrics["official_accuracy"] == table["correct"].mean()
-        assert metrics["official_accuracy_quiz"] == table[table["task"] == "quiz"]["correct"].mean()
+        assert metrics["test_accuracy"] == table["correct"].mean()
+        assert metrics["test_accuracy_quiz"] == table[table["task"] == "quiz"]["correct"].mean()
         assert (results / "baselines" / "teacher.parquet").is_file()
     frame = pd.read_csv(results / "results_summary.csv")
-    assert frame["official_accuracy"].tolist() == [by_column(result["metrics"])["official_accuracy"]]
-    changed = Workspace(load_study(path, ["evaluation.official.quiz.examples=11"]))
+    assert frame["test_accuracy"].tolist() == [by_column(result["metrics"])["test_accuracy"]]
+    changed = Workspace(load_study(path, ["evaluation.test_splits.quiz.examples=11"]))
     assert changed.plans()[0].folder != trial
 
 
@@ -141,7 +141,7 @@ def test_no_task_name_is_forbidden(tmp_path, teacher_ref, student_ref, capsys):
         teacher_ref.model,
         student_ref.model,
         corpus={"tasks": tasks, "max_length": 128},
-        evaluation={"max_new_tokens": 8, "official": dict.fromkeys(("all", "x_flexible"), test)},
+        evaluation={"max_new_tokens": 8, "test_splits": dict.fromkeys(("all", "x_flexible"), test)},
         analysis={"primary": [["combined", "task_only"]], "secondary": [], "simple_tasks": ["all"], "hard_tasks": []},
     )
     workspace = Workspace(load_study(path))
@@ -172,10 +172,10 @@ def test_no_task_name_is_forbidden(tmp_path, teacher_ref, student_ref, capsys):
     assert all(f"\n| {markdown_plain(name)} | " in card for name in results.accuracy_keys)
 
 
-def test_other_official_rows_in_the_same_file_are_another_trial(tmp_path, teacher_ref, student_ref, store):
+def test_other_test_rows_in_the_same_file_are_another_trial(tmp_path, teacher_ref, student_ref, store):
     """A trial's name pins the examples, not just where they were read from."""
     file = tmp_path / "quiz.jsonl"
-    evaluation = {"official": {"quiz": {"dataset": str(file), "examples": 12}}}
+    evaluation = {"test_splits": {"quiz": {"dataset": str(file), "examples": 12}}}
     path = study_file(tmp_path, teacher_ref.model, student_ref.model, evaluation=evaluation)
     rows, names = TASKS["quiz"].generate_rows(5, 20), []
     for some in (rows[:12], rows[8:], rows[8:]):

@@ -100,12 +100,12 @@ def test_metrics_are_shares_of_right_answers():
         ("test", "arithmetic", "accuracy_flexible"): pytest.approx(3 / 5),
     }
     assert sorted(by_column(metrics)) == [
-        "official_accuracy",
-        "official_accuracy_arithmetic",
-        "official_accuracy_arithmetic_flexible",
-        "official_accuracy_macro",
-        "official_accuracy_quiz",
-        "official_ece_quiz",
+        "test_accuracy",
+        "test_accuracy_arithmetic",
+        "test_accuracy_arithmetic_flexible",
+        "test_accuracy_macro",
+        "test_accuracy_quiz",
+        "test_ece_quiz",
     ]
 
 

@@ -55,7 +55,7 @@ def test_a_plans_memory_is_more_than_the_weights_alone_and_grows_with_the_batch(
         ("corpus.tasks.sst2.dataset=./nowhere", "corpus.tasks.sst2.dataset: "),
         ("corpus.tasks.sst2.dataset=rows.csv", "corpus.tasks.sst2.dataset: "),
         ("corpus.tasks.sst2={dataset: builtin, examples: 9}", "corpus.tasks.sst2.dataset: .*no built-in rows"),
-        ("evaluation.official.sst2.dataset=nowhere.jsonl", "evaluation.official.sst2.dataset: nowhere.jsonl"),
+        ("evaluation.test_splits.sst2.dataset=nowhere.jsonl", "evaluation.test_splits.sst2.dataset: nowhere.jsonl"),
         ("teacher.model=./nowhere", "teacher.model: "),
         ("student.model=nobody/nothing", "student.model: "),
     ],

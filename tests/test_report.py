@@ -126,11 +126,11 @@ def test_a_row_that_could_not_be_used_is_shown(results, tmp_path, quick):
     copy = shutil.copytree(results, tmp_path / "copy")
     assert 'id="faults"' not in (results / "report.html").read_text()
     described = copy / "corpus" / "corpus.json"
-    said = {"faults": {"quiz": "row 3: <b>label</b> 7"}, "official_faults": {"quiz": "row 9: no answer"}}
+    said = {"faults": {"quiz": "row 3: <b>label</b> 7"}, "test_faults": {"quiz": "row 9: no answer"}}
     write_json(described, {**read_json(described), **said})
     page = write_report(copy).read_text()
     assert "<li>quiz: row 3: &lt;b&gt;label&lt;/b&gt; 7</li>" in page
-    assert "<li>quiz, official split: row 9: no answer</li>" in page
+    assert "<li>quiz, test split: row 9: no answer</li>" in page
 
 
 @pytest.mark.parametrize("method", ["none", "lora"])
@@ -158,7 +158,7 @@ def test_a_group_without_a_finished_trial_is_no_baseline(tmp_path, quick):
     write_results(tmp_path, seeds=(0,), drop=[("hidden", 0)])
     page = write_report(tmp_path).read_text()
     assert '<th scope="row">hidden</th><td>0</td>' in page
-    assert page.count("<td>baseline</td>") == 2 * 2  # validation part and official splits
+    assert page.count("<td>baseline</td>") == 2 * 2  # validation part and test splits
     assert "hidden & 0 & --" in (tmp_path / "paper" / "accuracy.tex").read_text()
 
 
@@ -191,8 +191,8 @@ def test_what_was_measured_for_another_study_is_left_out(results, tmp_path, quic
         "What was measured of the teacher (fine-tuned) belongs to another study and is left out: `stillroom run STUDY`"
         in page
     )
-    official = copy / "baselines" / "student_official.json"
-    write_json(official, {**read_json(official), "fingerprint": "another"})
+    test = copy / "baselines" / "student_test.json"
+    write_json(test, {**read_json(test), "fingerprint": "another"})
     described = copy / "corpus" / "corpus.json"
     other = {**read_json(described), "fingerprint": "another"}
     other["counts"] = {f"other_{task}": own for task, own in other["counts"].items()}
@@ -201,8 +201,7 @@ def test_what_was_measured_for_another_study_is_left_out(results, tmp_path, quic
     write_json(described, other)
     page = write_report(copy).read_text()
     assert (
-        "What was measured of the teacher (fine-tuned) and the student before training on official splits belongs"
-        in page
+        "What was measured of the teacher (fine-tuned) and the student before training on test splits belongs" in page
     )
     assert "The examples in this folder are another study" in page
     read = StudyResults.read(copy)
@@ -360,11 +359,11 @@ def test_a_failed_trial_is_told_from_one_that_never_ran(tmp_path):
     assert (table == "finished").sum() == 8
 
 
-def test_a_trials_cost_has_its_official_evaluation_in_it(results, tmp_path):
+def test_a_trials_cost_has_its_test_evaluation_in_it(results, tmp_path):
     """Hours that were spent are not left out of the report's table of costs."""
     copy = shutil.copytree(results, tmp_path / "copy")
     path = next((copy / EXPERIMENT).glob("*_hidden_seed_1")) / "result.json"
-    write_json(path, {**read_json(path), "official_evaluation_seconds": 1000.0})
+    write_json(path, {**read_json(path), "test_evaluation_seconds": 1000.0})
     before, after = (
         StudyResults.read(folder).costs.set_index("trial")["evaluation_seconds"] for folder in (results, copy)
     )

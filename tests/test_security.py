@@ -241,7 +241,7 @@ def test_templates_exempt_nothing_from_escaping():
         "groups=[{name: 'a/b', terms: [task]}]",
         "corpus.tasks={../x: {dataset: builtin, examples: 9}}",
         "corpus.tasks.quiz.split=../../secret",
-        "evaluation.official={quiz: {split: a/b, examples: 9}}",
+        "evaluation.test_splits={quiz: {split: a/b, examples: 9}}",
     ],
 )
 def test_a_name_cannot_leave_its_folder(override):

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from stillroom.config import ChoiceColumns, Corpus, Evaluation, TaskColumns, TaskData
-from stillroom.data.corpus import build_corpus, load_corpus, save_corpus, with_official
+from stillroom.data.corpus import build_corpus, load_corpus, save_corpus, with_test_splits
 from stillroom.data.tasks import get_task, task_of
 from stillroom.errors import UserError
 from stillroom.evaluation.metrics import accuracy_metrics, by_column
@@ -104,7 +104,7 @@ def test_an_edited_file_is_read_again(files, tmp_path, teacher_ref, student_ref)
         f"student.model={student_ref.model}",
         f"paths.results={tmp_path / 'results'}",
         "analysis={}",
-        "evaluation.official={}",
+        "evaluation.test_splits={}",
         "corpus.tasks=" + json.dumps({"animals": {"dataset": files[0], "examples": 6, "choice": CHOICE}}),
     ]
     study = load_study("quickstart", overrides)
@@ -266,7 +266,7 @@ def test_what_is_no_text_is_never_trained_on(value):
 
 
 def test_unusable_rows_are_counted_and_the_first_is_shown(tmp_path, files, tokenizers):
-    """Whoever reads the counts sees what is wrong with the first; of official splits too, and back from disk."""
+    """Whoever reads the counts sees what is wrong with the first; of test splits too, and back from disk."""
     rows = [json.loads(line) for line in (tmp_path / "things.jsonl").read_text().splitlines()]
     chat = [{"role": "user", "content": "a dog"}]
     odd = lines(
@@ -279,9 +279,9 @@ def test_unusable_rows_are_counted_and_the_first_is_shown(tmp_path, files, token
     assert built.faults == {"animals": fault}
     other = lines(tmp_path / "other.jsonl", [{"thing": "an ox", "animal": 7}, {"thing": "an owl", "animal": 1}])
     data = settings.tasks["animals"].model_copy(update={"dataset": other, "examples": 2})
-    built = with_official(built, {"animals": data}, settings, tokenizers, 256)
-    assert (built.official_counts["animals"]["unusable"], built.faults) == (1, {"animals": fault})
-    assert built.official_faults["animals"].startswith(f"row 0 of {other}/train: label 7 is neither")
+    built = with_test_splits(built, {"animals": data}, settings, tokenizers, 256)
+    assert (built.test_counts["animals"]["unusable"], built.faults) == (1, {"animals": fault})
+    assert built.test_faults["animals"].startswith(f"row 0 of {other}/train: label 7 is neither")
     save_corpus(built, tmp_path / "corpus", "x")
     assert load_corpus(tmp_path / "corpus")[0] == built
     more = settings.model_copy(

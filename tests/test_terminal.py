@@ -220,7 +220,7 @@ def test_an_internal_error_says_what_it_is(monkeypatch, capsys):
 def test_the_next_command_has_the_settings_of_this_one():
     """A study is what it was set to; without that, the next stage would be another study's."""
     override = "corpus.tasks={quiz: {dataset: builtin, examples: 9}}"
-    asked = ["plan", "quickstart", "--set", override, "--set", "analysis={}", "--set", "evaluation.official={}"]
+    asked = ["plan", "quickstart", "--set", override, "--set", "analysis={}", "--set", "evaluation.test_splits={}"]
     told = CliRunner().invoke(app, asked)
     assert told.exit_code == 0, told.output
     assert f"Next: {shlex.join(['stillroom', 'doctor', *asked[1:]])}\n" in told.output

@@ -29,7 +29,7 @@ from stillroom.training.train_student import Trial, train
 
 
 @pytest.fixture(scope="module")
-def official(examples):
+def unseen(examples):
     """Other examples of the built-in tasks."""
     built = [TASKS[n].build(row) for n in ("sentiment", "quiz", "arithmetic") for row in TASKS[n].generate_rows(77, 6)]
     assert not {e.prompt for e in built} & {e.prompt for e in examples.all}
@@ -147,10 +147,10 @@ def test_a_stopped_trial_ends_with_the_numbers_of_an_unstopped_one(tmp_path, stu
 
 @pytest.mark.parametrize("place", ["evaluate", "save_predictions", "write_json", "drop_superseded"])
 def test_a_trial_stopped_after_its_last_epoch_only_finishes(
-    tmp_path, student_ref, store, examples, official, monkeypatch, place
+    tmp_path, student_ref, store, examples, unseen, monkeypatch, place
 ):
     """Wherever the process died: the weights of the last epoch are evaluated and no step is taken again."""
-    whole = run(tmp_path / "whole", student_ref, store, examples, official=official)
+    whole = run(tmp_path / "whole", student_ref, store, examples, test=unseen)
     epochs = [0]
     real = getattr(train_student, place)
 
@@ -164,41 +164,41 @@ def test_a_trial_stopped_after_its_last_epoch_only_finishes(
 
     monkeypatch.setattr(train_student, place, stop)
     with pytest.raises(Stop):
-        run(tmp_path / "stopped", student_ref, store, examples, official=official, report=count)
+        run(tmp_path / "stopped", student_ref, store, examples, test=unseen, report=count)
     monkeypatch.undo()
     assert (tmp_path / "stopped" / "checkpoint_2" / "trainer_state.pt").is_file()
     monkeypatch.setattr(train_student.StepRunner, "update", lambda *_: pytest.fail("a step was taken again"))
-    resumed = run(tmp_path / "stopped", student_ref, store, examples, official=official)
+    resumed = run(tmp_path / "stopped", student_ref, store, examples, test=unseen)
     assert numbers(resumed) == numbers(whole)
     for key in whole:
-        assert resumed[key] == whole[key] or key in ("epochs", "official_evaluation_seconds", *TIMES), key
+        assert resumed[key] == whole[key] or key in ("epochs", "test_evaluation_seconds", *TIMES), key
     files = [sorted(p.name for p in (tmp_path / name).rglob("*") if p.is_file()) for name in ("whole", "stopped")]
     assert files[0] == files[1]
-    for name in ("predictions.parquet", "predictions_official.parquet"):
+    for name in ("predictions.parquet", "predictions_test.parquet"):
         first, second = (pd.read_parquet(tmp_path / folder / name) for folder in ("whole", "stopped"))
         pd.testing.assert_frame_equal(first, second)
 
 
-def test_official_examples_are_evaluated_once_and_change_nothing_else(
-    tmp_path, combined, student_ref, store, examples, official
+def test_the_test_examples_are_evaluated_once_and_change_nothing_else(
+    tmp_path, combined, student_ref, store, examples, unseen
 ):
     """Their accuracy is that of their predictions, those of the saved model; training and validation stay the same."""
-    result = run(tmp_path, student_ref, store, examples, official=official)
+    result = run(tmp_path, student_ref, store, examples, test=unseen)
     assert numbers(result) == numbers(combined[0])
-    frame = pd.read_parquet(tmp_path / "predictions_official.parquet")
-    assert list(frame["example_id"]) == [e.example_id for e in official]
+    frame = pd.read_parquet(tmp_path / "predictions_test.parquet")
+    assert list(frame["example_id"]) == [e.example_id for e in unseen]
     measured = by_column(result["metrics"])
-    assert measured["official_accuracy"] == frame["correct"].mean()
+    assert measured["test_accuracy"] == frame["correct"].mean()
     for task, own in frame.groupby("task"):
-        assert measured[f"official_accuracy_{task}"] == own["correct"].mean()
-    scored = evaluate(load_model(ModelRef(model=str(tmp_path / "checkpoint_2"))), *evaluated(student_ref, official))
+        assert measured[f"test_accuracy_{task}"] == own["correct"].mean()
+    scored = evaluate(load_model(ModelRef(model=str(tmp_path / "checkpoint_2"))), *evaluated(student_ref, unseen))
     pd.testing.assert_frame_equal(scored, frame)
-    assert not any(key.startswith("official") for key in combined[0])
+    assert not any(key.startswith("test_") for key in combined[0])
 
 
-def evaluated(student_ref, official):
+def evaluated(student_ref, unseen):
     """The other arguments of `evaluate`."""
-    return load_tokenizer(student_ref), official, EVALUATION
+    return load_tokenizer(student_ref), unseen, EVALUATION
 
 
 def test_groups_of_a_seed_start_alike_and_seeds_differ(tmp_path, student_ref, store, examples, monkeypatch):
@@ -427,10 +427,10 @@ def test_dropout_is_new_at_each_step_and_measuring_does_not_move_it(
 def test_a_half_precision_trial_scores_what_it_saves(tmp_path, student_ref, store, examples):
     """Weights rounded as the checkpoint's, in the evaluation's dtype: its predictions are those of the saved model."""
     few = replace(examples, train=examples.train[::3], validation=examples.validation[:3])
-    official = [example for example in examples.train if example.choices][:6]
-    run(tmp_path, student_ref, store, few, "task_only", precision="bfloat16", official=official)
+    unseen = [example for example in examples.train if example.choices][:6]
+    run(tmp_path, student_ref, store, few, "task_only", precision="bfloat16", test=unseen)
     saved = load_model(ModelRef(model=str(tmp_path / "checkpoint_2")), EVALUATION.dtype)
-    for name, own in (("predictions", few.validation), ("predictions_official", official)):
+    for name, own in (("predictions", few.validation), ("predictions_test", unseen)):
         kept = pd.read_parquet(tmp_path / f"{name}.parquet")
         pd.testing.assert_frame_equal(evaluate(saved, load_tokenizer(student_ref), own, EVALUATION), kept)
 

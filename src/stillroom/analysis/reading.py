@@ -105,7 +105,7 @@ class _Result(_Epoch):
     gradients: list[_Gradient]
     gradient_shares: dict[str, float]
     coverage: dict[str, _Coverage]
-    official_evaluation_seconds: float = 0.0
+    test_evaluation_seconds: float = 0.0
 
 
 class _Baseline(_Shape):
@@ -122,7 +122,7 @@ class _Counts(_Shape):
     unusable: int
 
 
-class _OfficialCounts(_Shape):
+class _TestCounts(_Shape):
     used: int
     source_rows: int
     in_corpus: int
@@ -131,9 +131,9 @@ class _OfficialCounts(_Shape):
 class _Corpus(_Shape):
     fingerprint: str
     counts: dict[str, _Counts]
-    official_counts: dict[str, _OfficialCounts]
+    test_counts: dict[str, _TestCounts]
     faults: dict[str, str] = {}
-    official_faults: dict[str, str] = {}
+    test_faults: dict[str, str] = {}
 
 
 class _Hardware(_Shape):
@@ -268,7 +268,7 @@ def read_error(trial: Path) -> str | None:
 def read_baselines(results: Path, suffix: str = "") -> dict[str, dict[str, Any]]:
     """`fingerprint`, `identity`, `metrics`, `answer_nll` by role, of this study alone: an earlier one's are left out.
 
-    `suffix`: "" for the validation part, `_official` for the official splits.
+    `suffix`: "" for the validation part, `_test` for the test splits.
     """
     planned = read_planned(results)
     split, tasks = ("test", []) if suffix else ("validation", planned["study"]["corpus"]["tasks"])
@@ -305,7 +305,7 @@ def _draw_again(results: Path) -> str:
 
 
 def read_examples(results: Path, counts: Mapping[str, Mapping[str, int]]) -> pd.DataFrame:
-    """Every example of the study: example_id, task, split (train, validation, official), prompt, answer, …
+    """Every example of the study: example_id, task, split (train, validation, test), prompt, answer, …
 
     `counts`: those of `corpus.json`, which the rows must bear out.
     """

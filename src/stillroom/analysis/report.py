@@ -187,7 +187,7 @@ def write_report(folder: Path) -> Path:
             accuracy=group_table(results.measured, groups, results.baseline_metrics, results.accuracy_keys),
             measures=list(measures),
             others=group_table(results.measured_with_agreement, groups, results.baseline_metrics, measures),
-            official=group_table(results.measured, groups, results.official_metrics, results.official_keys),
+            test=group_table(results.measured, groups, results.test_metrics, results.test_keys),
             gradients=gradient_rows(results),
             integrity=integrity_rows(results),
             group_rows=group_rows(results.study),

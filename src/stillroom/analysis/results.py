@@ -57,7 +57,7 @@ class StudyResults:
 
     def read_all(self) -> None:
         """Read every file that a report needs: what is damaged is said before anything is written."""
-        for name in ("run", "examples", "predictions", "baseline_predictions", "official_metrics", "missing"):
+        for name in ("run", "examples", "predictions", "baseline_predictions", "test_metrics", "missing"):
             getattr(self, name)
 
     def trial_folder(self, name: str) -> Path:
@@ -134,14 +134,14 @@ class StudyResults:
     @cached_property
     def _measured(self) -> dict[str, dict[str, dict[str, Any]]]:
         """By suffix of their files, by role."""
-        return {suffix: read_baselines(self.folder, suffix) for suffix in ("", "_official")}
+        return {suffix: read_baselines(self.folder, suffix) for suffix in ("", "_test")}
 
     @cached_property
     def stale(self) -> list[str]:
         """Baselines that are there but were measured for another study, by what tables call them."""
         return [
             label + where
-            for suffix, where in (("", ""), ("_official", " on official splits"))
+            for suffix, where in (("", ""), ("_test", " on test splits"))
             for role, label in self.labels.items()
             if role not in self._measured[suffix] and (self.folder / BASELINES / f"{role}{suffix}.json").is_file()
         ]
@@ -157,13 +157,13 @@ class StudyResults:
         return {label: own["metrics"] for label, own in self.baselines.items()}
 
     @cached_property
-    def official_metrics(self) -> dict[str, list[Metric]]:
-        """Metrics of the baselines on the official evaluation splits, if the study evaluates any."""
-        return {self.labels[role]: own["metrics"] for role, own in self._measured["_official"].items()}
+    def test_metrics(self) -> dict[str, list[Metric]]:
+        """Metrics of the baselines on the test splits, if the study evaluates any."""
+        return {self.labels[role]: own["metrics"] for role, own in self._measured["_test"].items()}
 
     @cached_property
-    def official_keys(self) -> dict[str, Key]:
-        """Where accuracy on the official splits is among a trial's numbers; empty if nothing was measured there."""
+    def test_keys(self) -> dict[str, Key]:
+        """Where accuracy on the test splits is among a trial's numbers; empty if nothing was measured there."""
         keys = dict.fromkeys(key for trial in self.measured for key in trial.values)
         return accuracy_keys(keys, "test") if ("test", None, "accuracy") in keys else {}
 
@@ -233,14 +233,14 @@ class StudyResults:
 
     @cached_property
     def faults(self) -> dict[str, str]:
-        """By task the first row of its source that could not be used, and why; official splits' own beside them."""
-        official = {f"{task}, official split": said for task, said in self._corpus.get("official_faults", {}).items()}
-        return {**self._corpus.get("faults", {}), **official}
+        """By task the first row of its source that could not be used, and why; test splits' own beside them."""
+        test = {f"{task}, test split": said for task, said in self._corpus.get("test_faults", {}).items()}
+        return {**self._corpus.get("faults", {}), **test}
 
     @cached_property
-    def official_counts(self) -> dict[str, dict[str, int]]:
-        """Of the official splits likewise: used, rows in the source, what was dropped and why."""
-        counts: dict[str, dict[str, int]] = self._corpus["official_counts"]
+    def test_counts(self) -> dict[str, dict[str, int]]:
+        """Of the test splits likewise: used, rows in the source, what was dropped and why."""
+        counts: dict[str, dict[str, int]] = self._corpus["test_counts"]
         return counts
 
     @cached_property
@@ -294,21 +294,21 @@ class StudyResults:
 
     @cached_property
     def costs(self) -> pd.DataFrame:
-        """A row a trial: seconds of training, of evaluation (official splits too), waited for data; tokens; bytes."""
+        """A row a trial: seconds of training, of evaluation (test splits too), waited for data; tokens; bytes."""
         rows = []
         for result in self.finished:
             total = {
                 name: sum(epoch.get(name, 0) for epoch in result["epochs"])
                 for name in ("train_seconds", "evaluation_seconds", "data_wait_seconds", "tokens")
             }
-            total["evaluation_seconds"] += result.get("official_evaluation_seconds", 0)
+            total["evaluation_seconds"] += result.get("test_evaluation_seconds", 0)
             disk = sum(path.stat().st_size for path in self.trial_folder(result["trial"]).rglob("*") if path.is_file())
             rows.append({**_key(result), **total, "disk_bytes": disk})
         return pd.DataFrame(rows)
 
     @cached_property
     def examples(self) -> pd.DataFrame:
-        """Every example of the study: example_id, task, split (train, validation, official), prompt, answer, …"""
+        """Every example of the study: example_id, task, split (train, validation, test), prompt, answer, …"""
         return read_examples(self.folder, self.corpus)
 
     @cached_property

@@ -226,7 +226,7 @@ def _tell_unusable(workspace: Workspace) -> None:
     examples = workspace.examples
     for counts, faults in (
         (examples.counts, examples.faults),
-        (examples.official_counts, examples.official_faults),
+        (examples.test_counts, examples.test_faults),
     ):
         for task, fault in faults.items():
             many = f"{counts[task]['unusable']} of {counts[task]['source_rows']} rows cannot be used and are left out"

@@ -160,7 +160,7 @@ class Signals(Section):
     )
 
 
-class OfficialSplit(Section):
+class BenchmarkSplit(Section):
     """A split that a task's published figures are on; evaluated once, when training is over."""
 
     dataset: Annotated[str, PossiblePath] | None = Field(
@@ -189,7 +189,7 @@ class Evaluation(Section):
     batch_tokens: int = Field(8192, ge=1, description="tokens a scoring batch, padding included")
     generation_batch_size: int = Field(32, ge=1, description="prompts that are continued at once")
     max_new_tokens: int = Field(256, ge=1, description="tokens a generated answer may have")
-    official: dict[str, OfficialSplit] = Field({}, description="official evaluation splits, by task; default none")
+    test_splits: dict[str, BenchmarkSplit] = Field({}, description="the benchmarks' own splits, by task; default none")
 
 
 class Sweep(Section):
@@ -314,15 +314,15 @@ class Study(Section):
         for task in (*self.analysis.simple_tasks, *self.analysis.hard_tasks):
             if task not in self.corpus.tasks:
                 raise ValueError(f"analysis names the task {task!r}, which corpus.tasks has not")
-        for task in self.evaluation.official:
+        for task in self.evaluation.test_splits:
             if task not in self.corpus.tasks:
-                raise ValueError(f"evaluation.official names the task {task!r}, which corpus.tasks has not")
+                raise ValueError(f"evaluation.test_splits names the task {task!r}, which corpus.tasks has not")
         return self
 
     @property
-    def official(self) -> dict[str, TaskData]:
-        """The official splits by task, each with its data set."""
-        return {name: split.data(self.corpus.tasks[name]) for name, split in self.evaluation.official.items()}
+    def test_splits(self) -> dict[str, TaskData]:
+        """The benchmarks' own splits by task, each with its data set."""
+        return {name: split.data(self.corpus.tasks[name]) for name, split in self.evaluation.test_splits.items()}
 
     def group(self, name: str) -> Group:
         """The group of that name; `UserError` if the study has none."""

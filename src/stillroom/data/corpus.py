@@ -33,14 +33,14 @@ class Examples:
     validation: list[Example]
     counts: dict[str, dict[str, int]]
     """Per task: used, train, validation, source_rows, unusable, duplicates, too_long."""
-    official: list[Example] = field(default_factory=list)
-    """Of the official evaluation splits; the teacher's data does not cover them."""
-    official_counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    test: list[Example] = field(default_factory=list)
+    """Of the test splits; the teacher's data does not cover them."""
+    test_counts: dict[str, dict[str, int]] = field(default_factory=dict)
     """Per task: used, source_rows, unusable, in_corpus, too_long."""
     faults: dict[str, str] = field(default_factory=dict)
     """Per task with unusable rows: the first of them, and what is wrong with it."""
-    official_faults: dict[str, str] = field(default_factory=dict)
-    """The same of the official evaluation splits."""
+    test_faults: dict[str, str] = field(default_factory=dict)
+    """The same of the test splits."""
 
     @property
     def all(self) -> list[Example]:
@@ -85,20 +85,20 @@ def _draw(
     return chosen, dict(dropped)
 
 
-def with_official(
+def with_test_splits(
     examples: Examples, splits: Mapping[str, TaskData], corpus: Corpus, tokenizers: Sequence[Any], max_length: int
 ) -> Examples:
-    """`examples` with those of the official splits: none that the corpus has or that exceeds `max_length` tokens.
+    """`examples` with those of the test splits: none that the corpus has or that exceeds `max_length` tokens.
 
     Duplicates within a split stay, as they count in its published figures. Raises `UserError` where a split has
     fewer rows than asked for, or none that can be used.
     """
     known = {folded(example.prompt) for example in examples.all}
-    official: list[Example] = []
+    test: list[Example] = []
     counts: dict[str, dict[str, int]] = {}
     faults: dict[str, str] = {}
     for name, data in splits.items():
-        task, place = get_task(name, data), f"evaluation.official.{name}"
+        task, place = get_task(name, data), f"evaluation.test_splits.{name}"
         rows = load_rows(task, data, corpus.sample_seed + 1, place)  # built-in rows: others than the corpus's
         if len(rows) < data.examples:
             raise UserError(f"{place}.examples: {data.examples} asked for, but the split has {len(rows)} rows")
@@ -106,6 +106,7 @@ def with_official(
         usable = list(_usable(task, data, rows, dropped, faults, place))
         unseen = [example for example in usable if folded(example.prompt) not in known]
         dropped["in_corpus"] = len(usable) - len(unseen)
+        # the word is part of the draw: another one would choose other examples
         ordered = sorted(unseen, key=lambda example: _rank(example.example_id, f"official{corpus.sample_seed}"))
         chosen = list(islice(_fitting(ordered, max_length, tokenizers, dropped), data.examples))
         if not chosen:
@@ -113,8 +114,8 @@ def with_official(
             raise UserError(f"{place}: no example of {source} can be used ({dict(dropped)}){_first(task, faults)}")
         _require_choices(chosen, tokenizers, place)
         counts[name] = {"used": len(chosen), **dropped}
-        official += chosen
-    return replace(examples, official=official, official_counts=counts, official_faults=faults)
+        test += chosen
+    return replace(examples, test=test, test_counts=counts, test_faults=faults)
 
 
 def load_rows(task: Task, data: TaskData, seed: int, place: str) -> Sequence[dict[str, Any]]:
@@ -339,7 +340,7 @@ _SCHEMA = pa.schema(
 )
 
 
-_DROPPED = ("counts", "official_counts", "faults", "official_faults")
+_DROPPED = ("counts", "test_counts", "faults", "test_faults")
 """What `corpus.json` says of how the examples were drawn."""
 
 
@@ -356,7 +357,7 @@ def save_corpus(examples: Examples, folder: Path, fingerprint: str) -> None:
             "gold": e.gold,
             "definition": e.definition,
         }
-        for part in ("train", "validation", "official")
+        for part in ("train", "validation", "test")
         for e in getattr(examples, part)
     ]
     with atomic_path(folder / "corpus.parquet") as path:
@@ -369,7 +370,7 @@ def save_corpus(examples: Examples, folder: Path, fingerprint: str) -> None:
 def load_corpus(folder: Path) -> tuple[Examples, str]:
     """Read what `save_corpus` wrote: the examples and their fingerprint."""
     described = read_json(folder / "corpus.json", "fingerprint", *_DROPPED)
-    parts: dict[str, Any] = {"train": [], "validation": [], "official": []}
+    parts: dict[str, Any] = {"train": [], "validation": [], "test": []}
     try:
         rows = pq.read_table(folder / "corpus.parquet", schema=_SCHEMA, page_checksum_verification=True).to_pylist()
     except (OSError, pa.ArrowException) as error:

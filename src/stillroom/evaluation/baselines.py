@@ -28,7 +28,7 @@ class Baseline:
     role: str
     """`teacher` or `student`."""
     part: str
-    """`validation` or `official`."""
+    """`validation` or `test`."""
     identity: str
     """What pins the model."""
     precision: Precision
@@ -37,7 +37,7 @@ class Baseline:
 
     @property
     def name(self) -> str:
-        """File name: the role; with `_official` on the official splits."""
+        """File name: the role; with `_test` on the test splits."""
         return self.role if self.part == "validation" else f"{self.role}_{self.part}"
 
     @property
@@ -48,7 +48,7 @@ class Baseline:
     @cached_property
     def fingerprint(self) -> str:
         """Of all that decides the numbers."""
-        how = self.settings.model_dump(exclude={"official"})
+        how = self.settings.model_dump(exclude={"test_splits"})
         return fingerprint(self.identity, self.precision, how, self.part, [e.example_id for e in self.examples])
 
     def read(self) -> dict[str, Any] | None:
@@ -67,7 +67,7 @@ class Baseline:
         result = {
             "fingerprint": self.fingerprint,
             "identity": self.identity,
-            "metrics": accuracy_metrics(predictions, "validation" if self.part == "validation" else "test"),
+            "metrics": accuracy_metrics(predictions, self.part),
             "answer_nll": nll_metrics(predictions),
         }
         write_json(self.path, result)

@@ -41,7 +41,6 @@ def by_key(metrics: Iterable[Metric]) -> dict[Key, float]:
     return {(row["split"], row["task"], row["measure"]): row["value"] for row in metrics}
 
 
-_PREFIX = {"test": "official"}
 TASK_MEASURES = {
     "accuracy": "{split}_accuracy_{task}",
     "accuracy_flexible": "{split}_accuracy_{task}_flexible",
@@ -59,14 +58,14 @@ def column_names(keys: Iterable[Key]) -> dict[Key, str]:
     names = {key: _column(*key) for key in keys}
     taken = Counter(names.values())
     return {
-        key: f"{_PREFIX.get(key[0], key[0])}_{key[2]}:{key[1]}" if taken[name] > 1 and key[1] is not None else name
+        key: f"{key[0]}_{key[2]}:{key[1]}" if taken[name] > 1 and key[1] is not None else name
         for key, name in names.items()
     }
 
 
 def _column(split: str, task: str | None, measure: str) -> str:
     form = "{split}_{measure}" if task is None else TASK_MEASURES[measure]
-    return form.format(split=_PREFIX.get(split, split), task=task, measure=measure)
+    return form.format(split=split, task=task, measure=measure)
 
 
 def by_column(metrics: Iterable[Metric]) -> dict[str, float]:

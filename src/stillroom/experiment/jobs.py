@@ -101,7 +101,7 @@ def run_trial(
                 plan.folder,
                 minimum_coverage=plan.minimum_coverage,
                 keep_checkpoints=plan.keep_checkpoints,
-                official=examples.official,
+                test=examples.test,
                 report=report,
                 progress=progress,
             )

@@ -17,7 +17,7 @@ from stillroom.data.corpus import (
     require_unchanged,
     save_corpus,
     source_digest,
-    with_official,
+    with_test_splits,
 )
 from stillroom.data.encoding import encode, encode_many
 from stillroom.data.tasks import Example
@@ -101,16 +101,16 @@ class Sources:
         remove_leftovers(self.results, within=True)
         for place in (self.store_path, self.store_path.parent):
             remove_leftovers(place)
-        official, longest = self.study.official, self._context - self.study.evaluation.max_new_tokens
+        test, longest = self.study.test_splits, self._context - self.study.evaluation.max_new_tokens
         if self.study.corpus.max_length > self._context:
             raise UserError(
                 f"corpus.max_length={self.study.corpus.max_length}: a model reads {self._context} tokens at most"
             )
-        sources = [*self.study.corpus.tasks.values(), *official.values()]
+        sources = [*self.study.corpus.tasks.values(), *test.values()]
         digests = [source_digest(data) for data in sources]
         digest = fingerprint(
             self.study.corpus,
-            {name: data.model_dump() for name, data in official.items()},
+            {name: data.model_dump() for name, data in test.items()},
             longest,
             [tokenizer_hash(t) for t in self.tokenizers],
             digests,
@@ -120,9 +120,9 @@ class Sources:
             with exclusive(folder, "build of the corpus", wait=600):
                 if (examples := _known_corpus(folder, digest)) is None:
                     examples = build_corpus(self.study.corpus, self.tokenizers)
-                    examples = with_official(examples, official, self.study.corpus, self.tokenizers, longest)
+                    examples = with_test_splits(examples, test, self.study.corpus, self.tokenizers, longest)
                     require_unchanged(sources, digests)
-                    self._require_embedded([*examples.all, *examples.official])
+                    self._require_embedded([*examples.all, *examples.test])
                     save_corpus(examples, folder, digest)
         self._require_room(examples.validation, longest)
         return examples
@@ -159,10 +159,10 @@ class Sources:
 
     @cached_property
     def untouched(self) -> list[Baseline]:
-        """What is measured of the models that no trial touches: each on the validation part and on official splits."""
+        """What is measured of the models that no trial touches: each on the validation part and on test splits."""
         settings, folder = self.study.evaluation, self.results / BASELINES
         teacher, student = (self.teacher_identity, self.study.teacher.dtype), (self.student_identity, settings.dtype)
-        parts = {"validation": self.examples.validation, "official": self.examples.official}
+        parts = {"validation": self.examples.validation, "test": self.examples.test}
         return [
             Baseline(folder, role, part, *model, examples, settings)
             for role, model in zip(UNTOUCHED, (teacher, student), strict=True)

@@ -90,7 +90,7 @@ class Tracker:
             mlflow.set_tags({"snapshot": path.name, "snapshot_fingerprint": fingerprint})
 
     def log_trial(self, folder: Path) -> None:
-        """A finished trial, once: its settings, the metrics of each epoch and of the official splits, its gradients."""
+        """A finished trial, once: its settings, the metrics of each epoch and of the test splits, its gradients."""
         result = read_json(folder / RESULT)
         with self._running() as mlflow:
             tags = {"kind": "trial", "trial": result["trial"], "study_run": self._parent}
@@ -102,11 +102,11 @@ class Tracker:
                     numbers = {k: float(v) for k, v in epoch.items() if isinstance(v, int | float)}
                     numbers |= by_column(epoch["metrics"])
                     mlflow.log_metrics(numbers, step=epoch["step"])
-                official = by_column(row for row in result["metrics"] if row["split"] == "test")
-                if "official_evaluation_seconds" in result:
-                    official["official_evaluation_seconds"] = result["official_evaluation_seconds"]
+                test = by_column(row for row in result["metrics"] if row["split"] == "test")
+                if "test_evaluation_seconds" in result:
+                    test["test_evaluation_seconds"] = result["test_evaluation_seconds"]
                 shares = {f"gradient_share_{term}": share for term, share in result["gradient_shares"].items()}
-                mlflow.log_metrics({**official, **shares}, step=result["step"])
+                mlflow.log_metrics({**test, **shares}, step=result["step"])
                 for row in result["gradients"]:
                     norms = {f"gradient_norm_{term}": value for term, value in row["norms"].items()}
                     mlflow.log_metrics(norms, step=row["step"])

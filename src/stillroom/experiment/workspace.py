@@ -171,7 +171,7 @@ class Workspace(Sources):
         return found
 
     def baselines(self) -> dict[str, dict[str, Any]]:
-        """Teacher and untouched student on validation part and official splits; where the teacher is no better."""
+        """Teacher and untouched student on validation part and test splits; where the teacher is no better."""
         if due := [baseline for baseline in self.untouched if baseline.read() is None]:
             for role in UNTOUCHED:
                 self._measure(role, [baseline for baseline in due if baseline.role == role])
@@ -230,7 +230,7 @@ class Workspace(Sources):
             self.student_identity,
             self.study.training,
             self.study.evaluation,
-            examples_digest(self.examples.official),
+            examples_digest(self.examples.test),
             objective,
             group.name,
             seed,

@@ -149,7 +149,7 @@ def _require_data(study: Study, unreached: list[str]) -> None:
     from stillroom.data.corpus import load_rows
 
     places = {f"corpus.tasks.{name}": (name, data) for name, data in study.corpus.tasks.items()}
-    places |= {f"evaluation.official.{name}": (name, data) for name, data in study.official.items()}
+    places |= {f"evaluation.test_splits.{name}": (name, data) for name, data in study.test_splits.items()}
     for place, (name, data) in places.items():
         path = Path(data.dataset)
         here = data.dataset.startswith(("/", ".", "~")) or path.exists() or bool(path.suffix)
@@ -319,14 +319,14 @@ def _hours(
         return 2 * student.parameters * read / machine.flops[dtype] + batches
 
     held_out = {name: max(1.0, study.corpus.validation_share * len(own.student)) for name, own in lengths.items()}
-    official = {name: float(split.examples) for name, split in study.official.items()}
+    test = {name: float(split.examples) for name, split in study.test_splits.items()}
     computed = 6 * student.parameters * training["tokens_per_trial"] / machine.flops[study.training.precision]
     tokens = sum(float(own.teacher.sum()) for own in lengths.values())
     seconds = {
         "teacher": 2 * teacher.parameters * tokens / machine.flops[study.teacher.dtype] + store,
         "training": training["trials"] * max(computed, study.training.epochs * store),
         "evaluation": training["trials"] * study.training.epochs * evaluation(held_out),
-        "official_evaluation": training["trials"] * evaluation(official),
+        "test_evaluation": training["trials"] * evaluation(test),
     }
     return {name: value / 3600 for name, value in seconds.items()}
 

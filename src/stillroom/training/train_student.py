@@ -77,14 +77,14 @@ def train(
     minimum_coverage: float = 0.0,
     keep_checkpoints: Retention = "last",
     adapter: Callable[[Any], Any] | None = None,
-    official: Sequence[Example] = (),
+    test: Sequence[Example] = (),
     report: Report = lambda metrics: None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Train one student and return its result, which is also `folder/result.json`.
 
     `objective` is the study's; the group's own settings are applied to it. Without a store only the task loss can
-    be on. `official` examples are evaluated once, after the last epoch. Goes on from the last whole checkpoint in
+    be on. `test` examples are evaluated once, after the last epoch. Goes on from the last whole checkpoint in
     `folder`, which no other process may write.
     """
     group_objective = trial.group.objective(objective)
@@ -162,7 +162,7 @@ def train(
         drop_superseded(folder, keep_checkpoints, state.epochs, finished=False)
         report({**by_column(metrics), **facts})
 
-    test_metrics, spent = _evaluate_official(student, tokenizer, official, training, evaluation, folder)
+    test_metrics, spent = _evaluate_test_splits(student, tokenizer, test, training, evaluation, folder)
     result = _finish(trial, group_objective, state, coverage, folder, student, test_metrics, spent)
     drop_superseded(folder, keep_checkpoints, state.epochs, finished=True)
     return result
@@ -258,23 +258,23 @@ def _validate(
     return [*losses, *accuracy_metrics(predictions)], predictions
 
 
-def _evaluate_official(
+def _evaluate_test_splits(
     student: DistillationStudent,
     tokenizer: Any,
-    official: Sequence[Example],
+    test: Sequence[Example],
     training: Training,
     evaluation: Evaluation,
     folder: Path,
 ) -> tuple[list[Metric], dict[str, float]]:
-    if not official:
+    if not test:
         return [], {}
     started = time.perf_counter()
     student.eval()
     predictions = evaluate(
-        scoring_copy(student.model, training.precision, evaluation.dtype), tokenizer, official, evaluation
+        scoring_copy(student.model, training.precision, evaluation.dtype), tokenizer, test, evaluation
     )
-    save_predictions(predictions, folder / "predictions_official.parquet")
-    return accuracy_metrics(predictions, "test"), {"official_evaluation_seconds": time.perf_counter() - started}
+    save_predictions(predictions, folder / "predictions_test.parquet")
+    return accuracy_metrics(predictions, "test"), {"test_evaluation_seconds": time.perf_counter() - started}
 
 
 def _finish(
