@@ -1,10 +1,10 @@
-"""Ray's cost: a sweep against the same trials in plain processes, as many at once, each a loop over its share.
+"""A launcher's cost: a sweep, on Ray and without, against the same trials in plain processes, a loop in each of them.
 
     python benchmarks/sweeping.py small --groups black_box --seeds 4 --set teacher.model=DIR ...
 
-Ray comes first, with nothing in the page cache; in a second round, last. Both start from an archived store, plan, and
-end with every trial's result; Ray's own start and a new process for each trial are part of the sweep. What each part
-takes follows from the sweep's own events, and from each trial's time in a plain process that has imported all.
+Ray comes first, with nothing in the page cache; in a second round, last. All start from an archived store, plan, and
+end with every trial's result; a launcher's own start and a new process for each trial are part of the sweep. What each
+part takes follows from the sweep's own events, and from each trial's time in a plain process that has imported all.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import os
 import shutil
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from inputs import open_study, study_arguments
 from ratios import finish, ratio, value
-from stillroom.config import Sweep
 from stillroom.errors import UserError
 from stillroom.experiment import workspace as stages
 from stillroom.experiment.jobs import TrialPlan, run_trial
-from stillroom.experiment.ray_sweep import Watch, sweep
 from stillroom.experiment.workspace import Workspace
 
 
@@ -57,22 +57,60 @@ def bare(workspace: Workspace, at_once: int, threads: int) -> dict[str, float]:
     return {"whole": time.perf_counter() - started, "trial": statistics.mean(took.get() for _ in plans)}
 
 
-def swept(workspace: Workspace, at_once: int) -> dict[str, float]:
-    """Seconds on Ray: whole, before the first trial, of a trial, from its end to the next one's start, after the last.
+class PeakBelow(threading.Thread):
+    """The most memory that all processes below this one held together inside a `with`; what they share counts once."""
 
-    The third and the fourth are means.
+    def __enter__(self) -> PeakBelow:
+        self.bytes = 0
+        self._ended = threading.Event()
+        self.start()
+        return self
+
+    def run(self) -> None:
+        """Sample until told to end."""
+        while not self._ended.wait(0.2):
+            self.bytes = max(self.bytes, sum(map(_share_of, _below(os.getpid()))))
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self.join()
+
+
+def _below(pid: int) -> list[int]:
+    found: list[int] = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            for child in map(int, children.read_text().split()):
+                found += [child, *_below(child)]
+    return found
+
+
+def _share_of(pid: int) -> int:
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return 1024 * int(line.split()[1])
+    return 0
+
+
+def swept(workspace: Workspace, at_once: int, launcher: str) -> dict[str, float]:
+    """Seconds: whole, before the first trial, of a trial, from its end to the next one's start, after the last.
+
+    The third and the fourth are means. `peak`: bytes of all processes that it started, at their most.
     """
     events: list[tuple[str, str, float]] = []
+    settings = workspace.study.sweep.model_copy(update={"launcher": launcher})
+    workspace.study = workspace.study.model_copy(update={"sweep": settings})
 
-    def timed(plans: Sequence[TrialPlan], settings: Sweep, storage: str, watch: Watch) -> dict[str, str]:
-        def noted(event: str, facts: dict[str, Any]) -> None:
+    class Timed(stages.SweepWatch):
+        """Notes when it was told what."""
+
+        def tell(self, event: str, facts: dict[str, Any]) -> None:
             events.append((event, facts["trial"], time.perf_counter()))
-            watch(event, facts)
-
-        return sweep(plans, settings, storage, noted)
+            super().tell(event, facts)
 
     started = time.perf_counter()
-    with mock.patch.object(stages, "sweep", timed):
+    with mock.patch.object(stages, "SweepWatch", Timed), PeakBelow() as memory:
         errors = workspace.sweep()
     if errors:
         raise UserError(f"trials failed: {errors}")
@@ -85,6 +123,7 @@ def swept(workspace: Workspace, at_once: int) -> dict[str, float]:
         "trial": statistics.mean(done[trial] - begun[trial] for trial in begun),
         "between": statistics.mean(waits or [0.0]),
         "after": ended - max(done.values()),
+        "peak": memory.bytes,
     }
 
 
@@ -117,14 +156,15 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     if options.at_once * options.threads > len(os.sched_getaffinity(0)):
         raise UserError("--at-once trials of --threads each need more cores than there are")
-    seconds: dict[str, list[dict[str, float]]] = {"bare": [], "ray": []}
+    seconds: dict[str, list[dict[str, float]]] = {"bare": [], "local": [], "ray": []}
     with tempfile.TemporaryDirectory() as folder:
         workspace = open_study(options, Path(folder))
         workspace.capture()
         workspace.verify()
         workspace.archive()
         ways = {
-            "ray": lambda: swept(workspace, options.at_once),
+            "ray": lambda: swept(workspace, options.at_once, "ray"),
+            "local": lambda: swept(workspace, options.at_once, "local"),
             "bare": lambda: bare(workspace, options.at_once, options.threads),
         }
         for number in range(options.rounds):
@@ -133,20 +173,19 @@ def main(arguments: list[str] | None = None) -> None:
                 forget(workspace)
         for path in Path(folder).rglob("*"):
             path.chmod(0o700)  # the archive is read-only
-    wholes = ([round_["whole"] for round_ in seconds[way]] for way in ("ray", "bare"))
-    more = [a["trial"] - b["trial"] for a, b in zip(seconds["ray"], seconds["bare"], strict=True)]
-    rows = [
-        ratio("time of a sweep / the same trials bare", *wholes, "≤ 1.15"),
-        value("seconds before the first trial", statistics.median(r["before"] for r in seconds["ray"])),
-        value(
-            "seconds from a trial's end to the next one's start",
-            statistics.median(r["between"] for r in seconds["ray"]),
-        ),
-        value("seconds of a trial on Ray beyond its time bare", statistics.median(more)),
-        value("seconds after the last trial", statistics.median(r["after"] for r in seconds["ray"])),
-        value("seconds of a trial bare", statistics.median(r["trial"] for r in seconds["bare"])),
-    ]
-    finish("Ray", rows, options, seconds=seconds, trials=len(options.groups) * options.seeds)
+    rows = [value("seconds of a trial bare", statistics.median(r["trial"] for r in seconds["bare"]))]
+    for way, named in (("ray", "on Ray"), ("local", "without Ray")):
+        rounds, wholes = seconds[way], ([round_["whole"] for round_ in seconds[name]] for name in (way, "bare"))
+        more = [a["trial"] - b["trial"] for a, b in zip(rounds, seconds["bare"], strict=True)]
+        rows += [
+            ratio(f"time of a sweep {named} / the same trials bare", *wholes, "≤ 1.15"),
+            value(f"… {named}, seconds before the first trial", statistics.median(r["before"] for r in rounds)),
+            value("… from a trial's end to the next one's start", statistics.median(r["between"] for r in rounds)),
+            value("… of a trial beyond its time bare", statistics.median(more)),
+            value("… after the last trial", statistics.median(r["after"] for r in rounds)),
+            value("… memory of all its processes, GB", statistics.median(r["peak"] for r in rounds) / 1e9),
+        ]
+    finish("launchers", rows, options, seconds=seconds, trials=len(options.groups) * options.seeds)
 
 
 if __name__ == "__main__":
