@@ -288,6 +288,7 @@ def test_an_example_that_no_tokenizer_can_align(mistaken, tmp_path, student_ref)
     assert "a tokenizer has no token for any of its text; leave the row out" in said
 
 
+@pytest.mark.slow
 def test_stages_out_of_order(mistaken, tmp_path, teacher_ref, student_ref):
     """What is missing, and the command that makes it."""
     path = study_file(tmp_path, teacher_ref.model, student_ref.model)

@@ -143,7 +143,6 @@ def sweep(study: StudyArgument, set_: SetOption = None, json: JsonOption = False
     Example: stillroom sweep small
     """
     workspace = open_workspace(study, set_)
-    workspace.tracker.check()
     errors = workspace.sweep()
     summary = workspace.results / "results_summary.csv"
     finish(json, {"summary": summary, "failed": errors}, f"{summary}.", following("report", study, set_))
