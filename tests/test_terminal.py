@@ -30,8 +30,10 @@ SMALL = {
 """The embedded study, small."""
 
 
-def sets(**changes):
+def sets(launcher=None, **changes):
     """It as options; `__` for a dot."""
+    if launcher:
+        changes["sweep"] = f"{SMALL['sweep'][:-1]}, launcher: {launcher}}}"
     settings = {**SMALL, **{name.replace("__", "."): value for name, value in changes.items()}}
     return [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
 
@@ -46,8 +48,11 @@ def seen(terminal, code=0):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("columns", "term"), [(80, "xterm-256color"), (120, "xterm-256color"), (80, "dumb")])
-def test_every_command_on_a_terminal(tmp_path, columns, term):
+@pytest.mark.parametrize(
+    ("columns", "term", "launcher"),
+    [(80, "xterm-256color", "ray"), (120, "xterm-256color", "local"), (80, "dumb", "ray")],
+)
+def test_every_command_on_a_terminal(tmp_path, columns, term, launcher):
     """It ends well, nothing is cut, each says what comes next, and that is a command which can be pasted."""
 
     def call(*arguments, code=0):
@@ -60,14 +65,14 @@ def test_every_command_on_a_terminal(tmp_path, columns, term):
         assert "Usage: stillroom" in call(command, "--help")
 
     def stage(name, *more):
-        screen = call(name, "quickstart", *sets(), *more)
+        screen = call(name, "quickstart", *settings, *more)
         nonlocal followed
-        followed = followed or shlex.join(sets()) in screen.replace("\n", "")
+        followed = followed or shlex.join(settings) in screen.replace("\n", "")
         return screen
 
-    followed = False
+    settings, followed = sets(launcher), False
     assert "GPU hours" in stage("plan")
-    assert "packages:" in call("doctor", "quickstart", *sets(), code=0)
+    assert "packages:" in call("doctor", "quickstart", *settings)
     for name in ("adapt", "evaluate", "capture", "verify", "archive"):
         stage(name)
     assert followed, "no command that came next had the settings of this one"
@@ -113,9 +118,9 @@ def test_a_failed_sweeps_facts_go_where_the_output_goes(study):
 
 
 @pytest.fixture
-def training(study):
-    """A sweep in the midst of long trials, on a terminal; what Ray has started for it."""
-    terminal = really(study, "sweep", "quickstart", *sets(training__epochs="3000"))
+def training(study, launcher):
+    """A sweep in the midst of long trials, on a terminal; what it has started."""
+    terminal = really(study, "sweep", "quickstart", *sets(launcher, training__epochs="3000"))
     terminal.until(r"seed 0, epoch \d+: accuracy")
     family = psutil.Process(terminal.process.pid).children(recursive=True)
     yield terminal, family
@@ -129,9 +134,10 @@ def remaining(family):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["local", "ray"])
 @pytest.mark.parametrize("how", ["keys", "signals"])
 def test_ctrl_c_again_and_again_ends_a_sweep_once(training, how):
-    """Exit code 130 and how to resume, no traceback, no core, nothing of Ray left."""
+    """Exit code 130 and how to resume, no traceback, no core, no process left."""
     terminal, family = training
     for _ in range(5):
         if how == "keys":
@@ -140,13 +146,14 @@ def test_ctrl_c_again_and_again_ends_a_sweep_once(training, how):
             terminal.process.send_signal(signal.SIGINT)
         time.sleep(0.1)
     screen = seen(terminal, 130)
-    last = screen.strip().rpartition("Stopped. ")[2].replace("\n", "")
+    last = screen.replace("^C", "").strip().rpartition("Stopped. ")[2].replace("\n", "")
     assert last.startswith("Finished work is saved. To resume: stillroom sweep quickstart --set 'corpus.tasks=")
     assert last.endswith("--set 'analysis={}'")
     assert not remaining(family)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["ray"])
 @pytest.mark.parametrize("which", ["raylet", "gcs_server"])
 def test_ray_that_is_killed_is_one_message(training, which):
     """Not Ray's own text, which ends the process unasked; no agent or worker outlives it."""
