@@ -22,7 +22,7 @@ def test_every_block_of_the_api_page_runs(tmp_path, monkeypatch, capsys):
         exec(compile(block.text, "docs/api.md", "exec"), namespace)
     printed = capsys.readouterr().out
     assert "{'task': 1.0, 'kd': 0.5, 'hidden': 0.1, 'attention': 0.0" in printed
-    assert "attention None" in printed  # it was not asked for
+    assert "read: ['topk_ids', 'topk_logprobs', 'hidden']" in printed  # what was asked for, and no more
     assert "0.015625" in printed  # seven differences of one sign: 2/2⁷
     assert "model.safetensors" in printed
     assert len(namespace["results"].frame) == 2
