@@ -60,7 +60,7 @@ def test_the_test_splits_are_those_of_the_published_figures():
     assert (other.dataset, other.subset, other.revision, other.split) == ("other/data", None, None, "validation")
     subset = load_study("paper", ["evaluation.test_splits.sst2.subset=cola"]).test_splits["sst2"]
     assert (subset.dataset, subset.subset) == (study.corpus.tasks["sst2"].dataset, "cola")
-    with pytest.raises(UserError, match=r"evaluation.test_splits names the task 'quiz', which corpus.tasks has not"):
+    with pytest.raises(UserError, match=r"evaluation.test_splits names the task 'quiz', which is not in corpus.tasks"):
         load_study("paper", ["evaluation.test_splits.quiz={split: test, examples: 9}"])
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from stillroom.config.columns import ChoiceColumns as ChoiceColumns
 from stillroom.config.columns import GenerationColumns as GenerationColumns
@@ -75,11 +75,11 @@ class ModelRef(Section):
 class Training(Section):
     """How weights are updated; the same for every trial."""
 
-    learning_rate: float = Field(1e-4, gt=0, description="AdamW's peak learning rate")
+    learning_rate: float = Field(1e-4, gt=0, description="AdamW's learning rate (constant after the warm-up)")
     weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay, on every weight")
-    batch_size: int = Field(8, ge=1, description="examples an optimizer step")
-    micro_batch_size: int | None = Field(None, ge=1, description="examples a forward pass; default the batch")
-    epochs: int = Field(3, ge=1, description="passes over the training part")
+    batch_size: int = Field(8, ge=1, description="examples per optimizer step")
+    micro_batch_size: int | None = Field(None, ge=1, description="examples per forward pass; default: the whole batch")
+    epochs: int = Field(3, ge=1, description="passes over the training split")
     max_gradient_norm: float = Field(1.0, gt=0, description="L2 norm at which the gradient is clipped")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up; the rate is constant after it")
     precision: Precision = Field(
@@ -90,7 +90,7 @@ class Training(Section):
     gradient_interval: int = Field(50, ge=0, description="steps between measurements of each term's gradient; 0: never")
     bucket_batches: int = Field(64, ge=1, description="batches that are grouped by length at a time")
     max_skipped_steps: int = Field(10, ge=0, description="consecutive non-finite steps before a trial stops")
-    deterministic: bool = Field(False, description="on a GPU, only kernels that repeat to the bit, if slower ones")
+    deterministic: bool = Field(False, description="on a GPU, use deterministic kernels only (slower)")
 
 
 class Adaptation(Section):
@@ -124,9 +124,12 @@ class TaskData(TaskColumns):
     subset: str | None = Field(None, description="the hub data set's configuration")
     revision: str | None = Field(None, description="commit of the hub data set")
     split: str = Field(
-        "train", pattern=r"^[^/\\]+$", max_length=64, description="split of the data set; a `.jsonl` file has but one"
+        "train",
+        pattern=r"^[^/\\]+$",
+        max_length=64,
+        description="split of the data set; ignored for a `.jsonl` file, which has only one",
     )
-    examples: int = Field(ge=2, description="examples used, training and validation part together")
+    examples: int = Field(ge=2, description="examples used, training and validation together")
 
 
 class Corpus(Section):
@@ -135,23 +138,31 @@ class Corpus(Section):
     tasks: dict[Name, TaskData] = Field(min_length=1, description="by task's name")
     max_length: int = Field(512, ge=8, description="tokens, under either tokenizer")
     validation_share: float = Field(0.1, gt=0, lt=1, description="share of each task's examples, at least one example")
-    sample_seed: int = Field(0, ge=0, description="which examples are drawn of those there are")
-    split_seed: int = Field(0, ge=0, description="which of them are held out")
+    sample_seed: int = Field(0, ge=0, description="seed for drawing the examples")
+    split_seed: int = Field(0, ge=0, description="seed for the validation split")
 
 
 class Signals(Section):
     """What is stored of the teacher."""
 
-    top_k: int = Field(256, ge=1, description="next-token log-probabilities kept of each token, the highest")
+    top_k: int = Field(256, ge=1, description="number of highest next-token log-probabilities kept per token")
     hidden_layers: tuple[Layer, ...] = Field(("last",), min_length=1, description="layers whose hidden state is kept")
     attention_layers: tuple[Layer, ...] = Field(("last",), min_length=1, description="layers whose attention is kept")
     value_layers: tuple[Layer, ...] = Field((), description="layers whose value vectors are kept, for value relations")
+
+    @field_validator("hidden_layers", "attention_layers")
+    @classmethod
+    def _has_the_last(cls, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+        if "last" not in layers:
+            raise ValueError("must have last among them: the store is checked and shown by it")
+        return layers
+
     dtype: Literal["float16", "float32"] = Field("float16", description="dtype of every stored signal")
     attention_dtype: Literal["uint8_sqrt"] | None = Field(
         None, description="`uint8_sqrt`: attention in 8 bits, as round(255·√p); default as dtype"
     )
-    batch_tokens: int = Field(4096, ge=1, description="tokens a forward pass, padding included")
-    shard_examples: int = Field(256, ge=1, description="examples a file")
+    batch_tokens: int = Field(4096, ge=1, description="tokens per forward pass, including padding")
+    shard_examples: int = Field(256, ge=1, description="examples per file")
     minimum_coverage: float = Field(
         0.5,
         ge=0,
@@ -164,12 +175,14 @@ class BenchmarkSplit(Section):
     """A split that a task's published figures are on; evaluated once, when training is over."""
 
     dataset: Annotated[str, PossiblePath] | None = Field(
-        None, description="default: the task's own in corpus.tasks, its subset and revision too"
+        None, description="default: the data set in corpus.tasks, with its subset and revision"
     )
     subset: str | None = Field(None, description="the hub data set's configuration")
     revision: str | None = Field(None, description="commit of the hub data set")
     split: str = Field("test", pattern=r"^[^/\\]+$", max_length=64, description="split of the data set")
-    examples: int = Field(ge=2, description="fewer are used where some stand in the corpus or exceed a model's context")
+    examples: int = Field(
+        ge=2, description="examples used; fewer if some are also in the corpus or exceed a model's context"
+    )
 
     def data(self, task: TaskData) -> TaskData:
         """Where its rows come from; `task` is the corpus's own entry."""
@@ -184,11 +197,12 @@ class Evaluation(Section):
 
     dtype: Precision = Field(
         "float32",
-        description="dtype that students are scored in (the teacher: its own); in 16 bits batch size changes answers",
+        description="dtype that students are scored in (the teacher: its own); "
+        "in 16 bits, batch size can change answers",
     )
-    batch_tokens: int = Field(8192, ge=1, description="tokens a scoring batch, padding included")
-    generation_batch_size: int = Field(32, ge=1, description="prompts that are continued at once")
-    max_new_tokens: int = Field(256, ge=1, description="tokens a generated answer may have")
+    batch_tokens: int = Field(8192, ge=1, description="tokens per scoring batch, including padding")
+    generation_batch_size: int = Field(32, ge=1, description="prompts per generation batch")
+    max_new_tokens: int = Field(256, ge=1, description="maximum tokens in a generated answer")
     test_splits: dict[str, BenchmarkSplit] = Field({}, description="the benchmarks' own splits, by task; default none")
 
 
@@ -196,15 +210,19 @@ class Sweep(Section):
     """Groups × seeds, and what a trial may use."""
 
     seeds: tuple[Annotated[int, Field(ge=0, lt=2**31)], ...] = Field(
-        min_length=1, max_length=20, description="one trial a group and seed; the exact test counts 2ⁿ signs of n seeds"
+        min_length=1,
+        max_length=20,
+        description="one trial per group and seed; the exact test counts 2ⁿ signs of n seeds",
     )
     gpus_per_trial: float = Field(
-        1.0, ge=0, description="GPUs, where there are any; 0.5 lets two trials share one; 0: CPU"
+        1.0, ge=0, description="GPUs per trial, if the machine has any; 0.5 lets two trials share one; 0: CPU"
     )
-    cpus_per_trial: int = Field(4, ge=1, description="cores, at most those there are")
+    cpus_per_trial: int = Field(4, ge=1, description="CPU cores per trial, limited to those of the machine")
     max_concurrent: int | None = Field(None, ge=1, description="default: as many as the GPUs (else cores) allow")
-    retries: int = Field(1, ge=0, description="times a failed trial is tried again")
-    keep_checkpoints: Retention = Field("last", description="best: of highest validation accuracy, the earliest such")
+    retries: int = Field(1, ge=0, description="number of retries for a failed trial")
+    keep_checkpoints: Retention = Field(
+        "last", description="`best`: the checkpoint with the highest validation accuracy (the earliest, if tied)"
+    )
     launcher: Literal["local", "ray"] | None = Field(
         None,
         description="`local`: trials run on this machine, without Ray; `ray`: on Ray Tune, on a machine or a cluster; "
@@ -243,14 +261,16 @@ class Analysis(Section):
     )
     secondary: tuple[tuple[str, str], ...] = Field(
         (("hidden", "attention"), ("combined", "hidden"), ("combined", "attention")),
-        description="contrasts that are reported beside them",
+        description="further contrasts to report",
     )
     alpha: float = Field(0.05, gt=0, lt=0.5, description="level of every test, and of the intervals 1 − alpha")
-    equivalence_margin: float = Field(0.02, gt=0, lt=1, description="share of accuracy within which groups are alike")
-    simple_tasks: tuple[str, ...] = Field((), description="tasks on which the hypothesis expects groups to be alike")
+    equivalence_margin: float = Field(
+        0.02, gt=0, lt=1, description="difference in accuracy within which groups count as equivalent"
+    )
+    simple_tasks: tuple[str, ...] = Field((), description="tasks on which the hypothesis expects no difference")
     hard_tasks: tuple[str, ...] = Field((), description="tasks on which it expects white-box groups to be better")
     incomplete: Literal["refuse", "common_seeds"] = Field(
-        "refuse", description="with trials missing: no verdict, or verdicts over the seeds all compared groups have"
+        "refuse", description="if trials are missing: give no verdict, or use the seeds that all compared groups have"
     )
 
 
@@ -296,7 +316,7 @@ class Study(Section):
         for family in {"primary", "secondary"} & self.analysis.model_fields_set:  # by default some may be absent
             for name in (name for pair in getattr(self.analysis, family) for name in pair):
                 if name not in names:
-                    raise ValueError(f"analysis.{family} names the group {name!r}, which groups has not")
+                    raise ValueError(f"analysis.{family} names the group {name!r}, which is not in groups")
         for group in self.groups:
             try:
                 objective = group.objective(self.objective)
@@ -313,16 +333,21 @@ class Study(Section):
                     )
         for task in (*self.analysis.simple_tasks, *self.analysis.hard_tasks):
             if task not in self.corpus.tasks:
-                raise ValueError(f"analysis names the task {task!r}, which corpus.tasks has not")
+                raise ValueError(f"analysis names the task {task!r}, which is not in corpus.tasks")
         for task in self.evaluation.test_splits:
             if task not in self.corpus.tasks:
-                raise ValueError(f"evaluation.test_splits names the task {task!r}, which corpus.tasks has not")
+                raise ValueError(f"evaluation.test_splits names the task {task!r}, which is not in corpus.tasks")
         return self
 
     @property
     def test_splits(self) -> dict[str, TaskData]:
         """The benchmarks' own splits by task, each with its data set."""
         return {name: split.data(self.corpus.tasks[name]) for name, split in self.evaluation.test_splits.items()}
+
+    @property
+    def captures_student(self) -> bool:
+        """Whether a group reads inner values of the student's attention."""
+        return any({"attention", "values"} & set(group.terms) for group in self.groups)
 
     def group(self, name: str) -> Group:
         """The group of that name; `UserError` if the study has none."""

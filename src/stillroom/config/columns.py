@@ -25,7 +25,7 @@ def fields_of(template: str) -> list[str]:
 
 def _template(value: str) -> str:
     if not fields_of(value):
-        raise ValueError("shows no column; write {column} where a row's text goes")
+        raise ValueError("contains no column; write {column} where a row's text belongs")
     return value
 
 
@@ -47,12 +47,13 @@ class ChoiceColumns(_Columns):
     """A choice task: the model's answer is the choice of highest likelihood."""
 
     choices: str | Annotated[tuple[str, ...], Field(min_length=2)] = Field(
-        description="the answers, or the name of the column that lists a row's own"
+        description="the answers, or the name of a column that lists the choices of each row"
     )
-    label: str = Field(min_length=1, description="column of the right choice: its text, or its index, from 0")
+    label: str = Field(min_length=1, description="column with the correct choice: its text, or its index, from 0")
     label_is: Literal["text", "index"] | None = Field(
         None,
-        description="which of them a label is; default: its text, else its index if no choice looks like an index",
+        description="whether a label is a choice's text or its index; default: its text, else its index if no choice "
+        "looks like an index",
     )
 
     @field_validator("choices")
@@ -70,7 +71,8 @@ class GenerationColumns(_Columns):
     answer: Template = Field(description="what the student learns to write: text, with `{column}`")
     pattern: str = Field(
         max_length=1000,
-        description="regular expression; its one group is the answer. Strict reads its first match, flexible its last",
+        description="regular expression; its one group is the answer. Strict extraction takes the first match, "
+        "flexible extraction the last",
     )
 
     @field_validator("pattern")
@@ -88,13 +90,15 @@ class GenerationColumns(_Columns):
 class TaskColumns(Section):
     """How rows become examples where no registered task of that name does it."""
 
-    choice: ChoiceColumns | None = Field(None, description="makes it a choice task of the data set's columns")
-    generation: GenerationColumns | None = Field(None, description="makes it a generation task of its columns")
+    choice: ChoiceColumns | None = Field(None, description="defines a multiple-choice task from the data set's columns")
+    generation: GenerationColumns | None = Field(
+        None, description="defines a free-form task from the data set's columns"
+    )
 
     @model_validator(mode="after")
     def _one_kind(self) -> TaskColumns:
         if self.choice and self.generation:
-            raise ValueError("gives both choice and generation; a task is one of them")
+            raise ValueError("has both choice and generation; give one of them")
         return self
 
     @property

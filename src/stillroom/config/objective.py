@@ -34,12 +34,12 @@ class Distillation(Section):
 
     weight: Weight = 0.5
     divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = Field(
-        "forward_kl", description="over the mapped top k and one outcome for all else"
+        "forward_kl", description="taken over the mapped top k plus one outcome for all other tokens"
     )
     mixing: float | None = Field(None, gt=0, lt=1, description="β of jensen_shannon; default 0.5")
     temperature: float = Field(1.0, gt=0, description="τ of both distributions; the term is multiplied by τ²")
     positions: Literal["answer", "all"] = Field(
-        "answer", description="where it is taken: the answer, or the whole text"
+        "answer", description="positions it is averaged over: the answer, or the whole text"
     )
 
 
@@ -83,6 +83,12 @@ class Values(Section):
     )
 
 
+def _mixing_where_there_is_one(section: Distillation) -> Any:
+    if section.mixing is not None and section.divergence != "jensen_shannon":
+        raise ValueError(f"mixing is jensen_shannon's, and divergence is {section.divergence}: leave it out")
+    return section
+
+
 def _scale_of_mse_alone(section: Hidden | Attention) -> Any:
     if section.distance != "mse" and section.scale != "none":
         raise ValueError(f"scale {section.scale} is one of mse, and distance is {section.distance}: leave it out")
@@ -93,7 +99,7 @@ class Objective(Section):
     """Every term with its settings, shared by the groups unless a group says otherwise."""
 
     task: TaskLoss = TaskLoss()
-    kd: Distillation = Distillation()
+    kd: Annotated[Distillation, AfterValidator(_mixing_where_there_is_one)] = Distillation()
     hidden: Annotated[Hidden, AfterValidator(_scale_of_mse_alone)] = Hidden()
     attention: Annotated[Attention, AfterValidator(_scale_of_mse_alone)] = Attention()
     values: Values = Values()

@@ -52,8 +52,7 @@ class Sources:
         Raises `UserError` naming one that cannot do what the study asks. One of which no small model can be built is
         checked when it is loaded.
         """
-        attention = any({"attention", "values"} & set(group.terms) for group in self.study.groups)
-        for ref, captured in ((self.teacher_ref, True), (self.student_ref, attention)):
+        for ref, captured in ((self.teacher_ref, True), (self.student_ref, self.study.captures_student)):
             if (model := try_miniature(load_config(ref))) is not None:
                 (check_capture if captured else check_model)(model, PROBE)
 

@@ -92,7 +92,7 @@ def _models(study: Study) -> Lines:
         where = "local directory" if is_local(ref) else f"hub id, revision {ref.revision or 'not pinned'}"
         yield Finding(role, True, f"{ref.model}: {config.model_type}, {where}")
         yield _weights(role, ref)
-        yield _architecture(role, config, role == "teacher" or any("attention" in g.terms for g in study.groups))
+        yield _architecture(role, config, role == "teacher" or study.captures_student)
 
 
 def _weights(role: str, ref: ModelRef) -> Finding:
