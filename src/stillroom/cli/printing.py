@@ -51,7 +51,7 @@ def _rows(values: dict[str, Any], show: Callable[[Any], str]) -> list[tuple[str,
 def _table(title: str, headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> Any:
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", min_width=len(title))  # a title wraps at its table's width
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="right" if number else "left")
     for row in rows:
