@@ -224,9 +224,8 @@ def _lists(example: Any) -> dict[str, Any]:
     """A stored example as the outline keeps it."""
     import torch
 
-    names = ("topk_ids", "topk_logprobs", "hidden", "attention")
-    signals = argparse.Namespace(**{name: torch.from_numpy(getattr(example, name).copy()) for name in names})
-    return outline_way.whole(signals, len(example.encoding))  # type: ignore[arg-type]
+    signals = {name: torch.from_numpy(array.copy()) for name, array in example.arrays.items()}
+    return outline_way.whole(signals, len(example.encoding))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -394,6 +394,7 @@ def test_a_limit_beyond_what_a_model_reads_is_refused(tmp_path):
         _ = Workspace(study).examples
 
 
+@pytest.mark.slow
 def test_prompts_leave_room_for_what_is_generated(tmp_path):
     """A model with learned positions would fail in mid-sweep, another go on in silence."""
     few = [f"corpus.tasks.{task}.examples=60" for task in ("sentiment", "quiz", "arithmetic")]

@@ -13,7 +13,7 @@ import pytest
 
 from conftest import STUDENT_SHAPE, write_model
 from damage import flip_byte
-from processes import descendants, start, stillroom, wait_for
+from processes import command, descendants, start, stillroom, wait_for
 from setups import numbers
 from stillroom.files import read_json
 from stillroom.offline_teacher_data.store import SignalStore
@@ -34,10 +34,10 @@ def done(log, *arguments, **options):
     return running.output
 
 
-def refused(log, *arguments, **options):
+def refused(log, *arguments, run=command, **options):
     """Run a command that must end with one message and exit code 2; returns the message."""
     before = len(log.read_text()) if log.exists() else 0
-    running = stillroom(log, *arguments, **options)
+    running = start(log, run, *arguments, **options)
     assert running.end() == 2, running.output
     output = running.output[before:]
     assert output.count("error:") == 1, output
@@ -58,8 +58,7 @@ def shards(store):
 def values(store):
     """Every value of a store."""
     read = {example.example_id: example for example in SignalStore.open(store)}
-    names = ("topk_ids", "topk_logprobs", "hidden", "attention")
-    return {key: [getattr(example, name).tobytes() for name in names] for key, example in read.items()}
+    return {key: {name: array.tobytes() for name, array in example.arrays.items()} for key, example in read.items()}
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +275,14 @@ def logged_trials(results):
     return sorted(run.data.tags["trial"] for run in runs)
 
 
+def command_with_its_tracker_elsewhere(*arguments):
+    """The command line where the tracker is on a disk that is not full."""
+    from stillroom.experiment.tracker import Tracker
+
+    Tracker.check = lambda _: None
+    command(*arguments)
+
+
 def write_summary_of(results):
     """Write the summary, ending as the command line does."""
     from stillroom.analysis.frame import write_summary
@@ -306,7 +313,7 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path, archived, undisturbed):
     path, here = copy_of(archived, tmp_path)
     log, trial = tmp_path / "log", lambda: trial_folder(tmp_path)
     for room in (12_000, 60_000, 200_000):
-        message = refused(log, "train", path, *TRIAL, *here, limit=room)
+        message = refused(log, "train", path, *TRIAL, *here, limit=room, run=command_with_its_tracker_elsewhere)
         assert f"cannot write {trial() / 'checkpoint_1'}: File too large; free space" in message, room
         assert not [p.name for p in trial().iterdir() if "checkpoint" in p.name]
     assert "File too large" in read_json(trial() / "error.json")["error"]
