@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sqlite3
 import time
 from contextlib import closing
@@ -113,9 +114,11 @@ def test_a_tracker_that_cannot_be_used_is_one_message_at_once(tmp_path, monkeypa
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     study = load_study("quickstart")
     Tracker(study, tmp_path).check()
-    damage(tmp_path / "mlflow.db")
+    results = tmp_path / "results"  # another address: MLflow keeps a database it has opened, and does not look again
+    results.mkdir()
+    damage(shutil.copy(tmp_path / "mlflow.db", results / "mlflow.db"))
     began = time.monotonic()
     with pytest.raises(UserError, match=r"mlflow\.db, cannot be written .* nothing is lost: .* move the file away"):
-        Tracker(study, tmp_path).check()
+        Tracker(study, results).check()
     assert time.monotonic() - began < 20
     assert "Traceback" not in capfd.readouterr().err
