@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,30 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "stillroom"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+TESTS = sorted((ROOT / "tests").glob("*.py"))
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
+SLOW = """
+import subprocess, sys, time
+import pytest
+
+BURN = "import time; end = time.process_time() + 3.2\\nwhile time.process_time() < end: pass"
+
+@pytest.fixture(scope="module")
+def shared():
+    exec(BURN)
+
+@pytest.fixture
+def own():
+    exec(BURN)
+
+def test_shared(shared): pass
+def test_waiting(): time.sleep(3.2)
+@pytest.mark.slow
+def test_marked(): exec(BURN)
+def test_slow(): exec(BURN)
+def test_slow_to_set_up(own): pass
+def test_slow_child(): subprocess.run([sys.executable, "-c", BURN], check=True)
+"""
 
 
 def listed():
@@ -51,10 +77,38 @@ def test_imports_go_up_the_list_only(path):
     assert {m for m in imported(path) if m not in ("__version__",)} <= allowed
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_modules_are_small(path):
-    """A file of over 400 lines has, more often than not, two subjects."""
-    assert len(path.read_text("utf-8").splitlines()) <= 400
+def test_modules_are_small():
+    """A file of over 400 lines has, more often than not, two subjects: it is said, and left to who reads it."""
+    for path in SOURCES:
+        if (lines := len(path.read_text("utf-8").splitlines())) > 400:
+            warnings.warn(f"{path.relative_to(PACKAGE)} has {lines} lines: does it have two subjects?", stacklevel=1)
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda p: p.stem)
+def test_no_test_file_imports_from_another(path):
+    """What two of them need is a helper module's: a change of one file's tests breaks no other's."""
+    tree = ast.parse(path.read_text("utf-8"))
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not [name for name in names if name.startswith("test_")]
+
+
+def test_a_test_file_says_what_it_protects():
+    """It bears the name of a module or package, or stands in the list of tests/README.md."""
+    modules = {part.removesuffix(".py") for path in SOURCES for part in path.relative_to(PACKAGE).parts}
+    own = {path.name for path in TESTS if path.stem.startswith("test_")}
+    table = set(re.findall(r"`(test_\w+\.py)`", (ROOT / "tests" / "README.md").read_text("utf-8").split("## ")[0]))
+    assert {name for name in own if name.removeprefix("test_").removesuffix(".py") not in modules} == table
+
+
+@pytest.mark.slow
+def test_a_test_that_hides_its_slowness_fails(tmp_path):
+    """Its own processor time counts, its children's too; not sleep, nor what other tests use as well."""
+    (tmp_path / "test_it.py").write_text(SLOW)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-o", "addopts=", "-p", "no:cacheprovider", "."]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert "3 failed, 3 passed" in done.stdout, done.stdout
+    assert done.stdout.count("of processor time: make it quicker, or mark it slow") == 3
 
 
 def test_ray_is_imported_in_two_modules():
