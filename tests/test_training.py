@@ -29,6 +29,12 @@ from stillroom.training.train_student import Trial, train
 
 
 @pytest.fixture(scope="module")
+def few(examples):
+    """Half of the examples: three steps an epoch say as much of a trial as six."""
+    return replace(examples, train=examples.train[::2], validation=examples.validation[::2])
+
+
+@pytest.fixture(scope="module")
 def unseen(examples):
     """Other examples of the built-in tasks."""
     built = [TASKS[n].build(row) for n in ("sentiment", "quiz", "arithmetic") for row in TASKS[n].generate_rows(77, 6)]
@@ -37,27 +43,33 @@ def unseen(examples):
 
 
 @pytest.fixture(scope="module")
-def combined(tmp_path_factory, student_ref, store, examples):
+def combined(tmp_path_factory, student_ref, store, few):
     """One finished trial of the combined group, and its folder."""
     folder = tmp_path_factory.mktemp("trial")
-    return run(folder, student_ref, store, examples), folder
+    return run(folder, student_ref, store, few), folder
 
 
-def test_the_deterministic_option_runs_every_term_and_is_off_again_after(tmp_path, student_ref, store, examples):
+@pytest.fixture(scope="module")
+def tested(tmp_path_factory, student_ref, store, few, unseen):
+    """The same trial, evaluated on other examples at its end."""
+    folder = tmp_path_factory.mktemp("tested")
+    return run(folder, student_ref, store, few, test=unseen), folder
+
+
+def test_the_deterministic_option_runs_every_term_and_is_off_again_after(tmp_path, student_ref, store, few):
     """No operation of a trial is one that torch refuses then; the numbers are those without it."""
     seen = []
     options = {"epochs": 1, "report": lambda metrics: seen.append(torch.are_deterministic_algorithms_enabled())}
     found = [
-        numbers(run(tmp_path / str(on), student_ref, store, examples, deterministic=on, **options))
-        for on in (True, False)
+        numbers(run(tmp_path / str(on), student_ref, store, few, deterministic=on, **options)) for on in (True, False)
     ]
     assert seen == [True, False]
     assert found[0] == found[1]
 
 
-def test_the_same_trial_twice_gives_identical_numbers(tmp_path, combined, student_ref, store, examples):
+def test_the_same_trial_twice_gives_identical_numbers(tmp_path, combined, student_ref, store, few):
     """Every metric of every epoch, to the bit, and every measured gradient."""
-    again = run(tmp_path, student_ref, store, examples)
+    again = run(tmp_path, student_ref, store, few)
     assert numbers(again) == numbers(combined[0])
     assert again["gradients"] == combined[0]["gradients"]
 
@@ -71,7 +83,9 @@ def test_every_metric_of_the_specification_is_there(combined):
             assert last[f"{part}_{name}"] > 0
     for name in ("accuracy", "accuracy_macro", "accuracy_sentiment", "accuracy_quiz", "accuracy_arithmetic"):
         assert 0 <= last[f"validation_{name}"] <= 1
-    weights = Objective().weights
+    objective = GROUPS["combined"].objective(Objective())
+    weights = {name: weight for name, weight in objective.weights.items() if weight > 0}
+    assert [*weights] == ["task", "kd", "hidden", "attention"]
     total = sum(weights[n] * last[f"validation_{n}_loss"] for n in weights)
     assert last["validation_loss"] == pytest.approx(total)
     assert set(result["gradient_shares"]) == {"task", "kd", "hidden", "attention"}
@@ -80,11 +94,11 @@ def test_every_metric_of_the_specification_is_there(combined):
     assert by_column(read_json(folder / "result.json")["metrics"]) == last
 
 
-def test_predictions_are_kept_and_give_the_accuracy(combined, examples):
+def test_predictions_are_kept_and_give_the_accuracy(combined, few):
     """One row an example, from which every accuracy can be computed again."""
     result, folder = combined
     frame = pd.read_parquet(folder / "predictions.parquet")
-    assert list(frame["example_id"]) == [e.example_id for e in examples.validation]
+    assert list(frame["example_id"]) == [e.example_id for e in few.validation]
     measured = by_column(result["metrics"])
     assert frame["correct"].mean() == measured["validation_accuracy"]
     own = frame[frame["task"] == "quiz"]["correct"].mean()
@@ -110,12 +124,12 @@ def test_a_checkpoint_is_a_plain_model_with_the_projector_beside_it(combined, st
     assert load_tokenizer(type(student_ref)(model=str(checkpoint))).eos_token_id is not None
 
 
-def test_a_groups_scale_reaches_its_training(tmp_path, student_ref, store, examples):
+def test_a_groups_scale_reaches_its_training(tmp_path, student_ref, store, few):
     """With weights that do not move, `teacher_rms` divides the hidden loss by the store's mean square, exactly."""
     scaled = Group(name="hidden", terms=("task", "kd", "hidden"), hidden={"scale": "teacher_rms"})
     still = TRAINING.model_copy(update={"learning_rate": 1e-12, "epochs": 1})
     found = [
-        train(Trial("t", group, 0), student_ref, still, Objective(), EVALUATION, examples, store.path, tmp_path / name)
+        train(Trial("t", group, 0), student_ref, still, Objective(), EVALUATION, few, store.path, tmp_path / name)
         for name, group in (("plain", GROUPS["hidden"]), ("scaled", scaled))
     ]
     found = [by_column(result["metrics"]) for result in found]
@@ -128,17 +142,17 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("group", ["combined", "black_box"])
-def test_a_stopped_trial_ends_with_the_numbers_of_an_unstopped_one(tmp_path, student_ref, store, examples, group):
+def test_a_stopped_trial_ends_with_the_numbers_of_an_unstopped_one(tmp_path, student_ref, store, few, group):
     """Weights, optimizer, step count and measured gradients go on from the checkpoint, to the bit."""
 
     def stop(metrics):
         raise Stop
 
-    whole = run(tmp_path / "whole", student_ref, store, examples, group)
+    whole = run(tmp_path / "whole", student_ref, store, few, group)
     with pytest.raises(Stop):
-        run(tmp_path / "stopped", student_ref, store, examples, group, report=stop)
+        run(tmp_path / "stopped", student_ref, store, few, group, report=stop)
     assert (tmp_path / "stopped" / "checkpoint_1" / "trainer_state.pt").is_file()
-    resumed = run(tmp_path / "stopped", student_ref, store, examples, group)
+    resumed = run(tmp_path / "stopped", student_ref, store, few, group)
     assert numbers(resumed) == numbers(whole)
     assert resumed["gradients"] == whole["gradients"]
     first, second = (load_file(tmp_path / n / "checkpoint_2" / "model.safetensors") for n in ("whole", "stopped"))
@@ -147,10 +161,10 @@ def test_a_stopped_trial_ends_with_the_numbers_of_an_unstopped_one(tmp_path, stu
 
 @pytest.mark.parametrize("place", ["evaluate", "save_predictions", "write_json", "drop_superseded"])
 def test_a_trial_stopped_after_its_last_epoch_only_finishes(
-    tmp_path, student_ref, store, examples, unseen, monkeypatch, place
+    tmp_path, tested, student_ref, store, few, unseen, monkeypatch, place
 ):
     """Wherever the process died: the weights of the last epoch are evaluated and no step is taken again."""
-    whole = run(tmp_path / "whole", student_ref, store, examples, test=unseen)
+    whole, undisturbed = tested
     epochs = [0]
     real = getattr(train_student, place)
 
@@ -164,34 +178,33 @@ def test_a_trial_stopped_after_its_last_epoch_only_finishes(
 
     monkeypatch.setattr(train_student, place, stop)
     with pytest.raises(Stop):
-        run(tmp_path / "stopped", student_ref, store, examples, test=unseen, report=count)
+        run(tmp_path / "stopped", student_ref, store, few, test=unseen, report=count)
     monkeypatch.undo()
     assert (tmp_path / "stopped" / "checkpoint_2" / "trainer_state.pt").is_file()
     monkeypatch.setattr(train_student.StepRunner, "update", lambda *_: pytest.fail("a step was taken again"))
-    resumed = run(tmp_path / "stopped", student_ref, store, examples, test=unseen)
+    resumed = run(tmp_path / "stopped", student_ref, store, few, test=unseen)
     assert numbers(resumed) == numbers(whole)
     for key in whole:
         assert resumed[key] == whole[key] or key in ("epochs", "test_evaluation_seconds", *TIMES), key
-    files = [sorted(p.name for p in (tmp_path / name).rglob("*") if p.is_file()) for name in ("whole", "stopped")]
+    folders = (undisturbed, tmp_path / "stopped")
+    files = [sorted(p.name for p in folder.rglob("*") if p.is_file()) for folder in folders]
     assert files[0] == files[1]
     for name in ("predictions.parquet", "predictions_test.parquet"):
-        first, second = (pd.read_parquet(tmp_path / folder / name) for folder in ("whole", "stopped"))
+        first, second = (pd.read_parquet(folder / name) for folder in folders)
         pd.testing.assert_frame_equal(first, second)
 
 
-def test_the_test_examples_are_evaluated_once_and_change_nothing_else(
-    tmp_path, combined, student_ref, store, examples, unseen
-):
+def test_the_test_examples_are_evaluated_once_and_change_nothing_else(tested, combined, student_ref, unseen):
     """Their accuracy is that of their predictions, those of the saved model; training and validation stay the same."""
-    result = run(tmp_path, student_ref, store, examples, test=unseen)
+    result, folder = tested
     assert numbers(result) == numbers(combined[0])
-    frame = pd.read_parquet(tmp_path / "predictions_test.parquet")
+    frame = pd.read_parquet(folder / "predictions_test.parquet")
     assert list(frame["example_id"]) == [e.example_id for e in unseen]
     measured = by_column(result["metrics"])
     assert measured["test_accuracy"] == frame["correct"].mean()
     for task, own in frame.groupby("task"):
         assert measured[f"test_accuracy_{task}"] == own["correct"].mean()
-    scored = evaluate(load_model(ModelRef(model=str(tmp_path / "checkpoint_2"))), *evaluated(student_ref, unseen))
+    scored = evaluate(load_model(ModelRef(model=str(folder / "checkpoint_2"))), *evaluated(student_ref, unseen))
     pd.testing.assert_frame_equal(scored, frame)
     assert not any(key.startswith("test_") for key in combined[0])
 
@@ -201,7 +214,7 @@ def evaluated(student_ref, unseen):
     return load_tokenizer(student_ref), unseen, EVALUATION
 
 
-def test_groups_of_a_seed_start_alike_and_seeds_differ(tmp_path, student_ref, store, examples, monkeypatch):
+def test_groups_of_a_seed_start_alike_and_seeds_differ(tmp_path, student_ref, store, few, monkeypatch):
     """Same initial student, projector, batches and dropout for all groups of a seed; other batches for another."""
     import stillroom.training.train_student as ts
 
@@ -218,7 +231,7 @@ def test_groups_of_a_seed_start_alike_and_seeds_differ(tmp_path, student_ref, st
     monkeypatch.setattr(ts, "StepRunner", Spy)
     for group, seed in (("black_box", 0), ("combined", 0), ("black_box", 1)):
         Spy.key = (group, seed)
-        run(tmp_path / f"{group}{seed}", student_ref, store, examples, group, seed, epochs=1)
+        run(tmp_path / f"{group}{seed}", student_ref, store, few, group, seed, epochs=1)
     a, b, c = (seen[((g, s), "first")] for g, s in (("black_box", 0), ("combined", 0), ("black_box", 1)))
     assert {*b[0]} - {*a[0]} == {"trained.hidden.weight", "trained.hidden.bias"}
     assert all(torch.equal(weight, b[0][name]) for name, weight in a[0].items())
@@ -227,15 +240,15 @@ def test_groups_of_a_seed_start_alike_and_seeds_differ(tmp_path, student_ref, st
     assert a[1] != c[1]
 
 
-def test_all_checkpoints_are_kept_when_asked(tmp_path, student_ref, store, examples):
+def test_all_checkpoints_are_kept_when_asked(tmp_path, student_ref, store, few):
     """`keep_checkpoints=all` keeps each epoch's; optimizer states go once they are no longer needed."""
-    run(tmp_path, student_ref, store, examples, "task_only", keep_checkpoints="all")
+    run(tmp_path, student_ref, store, few, "task_only", keep_checkpoints="all")
     assert sorted(p.name for p in tmp_path.glob("checkpoint_*")) == ["checkpoint_1", "checkpoint_2"]
     assert not list(tmp_path.glob("*/trainer_state.pt"))
 
 
 @pytest.mark.parametrize("best", [1, 2])
-def test_the_best_checkpoint_is_kept_when_asked(tmp_path, student_ref, store, examples, monkeypatch, best):
+def test_the_best_checkpoint_is_kept_when_asked(tmp_path, student_ref, store, few, monkeypatch, best):
     """`keep_checkpoints=best` leaves the epoch of highest validation accuracy alone, and it loads."""
     real, passed = train_student._validate, []
 
@@ -248,27 +261,27 @@ def test_the_best_checkpoint_is_kept_when_asked(tmp_path, student_ref, store, ex
         return metrics, predictions
 
     monkeypatch.setattr(train_student, "_validate", scripted)
-    result = run(tmp_path, student_ref, store, examples, "task_only", keep_checkpoints="best", epochs=3)
+    result = run(tmp_path, student_ref, store, few, "task_only", keep_checkpoints="best", epochs=3)
     assert passed[2] == (["checkpoint_2"] if best == 2 else ["checkpoint_1", "checkpoint_2"])
     assert [p.name for p in tmp_path.glob("checkpoint_*")] == [f"checkpoint_{best}"]
     assert result["epoch"] == 3
     load_model(ModelRef(model=str(tmp_path / f"checkpoint_{best}")))
 
 
-def test_without_a_store_the_task_loss_alone_is_trained(tmp_path, student_ref, examples):
+def test_without_a_store_the_task_loss_alone_is_trained(tmp_path, student_ref, few):
     """What adapting a teacher uses."""
-    result = run(tmp_path, student_ref, None, examples, "task_only")
+    result = run(tmp_path, student_ref, None, few, "task_only")
     assert "validation_kd_loss" not in by_column(result["metrics"])
     first, last = (by_column(epoch["metrics"])["train_task_loss"] for epoch in result["epochs"])
     assert last < first
 
 
-def test_lora_trains_the_adapters_and_saves_them_merged(tmp_path, student_ref, examples):
+def test_lora_trains_the_adapters_and_saves_them_merged(tmp_path, student_ref, few):
     """A LoRA-adapted model is saved as a plain one whose weights have moved."""
     from stillroom.config import Adaptation
     from stillroom.training.fine_tuning import _lora
 
-    result = run(tmp_path, student_ref, None, examples, "task_only", adapter=_lora(Adaptation(lora_rank=4)))
+    result = run(tmp_path, student_ref, None, few, "task_only", adapter=_lora(Adaptation(lora_rank=4)))
     first, last = (by_column(epoch["metrics"])["train_task_loss"] for epoch in result["epochs"])
     assert last < first
     names = set(load_file(tmp_path / "checkpoint_2" / "model.safetensors"))
@@ -279,7 +292,7 @@ def test_lora_trains_the_adapters_and_saves_them_merged(tmp_path, student_ref, e
     assert torch.equal(moved["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
 
 
-def test_the_seed_decides_an_adapters_first_weights(tmp_path, student_ref, examples):
+def test_the_seed_decides_an_adapters_first_weights(tmp_path, student_ref, few):
     """An adapted teacher's fingerprint says what it was made from: chance from elsewhere must not be part of it."""
     from stillroom.config import Adaptation
     from stillroom.training.fine_tuning import _lora
@@ -287,7 +300,7 @@ def test_the_seed_decides_an_adapters_first_weights(tmp_path, student_ref, examp
     adapter, loss = _lora(Adaptation(lora_rank=4)), []
     for number, seed in enumerate((0, 0, 1)):
         torch.manual_seed(number)
-        result = run(tmp_path / str(number), student_ref, None, examples, "task_only", seed, adapter=adapter, epochs=1)
+        result = run(tmp_path / str(number), student_ref, None, few, "task_only", seed, adapter=adapter, epochs=1)
         loss.append(by_column(result["metrics"])["train_loss"])
     assert loss[0] == loss[1] != loss[2]
 
@@ -308,9 +321,9 @@ def test_merged_adapters_compute_what_the_adapters_did(student_ref):
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-def test_half_precision_trains_with_float32_weights(tmp_path, student_ref, store, examples, precision):
+def test_half_precision_trains_with_float32_weights(tmp_path, student_ref, store, few, precision):
     """Autocast (and, for float16, the gradient scaler) around float32 weights and losses."""
-    result = run(tmp_path, student_ref, store, examples, precision=precision, learning_rate=1e-3)
+    result = run(tmp_path, student_ref, store, few, precision=precision, learning_rate=1e-3)
     first, last = (by_column(epoch["metrics"])["train_task_loss"] for epoch in result["epochs"])
     assert last < first
     assert result["skipped_steps"] <= 2
@@ -319,7 +332,7 @@ def test_half_precision_trains_with_float32_weights(tmp_path, student_ref, store
     )
 
 
-def test_non_finite_steps_are_skipped_counted_and_at_last_fatal(tmp_path, student_ref, store, examples, monkeypatch):
+def test_non_finite_steps_are_skipped_counted_and_at_last_fatal(tmp_path, student_ref, store, few, monkeypatch):
     """One bad step costs one step; a run of them stops the trial and names the examples."""
     import stillroom.training.train_student as ts
 
@@ -333,7 +346,7 @@ def test_non_finite_steps_are_skipped_counted_and_at_last_fatal(tmp_path, studen
             return (total * float("nan") if Broken.calls in Broken.bad else total), sums
 
     monkeypatch.setattr(ts, "StepRunner", Broken)
-    result = run(tmp_path / "one", student_ref, store, examples, "task_only", gradient_interval=0)
+    result = run(tmp_path / "one", student_ref, store, few, "task_only", gradient_interval=0)
     assert result["skipped_steps"] == 1
     assert all(
         torch.isfinite(t).all() for t in load_file(tmp_path / "one" / "checkpoint_2" / "model.safetensors").values()
@@ -342,28 +355,28 @@ def test_non_finite_steps_are_skipped_counted_and_at_last_fatal(tmp_path, studen
     with pytest.raises(
         UserError, match=r"4 steps in a row had non-finite gradients; the last on examples \['[0-9a-f]{16}'"
     ):
-        run(tmp_path / "many", student_ref, store, examples, "task_only", gradient_interval=0, max_skipped_steps=3)
+        run(tmp_path / "many", student_ref, store, few, "task_only", gradient_interval=0, max_skipped_steps=3)
 
 
-def test_coverage_under_the_floor_is_refused_with_the_figures(tmp_path, student_ref, store, examples):
+def test_coverage_under_the_floor_is_refused_with_the_figures(tmp_path, student_ref, store, few):
     """A pair of tokenizers that hardly meet is not trained on in silence."""
     with pytest.raises(UserError, match=r"minimum_coverage=99%.*sentiment: \d+\.\d% of student tokens"):
-        run(tmp_path, student_ref, store, examples, minimum_coverage=0.99)
+        run(tmp_path, student_ref, store, few, minimum_coverage=0.99)
 
 
-def test_training_refuses_an_unverified_store(tmp_path, student_ref, store, examples):
+def test_training_refuses_an_unverified_store(tmp_path, student_ref, store, few):
     """The gate is mandatory."""
     copy = shutil.copytree(store.path, tmp_path / "data")
     (copy / "verified.json").unlink()
 
     with pytest.raises(UserError, match="has not been verified"):
-        run(tmp_path / "trial", student_ref, SignalStore.open(copy), examples)
+        run(tmp_path / "trial", student_ref, SignalStore.open(copy), few)
 
 
-def test_a_student_with_the_teachers_tokenizer_needs_no_other_path(tmp_path, teacher_ref, examples):
+def test_a_student_with_the_teachers_tokenizer_needs_no_other_path(tmp_path, teacher_ref, few):
     """One tokenizer on both sides trains through the same code; alignment is whole."""
-    store = make_store(tmp_path / "s", teacher_ref, examples)
-    result = run(tmp_path / "t", teacher_ref, store, examples, epochs=1)
+    store = make_store(tmp_path / "s", teacher_ref, few)
+    result = run(tmp_path / "t", teacher_ref, store, few, epochs=1)
     assert all(own["token_coverage"] == 1.0 for own in result["coverage"].values())
 
 
@@ -382,7 +395,7 @@ def test_the_rate_warms_up_linearly_and_stays():
     assert list(rates(0)) == [0.5] * 6
 
 
-def test_the_optimizer_is_the_studys(tmp_path, student_ref, store, examples, monkeypatch):
+def test_the_optimizer_is_the_studys(tmp_path, student_ref, store, few, monkeypatch):
     """AdamW at the study's rate and decay, over every weight of the student and its projector."""
     import stillroom.training.train_student as ts
 
@@ -398,12 +411,10 @@ def test_the_optimizer_is_the_studys(tmp_path, student_ref, store, examples, mon
 
     monkeypatch.setattr(ts.StepRunner, "update", look)
     with pytest.raises(Stop):
-        run(tmp_path, student_ref, store, examples, weight_decay=0.25, gradient_interval=0)
+        run(tmp_path, student_ref, store, few, weight_decay=0.25, gradient_interval=0)
 
 
-def test_dropout_is_new_at_each_step_and_measuring_does_not_move_it(
-    tmp_path, sentencepiece, store, examples, monkeypatch
-):
+def test_dropout_is_new_at_each_step_and_measuring_does_not_move_it(tmp_path, sentencepiece, store, few, monkeypatch):
     """A function of seed and step: however often the gradient is measured, the weights end the same."""
     import stillroom.training.train_student as ts
 
@@ -415,7 +426,7 @@ def test_dropout_is_new_at_each_step_and_measuring_does_not_move_it(
         return real(self, micro, optimizer)
 
     monkeypatch.setattr(ts.StepRunner, "update", look)
-    few = replace(examples, train=examples.train[::3], validation=examples.validation[:1])
+    few = replace(few, train=few.train[::3], validation=few.validation[:1])
     results = [run(tmp_path / str(n), ref, store, few, gradient_interval=n) for n in (0, 1)]
     found = [by_column(result["metrics"])["train_task_loss"] for result in results]
     half = len(states) // 2
@@ -424,10 +435,10 @@ def test_dropout_is_new_at_each_step_and_measuring_does_not_move_it(
     assert found[0] == found[1]
 
 
-def test_a_half_precision_trial_scores_what_it_saves(tmp_path, student_ref, store, examples):
+def test_a_half_precision_trial_scores_what_it_saves(tmp_path, student_ref, store, few):
     """Weights rounded as the checkpoint's, in the evaluation's dtype: its predictions are those of the saved model."""
-    few = replace(examples, train=examples.train[::3], validation=examples.validation[:3])
-    unseen = [example for example in examples.train if example.choices][:6]
+    few = replace(few, train=few.train[::3], validation=few.validation[:3])
+    unseen = [example for example in few.train if example.choices][:6]
     run(tmp_path, student_ref, store, few, "task_only", precision="bfloat16", test=unseen)
     saved = load_model(ModelRef(model=str(tmp_path / "checkpoint_2")), EVALUATION.dtype)
     for name, own in (("predictions", few.validation), ("predictions_test", unseen)):
@@ -435,19 +446,17 @@ def test_a_half_precision_trial_scores_what_it_saves(tmp_path, student_ref, stor
         pd.testing.assert_frame_equal(evaluate(saved, load_tokenizer(student_ref), own, EVALUATION), kept)
 
 
-def test_a_stores_tokenizer_that_is_not_its_own_is_refused(tmp_path, student_ref, store, examples):
+def test_a_stores_tokenizer_that_is_not_its_own_is_refused(tmp_path, student_ref, store, few):
     """The map of vocabularies is made from it: another one would give each id another meaning."""
     copy = shutil.copytree(store.path, tmp_path / "data")
     shutil.rmtree(copy / "tokenizer")
     load_tokenizer(student_ref).save_pretrained(copy / "tokenizer")
 
     with pytest.raises(UserError, match="is not the tokenizer the store was made with"):
-        run(tmp_path / "trial", student_ref, SignalStore.open(copy), examples)
+        run(tmp_path / "trial", student_ref, SignalStore.open(copy), few)
 
 
-def test_a_student_whose_attention_is_captured_wrongly_is_not_trained(
-    tmp_path, student_ref, store, examples, monkeypatch
-):
+def test_a_student_whose_attention_is_captured_wrongly_is_not_trained(tmp_path, student_ref, store, few, monkeypatch):
     """Checked on a real text before the first step."""
 
     def refuse(*arguments):
@@ -455,13 +464,13 @@ def test_a_student_whose_attention_is_captured_wrongly_is_not_trained(
 
     monkeypatch.setattr("stillroom.training.train_student.check_capture", refuse)
     with pytest.raises(UserError, match="captured wrongly"):
-        run(tmp_path, student_ref, store, examples, "attention")
+        run(tmp_path, student_ref, store, few, "attention")
 
 
 @pytest.mark.parametrize("term", ["kd", "hidden"])
-def test_a_term_that_compares_nothing_stops_the_trial(tmp_path, student_ref, store, examples, monkeypatch, term):
+def test_a_term_that_compares_nothing_stops_the_trial(tmp_path, student_ref, store, few, monkeypatch, term):
     """A public run of this kind of study trained all its groups on cross-entropy alone, and nothing said so."""
-    few = examples.__class__(examples.train[:8], examples.validation[:2], examples.counts)
+    few = few.__class__(few.train[:8], few.validation[:2], few.counts)
     if term == "kd":
         monkeypatch.setattr("stillroom.terms.NextToken.compared", lambda self, item: item.alignment.pairs[:0])
     else:
