@@ -157,6 +157,26 @@ def test_data_that_cannot_be_used(mistaken, tmp_path, teacher_ref, student_ref, 
     assert message in said
     assert "corpus.tasks.sst2" in said or "data.jsonl" in said or "absent.jsonl" in said
     assert not (tmp_path / "offline_teacher_data").exists()
+    if what != "a name that is no data set":  # which the hub may have
+        assert message in (planned := mistaken("plan", path))
+        assert "corpus.tasks.sst2" in planned
+
+
+def test_rows_that_are_left_out_are_told_of_once(tmp_path, monkeypatch, capsys, teacher_ref, student_ref):
+    """How many and the first of them, on standard error, before the models run: the user may not know of them."""
+    from stillroom.cli import main
+
+    rows = [{"sentence": "no label", "label": 9}, *SENTIMENT, {"sentence": None, "label": 0}]
+    tasks = {"sst2": {"dataset": str(parquet(lambda _: rows)(tmp_path)), "examples": 20}}
+    path = study_file(tmp_path, teacher_ref.model, student_ref.model, corpus={"tasks": tasks, "max_length": 128})
+    monkeypatch.setattr("sys.argv", ["stillroom", "evaluate", str(path), "--json"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)
+    (warning,) = (line for line in said.err.splitlines() if "cannot be used" in line)
+    assert warning.startswith("warning: sst2: 2 of 32 rows cannot be used and are left out; the first is row 0")
 
 
 @pytest.mark.parametrize(
