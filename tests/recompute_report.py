@@ -377,7 +377,8 @@ def check_bootstrap(shown, pair, measure, trials, seeds, alpha):
     difference = arrays[0] - arrays[1]
     s, e = difference.shape
     draws = 4000
-    means = [difference[rng.integers(0, s, s)][:, rng.integers(0, e, e)].mean() for _ in range(draws)]
+    chosen = rng.integers(0, s, (draws, s, 1)), rng.integers(0, e, (draws, 1, e))
+    means = difference[chosen].mean((1, 2))
     for text, level in zip(shown.split(" … "), (alpha / 2, 1 - alpha / 2), strict=True):
         # a quantile of 2,000 draws lies between those of levels a little lower and higher: four standard errors
         off = 4 * math.sqrt(level * (1 - level) * (1 / 2000 + 1 / draws))
