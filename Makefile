@@ -23,11 +23,11 @@ quickstart: install
 	$(BIN)/stillroom run quickstart
 
 quick: install
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 # more processes than cores: half of the time, a slow test waits
 test: install
-	$(BIN)/python -m pytest -n 4 --dist loadgroup
+	$(BIN)/python -m pytest -n 4 --dist loadfile
 
 lint: install
 	$(BIN)/ruff format --check src tests benchmarks tools

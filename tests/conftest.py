@@ -28,55 +28,7 @@ hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
-QUICK_SECONDS = 3.0
-"""What a test that is not marked slow may take of the processor, its children's time included."""
-
-_shared_seconds = 0.0
-_began = pytest.StashKey[float]()
-
-
-def _own_seconds():
-    """The processor's time, so that a busy machine fails no test; without that of fixtures that others use too."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system - _shared_seconds
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_fixture_setup(fixturedef):
-    """What is made once for many tests is not the first one's own time."""
-    global _shared_seconds
-    before = _own_seconds()
-    try:
-        return (yield)
-    finally:
-        if fixturedef.scope != "function":
-            _shared_seconds += _own_seconds() - before
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_setup(item):
-    """Look at the clock."""
-    item.stash[_began] = _own_seconds()
-    return (yield)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item):
-    """A slow test says so, or `make quick` would stop being quick; tracing for coverage is not the test's doing."""
-    result = yield
-    seconds = _own_seconds() - item.stash[_began]
-    if seconds > QUICK_SECONDS and not (item.get_closest_marker("slow") or item.config.getoption("cov_source", None)):
-        pytest.fail(f"{seconds:.1f} s of processor time: make it quicker, or mark it slow", pytrace=False)
-    return result
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Under xdist a file's tests stay together, for its fixtures' sake; `xdist_group` cuts or joins files."""
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
+pytest_plugins = ["own_time"]
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 REAL_MODELS = Path(__file__).resolve().parents[1] / ".cache" / "models"

@@ -105,7 +105,7 @@ def test_a_test_file_says_what_it_protects():
 def test_a_test_that_hides_its_slowness_fails(tmp_path):
     """Its own processor time counts, its children's too; not sleep, nor what other tests use as well."""
     (tmp_path / "test_it.py").write_text(SLOW)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "conftest", "-o", "addopts=", "-p", "no:cacheprovider", "."]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "own_time", "-o", "addopts=", "-p", "no:cacheprovider", "."]
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert "3 failed, 3 passed" in done.stdout, done.stdout
     assert done.stdout.count("of processor time: make it quicker, or mark it slow") == 3

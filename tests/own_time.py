@@ -1,0 +1,47 @@
+"""A test that is not marked slow takes three seconds of the processor at most, or fails: `make quick` stays quick."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+QUICK_SECONDS = 3.0
+
+_shared_seconds = 0.0
+_began = pytest.StashKey[float]()
+
+
+def _own_seconds():
+    """The processor's time, so that a busy machine fails no test; without that of fixtures that others use too."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system - _shared_seconds
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef):
+    """What is made once for many tests is not the first one's own time."""
+    global _shared_seconds
+    before = _own_seconds()
+    try:
+        return (yield)
+    finally:
+        if fixturedef.scope != "function":
+            _shared_seconds += _own_seconds() - before
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    """Look at the clock."""
+    item.stash[_began] = _own_seconds()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Look again; tracing for coverage is not the test's doing."""
+    result = yield
+    seconds = _own_seconds() - item.stash[_began]
+    if seconds > QUICK_SECONDS and not (item.get_closest_marker("slow") or item.config.getoption("cov_source", None)):
+        pytest.fail(f"{seconds:.1f} s of processor time: make it quicker, or mark it slow", pytrace=False)
+    return result
