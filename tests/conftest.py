@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
@@ -13,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import hypothesis
 import pytest
 import torch
+import typer
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -22,6 +24,9 @@ from stillroom.data.tasks import TASKS
 from stillroom.models.builtin_pair import byte_level_tokenizer, sentencepiece_tokenizer
 from stillroom.models.hub import load_model, load_tokenizer
 from stillroom.offline_teacher_data import capture, made_from, verify_saved_data
+
+# a hundred tests call the command line, and to build it takes longer than most of them
+typer.main.get_command = functools.cache(typer.main.get_command)
 
 # in CI the same examples every time: a red run must be the change's doing; elsewhere new ones are looked for
 hypothesis.settings.register_profile("ci", derandomize=True)

@@ -73,6 +73,14 @@ def command(*arguments):
     main()
 
 
+def command_with_its_tracker_elsewhere(*arguments):
+    """The command line where the tracker is on a disk that is not full."""
+    from stillroom.experiment.tracker import Tracker
+
+    Tracker.check = lambda _: None
+    command(*arguments)
+
+
 def stillroom(log, *arguments, **options):
     """Start `stillroom` with arguments in a process of its own."""
     return start(log, command, *arguments, **options)

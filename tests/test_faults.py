@@ -13,7 +13,7 @@ import pytest
 
 from conftest import STUDENT_SHAPE, write_model
 from damage import flip_byte
-from processes import command, descendants, start, stillroom, wait_for
+from processes import command, command_with_its_tracker_elsewhere, descendants, start, stillroom, wait_for
 from setups import numbers
 from stillroom.files import read_json
 from stillroom.offline_teacher_data.store import SignalStore
@@ -273,14 +273,6 @@ def logged_trials(results):
     experiment = client.get_experiment_by_name("tiny")
     runs = client.search_runs([experiment.experiment_id], "tags.kind = 'trial' and attributes.status = 'FINISHED'")
     return sorted(run.data.tags["trial"] for run in runs)
-
-
-def command_with_its_tracker_elsewhere(*arguments):
-    """The command line where the tracker is on a disk that is not full."""
-    from stillroom.experiment.tracker import Tracker
-
-    Tracker.check = lambda _: None
-    command(*arguments)
 
 
 def write_summary_of(results):

@@ -119,10 +119,8 @@ def test_no_letter_of_a_picture_is_a_box(monkeypatch):
         figure.canvas.draw()
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["mistral-7b-v0.1", "tinyllama-1.1b", pytest.param("qwen2.5-coder-0.5b", marks=pytest.mark.slow), "smollm2-135m"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mistral-7b-v0.1", "tinyllama-1.1b", "qwen2.5-coder-0.5b", "smollm2-135m"])
 def test_text_is_told_from_a_real_tokenizers_tokens_or_refused(tmp_path, name):
     """What is shown is the text, character by character; where a tokenizer rewrites it, the corpus is asked for."""
     ref = write_model(tmp_path / "model", real_tokenizer(name), STUDENT_SHAPE, 3)

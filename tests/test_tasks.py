@@ -117,7 +117,7 @@ def test_an_edited_file_is_read_again(files, tmp_path, teacher_ref, student_ref)
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ({"choice": {**CHOICE, "prompt": "No column"}}, "choice.prompt: shows no column"),
+        ({"choice": {**CHOICE, "prompt": "No column"}}, "choice.prompt: contains no column"),
         ({"choice": {**CHOICE, "prompt": "{thing}: "}}, "ends in white space"),
         ({"choice": {**CHOICE, "prompt": "{thing.__class__}"}}, "not the name of a column"),
         ({"choice": {**CHOICE, "choices": ["one"]}}, "choice.choices"),
