@@ -34,7 +34,7 @@ class Running:
         """Both streams, so far."""
         return self.log.read_text("utf-8") if self.log.exists() else ""
 
-    def end(self, timeout=120):
+    def end(self, timeout=600):
         """Wait; returns the exit code, negative for a signal."""
         self.process.join(timeout)
         assert self.process.exitcode is not None, f"still running: {self.output}"
@@ -86,7 +86,7 @@ def stillroom(log, *arguments, **options):
     return start(log, command, *arguments, **options)
 
 
-def wait_for(condition, running, timeout=120):
+def wait_for(condition, running, timeout=600):
     """Poll until a condition holds or the process ends; returns whether it held."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:

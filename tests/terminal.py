@@ -126,7 +126,7 @@ class OnTerminal:
         """Type."""
         os.write(self.master, keys)
 
-    def end(self, timeout=180):
+    def end(self, timeout=600):
         """Wait; returns the exit code, negative for a signal."""
         wait = self.process.join if hasattr(self.process, "join") else self.process.wait
         wait(timeout)
@@ -136,7 +136,7 @@ class OnTerminal:
         self._reader.join(2)
         return code
 
-    def until(self, pattern, timeout=180):
+    def until(self, pattern, timeout=600):
         """Wait for what a regular expression matches on the screen, its lines joined."""
         deadline = time.monotonic() + timeout
         while not re.search(pattern, " ".join(self.screen.split())):

@@ -90,7 +90,7 @@ def start(command, path, cluster, *arguments):
 
 def ended(process, code=0):
     """Its output, once it ended with the exit code."""
-    output, _ = process.communicate(timeout=400)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == code, output
     return output
 

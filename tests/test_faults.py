@@ -232,7 +232,7 @@ def test_a_sweep_whose_driver_is_killed_is_finished_by_the_same_command(tmp_path
         return {p.parent.name: identity(p) for p in results.glob("knowledge*/trial_*/result.json")}
 
     running = stillroom(log, "sweep", path, *here)
-    assert wait_for(lambda: len(finished()) >= 1, running, timeout=300), running.output
+    assert wait_for(lambda: len(finished()) >= 1, running), running.output
     assert "another sweep is writing here" in refused(tmp_path / "second", "sweep", path, *here)
     workers = descendants(running.process.pid)
     running.signal(signal.SIGKILL)
