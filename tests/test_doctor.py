@@ -48,10 +48,7 @@ def study(teacher_ref, student_ref):
 
 @pytest.fixture
 def no_services(monkeypatch):
-    """Neither Ray nor the tracker is started."""
-    monkeypatch.setattr(
-        "stillroom.experiment.ray_sweep.describe_cluster", lambda settings: {"CPU": 2.0, "trials at once": 2}
-    )
+    """The tracker is not started."""
     monkeypatch.setattr("stillroom.experiment.tracker.Tracker.check", lambda self: None)
 
 
@@ -82,7 +79,7 @@ def test_a_sound_study_has_no_line_to_do(study, no_services):
         "memory for a capture",
         "memory for a trial",
         "tracker",
-        "ray",
+        "local sweep",
     }
 
 
@@ -280,7 +277,7 @@ def test_room_is_asked_for_both_folders_where_they_share_a_disk(study, monkeypat
 def test_trials_at_once_are_those_there_are_and_that_fit(study, monkeypatch, gpus, cores, sweep, expected):
     """Room for more would be asked for in vain."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr(doctor, "cores", lambda: cores)
     assert doctor._at_once(study.model_copy(update={"sweep": study.sweep.model_copy(update=sweep)})) == expected
 
 
@@ -319,7 +316,8 @@ def test_a_tracker_or_ray_that_does_not_start_is_a_line(study, monkeypatch):
 
     monkeypatch.setattr("stillroom.experiment.ray_sweep.describe_cluster", refuse)
     monkeypatch.setattr("stillroom.experiment.tracker.Tracker.check", refuse)
-    for found in (doctor._ray(study), doctor._tracker(study)):
+    on_ray = study.model_copy(update={"sweep": study.sweep.model_copy(update={"launcher": "ray"})})
+    for found in (doctor._launcher(on_ray), doctor._tracker(study)):
         assert not found.fine
         assert "nobody answers" in found.says
         assert "at all" not in found.says

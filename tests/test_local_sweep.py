@@ -87,6 +87,18 @@ def test_part_of_a_second_gpu_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("devices", "gpus", "expected"), [(2, 0.35, 4), (2, 0.5, 4), (3, 1.0, 3), (4, 2.0, 2), (5, 2.0, 2), (1, 0.3, 3)]
+)
+def test_as_many_trials_are_planned_as_run(monkeypatch, devices, gpus, expected):
+    """A trial has its part of one device: what is left over of two devices is no third place."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: devices)
+    monkeypatch.setattr(local_sweep, "cores", lambda: 16)
+    settings = Sweep(seeds=(0,), gpus_per_trial=gpus)
+    assert local_sweep.describe_machine(settings)["trials at once"] == expected
+    assert len(local_sweep._places(settings)[0]) == expected
+
+
+@pytest.mark.parametrize(
     ("settings", "environ", "system", "expected"),
     [
         ({}, {}, "posix", "local"),

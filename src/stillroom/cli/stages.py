@@ -138,7 +138,7 @@ def archive(study: StudyArgument, set_: SetOption = None, json: JsonOption = Fal
 
 @app.command(rich_help_panel=STAGES)
 def sweep(study: StudyArgument, set_: SetOption = None, json: JsonOption = False) -> None:
-    """Run the trials that are missing on Ray Tune and write results_summary.csv.
+    """Run the trials that are missing and write results_summary.csv.
 
     Example: stillroom sweep small
     """

@@ -230,7 +230,7 @@ class Sweep(Section):
     )
     address: str | None = Field(
         None,
-        description="Ray cluster, HOST:PORT or `auto`; default: RAY_ADDRESS, else a Ray of its own on this machine",
+        description="Ray cluster, HOST:PORT or `auto`; default: RAY_ADDRESS, else this machine alone",
     )
     storage: Annotated[str, PossiblePath] | None = Field(
         None, description="folder or PyArrow URI for Ray's own files, the same on every node; default: `ray` in results"

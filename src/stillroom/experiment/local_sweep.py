@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from stillroom.config import ERROR, Sweep
+from stillroom.errors import UserError
 from stillroom.experiment.jobs import TrialPlan, failures, finished
 from stillroom.experiment.launching import Watch, errors_of, forget_errors, may_be_tried, unfinished
 from stillroom.experiment.local_worker import OUTPUT, Forks, Job, Spawned, TrialProcess, TrialProcesses
@@ -56,6 +57,8 @@ def describe_machine(settings: Sweep) -> dict[str, float]:
 
 
 def _machine() -> dict[str, float]:
+    if os.name == "nt":
+        raise UserError("sweep.launcher: local needs Linux or macOS; set ray")
     return {"CPU": float(cores()), "GPU": float(torch.cuda.device_count())}
 
 

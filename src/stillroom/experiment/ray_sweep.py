@@ -10,20 +10,24 @@ import itertools
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stillroom.config import (
-    ERROR,
-    EXPERIMENT,
-    Sweep,
-)
+from stillroom.config import EXPERIMENT, Sweep
 from stillroom.errors import UserError
-from stillroom.experiment.jobs import CapturePlan, TrialPlan, error_of, failures, finished, run_capture, run_trial
+from stillroom.experiment.jobs import CapturePlan, TrialPlan, run_capture, run_trial
+from stillroom.experiment.launching import (
+    ORPHAN_SECONDS,
+    Watch,
+    errors_of,
+    forget_errors,
+    may_be_tried,
+    unfinished,
+)
 from stillroom.experiment.ray_processes import guarded
 from stillroom.experiment.resources import trial_resources, worker_resources
 from stillroom.files import exclusive, write_text
@@ -31,11 +35,6 @@ from stillroom.offline_teacher_data.shards import Share
 from stillroom.offline_teacher_data.store import MANIFEST, SHARDS
 from stillroom.progress import Progress, silent
 from stillroom.provenance import package_digest
-
-Watch = Callable[[str, dict[str, Any]], None]
-
-_ORPHAN_SECONDS = 300.0
-"""How long a trial waits for a process that still has its folder: one on a node that Ray has given up, say."""
 
 _PROBE_SECONDS = 300.0
 """How long a node may take to start a worker and import this package."""
@@ -51,22 +50,21 @@ def sweep(plans: Sequence[TrialPlan], settings: Sweep, storage: str, watch: Watc
     from its checkpoint on another, and that is not one of its tries. Raises `UserError` if another sweep is writing
     here, or if a node does not see what a trial needs.
     """
-    missing = {plan.trial.name: plan for plan in plans if not finished(plan)}
+    missing = unfinished(plans)
     if not missing:
         return {}
     with exclusive(plans[0].experiment, "sweep"), _ray(settings.address):
-        for plan in missing.values():
-            (plan.folder / ERROR).unlink(missing_ok=True)
+        forget_errors(missing)
         pending = missing
         while pending:
             gone = {node["NodeID"] for node in _nodes(alive=False)}
             _tune(pending, settings, storage, watch)
             lost = {node["NodeID"] for node in _nodes(alive=False)} - gone
-            again = {n: p for n, p in pending.items() if not finished(p) and failures(p) <= settings.retries}
+            again = {name: plan for name, plan in pending.items() if may_be_tried(plan, settings.retries)}
             pending = again if lost else {}
             for name in pending:
                 watch("lost", {"trial": name})
-    return {name: error_of(plan) for name, plan in missing.items() if not finished(plan)}
+    return errors_of(missing)
 
 
 def describe_cluster(settings: Sweep) -> dict[str, float]:
@@ -272,7 +270,7 @@ def _trainable(config: dict[str, Any], plans: dict[str, TrialPlan], threads: flo
 
     os.environ.update({} if get_gpu_ids() else {"CUDA_VISIBLE_DEVICES": ""})  # with none assigned Ray hides none
     torch.set_num_threads(max(1, int(threads)))
-    run_trial(plans[config["trial"]], lambda metrics: tune.report(_numbers(metrics)), wait=_ORPHAN_SECONDS)
+    run_trial(plans[config["trial"]], lambda metrics: tune.report(_numbers(metrics)), wait=ORPHAN_SECONDS)
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -314,5 +312,5 @@ def told_of_memory(concurrent: int) -> Iterator[None]:
             raise
         raise UserError(
             f"this machine ran out of memory with {concurrent} trials at once: set sweep.max_concurrent lower, and the "
-            "command goes on from each trial's last epoch; or training.micro_batch_size, and all trials begin anew"
+            "command resumes each trial from its last epoch; or training.micro_batch_size, and all trials start again"
         ) from None

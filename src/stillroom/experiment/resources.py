@@ -62,7 +62,8 @@ def _fitting(
         raise UserError(f"{asked_by}: {gpus} asked for, {found:g} found on a node")
     if with_gpus:
         part = min(node.get("CPU", 1.0) * gpus / node["GPU"] for node in usable)
-        return {"CPU": max(1.0, float(int(min(cpus, part)))), "GPU": gpus}, sum(int(n["GPU"] / gpus) for n in usable)
+        fit = sum(len(slots([""] * int(node["GPU"]), gpus)) for node in usable)
+        return {"CPU": max(1.0, float(int(min(cpus, part)))), "GPU": gpus}, fit
     cores = max((node.get("CPU", 0.0) for node in usable), default=0.0)
     if not cores:
         raise UserError("no node of the Ray cluster has a CPU to give")

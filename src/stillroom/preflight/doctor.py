@@ -14,7 +14,7 @@ from stillroom.config import ModelRef, Study
 from stillroom.data.encoding import encode
 from stillroom.data.vocabulary import compare_vocabularies
 from stillroom.errors import UserError
-from stillroom.experiment.resources import trial_resources
+from stillroom.experiment.resources import cores, trial_resources
 from stillroom.models.builtin_pair import materialise
 from stillroom.models.hub import is_local, load_config, load_tokenizer, require_embedded
 from stillroom.models.precision import DTYPES, default_device, products, resolve_precision
@@ -41,7 +41,7 @@ class Finding:
 
 
 def examine(study: Study) -> list[Finding]:
-    """Everything that can be known without loading weights; Ray and the tracker are started and stopped."""
+    """Everything that can be known without loading weights; the tracker, and Ray if it runs the trials, are tried."""
     findings = [_packages(), *_precision(study)]
     study = resolve_precision(study)
     findings += [*_models(study), *_tokenizers(study)]
@@ -51,7 +51,7 @@ def examine(study: Study) -> list[Finding]:
         findings.append(Finding("data", False, str(error)))
     else:
         findings += [*_data(plan), *_disk(study, plan), *_memory(study, plan)]
-    return [*findings, _tracker(study), _ray(study)]
+    return [*findings, _tracker(study), _launcher(study)]
 
 
 def _packages() -> Finding:
@@ -222,11 +222,11 @@ def _at_once(study: Study) -> int:
     """Trials that run at once, were this machine alone to run them."""
     import torch
 
-    node = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+    node = {"CPU": float(cores()), "GPU": float(torch.cuda.device_count())}
     try:
         return min(trial_resources(study.sweep, [node])[1], len(study.groups) * len(study.sweep.seeds))
     except UserError:
-        return 1  # Ray's own line says why
+        return 1  # the launcher's own line says why
 
 
 def _memory(study: Study, plan: dict[str, Any]) -> Lines:
@@ -272,13 +272,21 @@ def _tracker(study: Study) -> Finding:
     )
 
 
-def _ray(study: Study) -> Finding:
-    from stillroom.experiment.ray_sweep import describe_cluster
-
+def _launcher(study: Study) -> Finding:
+    """What runs the trials: the machine alone, or Ray, which is started or joined."""
     found: dict[str, float] = {}
-    fine, says = _tried(lambda: found.update(describe_cluster(study.sweep)))
+    if study.sweep.launched_by() == "local":
+        from stillroom.experiment.local_sweep import describe_machine
+
+        fine, says = _tried(lambda: found.update(describe_machine(study.sweep)))
+        subject, remedy = "local sweep", ""
+    else:
+        from stillroom.experiment.ray_sweep import describe_cluster
+
+        fine, says = _tried(lambda: found.update(describe_cluster(study.sweep)))
+        subject, remedy = "ray", "; `stillroom train` runs one trial at a time without Ray"
     listed = ", ".join(f"{name} {value:g}" for name, value in found.items())
-    return Finding("ray", fine, listed if fine else f"{says}; `stillroom train` runs one trial at a time without Ray")
+    return Finding(subject, fine, listed if fine else says + remedy)
 
 
 def _tried(action: Callable[[], Any]) -> tuple[bool, str]:
