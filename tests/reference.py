@@ -46,6 +46,12 @@ def divergence(p, q, name, mixing):
         return kl(p, q)
     if name == "reverse_kl":
         return kl(q, np.maximum(p, 1e-10))
+    if name == "skewed_forward_kl":
+        return kl(p, mixing * p + (1 - mixing) * q)
+    if name == "skewed_reverse_kl":
+        return kl(q, mixing * q + (1 - mixing) * p)
+    if name == "total_variation":
+        return sum(abs(x - y) for x, y in zip(p, q, strict=True)) / 2
     assert name == "jensen_shannon"
     middle = mixing * p + (1 - mixing) * q
     return mixing * kl(p, middle) + (1 - mixing) * kl(q, middle)

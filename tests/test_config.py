@@ -209,3 +209,23 @@ def test_sections_are_frozen_and_fingerprints_follow_values():
     assert fingerprint(study.training) == fingerprint(again.training) != fingerprint(other.training)
     dumped = yaml.safe_dump(study.model_dump(mode="json"))
     assert type(study).model_validate(yaml.safe_load(dumped)) == study
+
+
+def test_an_option_that_a_group_leaves_alone_is_not_in_its_fingerprint():
+    """Folders of trials are named by it: a new option of a term must not move the trials of those who don't use it."""
+    found = {name: fingerprint(group.objective(Objective())) for name, group in GROUPS.items()}
+    assert found == {
+        "task_only": "e61e92f57a581071",
+        "black_box": "81a47444a5061e00",
+        "hidden": "8ce4272e1ea79809",
+        "attention": "aeca41dc44bfe8e6",
+        "combined": "7a8d1898f8c0a98d",
+    }
+
+
+def test_a_divergence_without_a_mixing_weight_is_given_none():
+    """λ of a plain KL would be ignored."""
+    for name in ("jensen_shannon", "skewed_forward_kl", "skewed_reverse_kl"):
+        assert load_study("quickstart", [f"objective.kd.divergence={name}", "objective.kd.mixing=0.3"])
+    with pytest.raises(UserError, match=r"objective.kd: .*divergence total_variation has no mixing"):
+        load_study("quickstart", ["objective.kd.divergence=total_variation", "objective.kd.mixing=0.3"])

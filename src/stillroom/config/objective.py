@@ -17,6 +17,10 @@ from stillroom.config.section import Layer, Name, Section
 
 TermName = Literal["task", "kd", "hidden", "attention", "values"]
 TERMS: tuple[TermName, ...] = ("task", "kd", "hidden", "attention", "values")
+Divergence = Literal[
+    "forward_kl", "reverse_kl", "jensen_shannon", "skewed_forward_kl", "skewed_reverse_kl", "total_variation"
+]
+_MIXED = ("jensen_shannon", "skewed_forward_kl", "skewed_reverse_kl")
 WEAK_SIGNAL = 0.01
 """A term under this share of the gradient is flagged: the group may be its baseline in all but name."""
 
@@ -33,10 +37,12 @@ class Distillation(Section):
     """L_KD: a divergence of the teacher's next-token distribution from the student's."""
 
     weight: Weight = 0.5
-    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = Field(
+    divergence: Divergence = Field(
         "forward_kl", description="taken over the mapped top k plus one outcome for all other tokens"
     )
-    mixing: float | None = Field(None, gt=0, lt=1, description="β of jensen_shannon; default 0.5")
+    mixing: float | None = Field(
+        None, gt=0, lt=1, description="β of jensen_shannon, by default 0.5; λ of the skewed ones, by default 0.1"
+    )
     temperature: float = Field(1.0, gt=0, description="τ of both distributions; the term is multiplied by τ²")
     positions: Literal["answer", "all"] = Field(
         "answer", description="positions it is averaged over: the answer, or the whole text"
@@ -84,8 +90,8 @@ class Values(Section):
 
 
 def _mixing_where_there_is_one(section: Distillation) -> Any:
-    if section.mixing is not None and section.divergence != "jensen_shannon":
-        raise ValueError(f"mixing is jensen_shannon's, and divergence is {section.divergence}: leave it out")
+    if section.mixing is not None and section.divergence not in _MIXED:
+        raise ValueError(f"divergence {section.divergence} has no mixing ({', '.join(_MIXED)} have): leave it out")
     return section
 
 

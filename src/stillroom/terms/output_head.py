@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from stillroom.terms.divergences import DIVERGENCES, STEEPEST
+from stillroom.terms.divergences import DIVERGENCES, steepest
 
 HEAD_CHUNK = 512
 """Rows whose logits exist at a time."""
@@ -149,8 +149,8 @@ def _narrowing_scale(targets: HeadTargets, dtype: torch.dtype) -> float:
     """
     if dtype != torch.float16:
         return 1.0
-    steepest = STEEPEST.get(targets.divergence, 1.0) * max(1.0, targets.temperature)
-    largest = targets.task_weight + targets.kd_weight * steepest
+    slope = steepest(targets.divergence, targets.mixing) * max(1.0, targets.temperature)
+    largest = targets.task_weight + targets.kd_weight * slope
     return 2.0 ** math.floor(math.log2(1 / (16 * largest))) if largest > 0 else 1.0
 
 
