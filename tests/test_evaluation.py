@@ -20,7 +20,7 @@ from stillroom.data.encoding import encode, encode_prompts
 from stillroom.data.tasks import TASKS, Example
 from stillroom.errors import UserError
 from stillroom.evaluation.baselines import Baseline
-from stillroom.evaluation.generation import _NextQuestion, generate
+from stillroom.evaluation.generation import _Stop, generate
 from stillroom.evaluation.scoring import _prediction, answer_scores, evaluate
 from stillroom.models.forward import padded
 from stillroom.models.hub import load_model
@@ -132,7 +132,7 @@ def test_generation_goes_on_after_an_answer_and_stops_at_the_next_question(token
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     longest = max(map(len, ids))
     rows = torch.tensor([[tokenizer.eos_token_id] * (longest - len(row)) + row for row in ids])
-    assert _NextQuestion(tokenizer, 0)(rows, None).tolist() == [False, True, False]
+    assert _Stop(tokenizer, 0, "Question:")(rows, None).tolist() == [False, True, False]
 
 
 def test_a_teacher_with_nothing_to_give_is_called_out():

@@ -51,7 +51,18 @@ def describe_store(path: Path) -> dict[str, Any]:
         "tasks": {task: {"examples": count, "tokens": tokens[task]} for task, count in sorted(examples.items())},
         "layout": store.manifest["layout"],
         "hidden_mean_square": store.hidden_mean_square,
+        **({"teacher_answers": _answer_counts(store)} if "teacher_answers" in store.manifest["made_from"] else {}),
         "ids": list(store.index),
+    }
+
+
+def _answer_counts(store: SignalStore) -> dict[str, int]:
+    """How many of the teacher's answers there are, how many of them are empty, and how many did not end."""
+    answers = list(store.answers.values())
+    return {
+        "answers": len(answers),
+        "empty": sum(answer is not None and not answer.strip() for answer in answers),
+        "unended": sum(answer is None for answer in answers),
     }
 
 
@@ -94,7 +105,8 @@ def describe_example(
     `teacher` and `student` list tokens: `position`, `id`, `token` (the stretch of text it stands for), `end`
     (characters), `special`, `shared` (the other model has a token that ends there). The teacher's have also
     `predictions` (its `top` next tokens with their probabilities), `tail` (probability outside the stored top-k),
-    `other` (with a student: probability that no student id stands for) and `hidden_norm` (L2).
+    `other` (with a student: probability that no student id stands for) and `hidden_norm` (L2). `teacher_answer` is the
+    teacher's own answer, where the store keeps them; None if it did not end.
     """
     stored = store.read(example_id)
     tokenizer = store.tokenizer
@@ -107,6 +119,8 @@ def describe_example(
         token["tail"] = float(np.exp(stored["tail_logprobs"][row]))
         token["hidden_norm"] = float(np.linalg.norm(stored["hidden"][row].astype(np.float64)))
     facts: dict[str, Any] = {"example_id": example_id, "task": stored.task, "text": text, "teacher": teacher}
+    if "teacher_answers" in store.manifest["made_from"]:
+        facts["teacher_answer"] = store.answers[example_id]
     if student is not None:
         facts |= _beside_student(store, stored, text, tokenizer, load_tokenizer(student), teacher)
     return facts

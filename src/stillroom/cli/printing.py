@@ -91,10 +91,20 @@ def print_store(facts: dict[str, Any]) -> None:
         f"a token: top {layout['top_k']} next tokens, hidden state of {layout['width']}, {layout['heads']} heads' "
         f"attention, in {layout['dtype']}; hidden mean square {facts['hidden_mean_square']:.4g}",
         *(f"{task}: {own['examples']:,} examples, {own['tokens']:,} tokens" for task, own in facts["tasks"].items()),
+        *_answers_line(facts),
         *(f"made from {key}: {value}" for key, value in facts["made_from"].items()),
     ]
     for line in lines:
         console.print(control_free(line), markup=False, highlight=False, soft_wrap=True)
+
+
+def _answers_line(facts: dict[str, Any]) -> list[str]:
+    if "teacher_answers" not in facts:
+        return []
+    own = facts["teacher_answers"]
+    return [
+        f"{own['answers']:,} answers of the teacher's own: {own['empty']:,} empty, {own['unended']:,} without an end"
+    ]
 
 
 def print_example(facts: dict[str, Any]) -> None:
@@ -112,6 +122,10 @@ def print_example(facts: dict[str, Any]) -> None:
     if "pairs" in facts:
         says = f"│ both end here, · one alone; {facts['covered']:.0%} of the student's tokens of text are aligned"
         console.print(says, markup=False, highlight=False, soft_wrap=True)
+    if "teacher_answer" in facts:
+        answer = facts["teacher_answer"]
+        says = "its answer did not end" if answer is None else f"its answer: {visible(answer)}"
+        console.print(f"teacher, asked itself, {says}", markup=False, highlight=False, soft_wrap=True)
     partner = dict(facts.get("pairs", []))
     table = Table(title="The teacher's tokens, and what it expects after each")
     for heading in ("#", "token", "end", "student #", "expects next", "tail", "other", "norm"):

@@ -149,6 +149,7 @@ class Signals(Section):
     hidden_layers: tuple[Layer, ...] = Field(("last",), min_length=1, description="layers whose hidden state is kept")
     attention_layers: tuple[Layer, ...] = Field(("last",), min_length=1, description="layers whose attention is kept")
     value_layers: tuple[Layer, ...] = Field((), description="layers whose value vectors are kept, for value relations")
+    teacher_answers: bool = Field(False, description="generate and keep the teacher's greedy answer to every prompt")
 
     @field_validator("hidden_layers", "attention_layers")
     @classmethod
@@ -323,6 +324,16 @@ class Study(Section):
             except ValidationError as error:
                 fault = error.errors()[0]
                 raise ValueError(f"group {group.name!r}: {fault['loc'][0]}: {fault['msg']}") from None
+            if objective.task.targets == "teacher":
+                if group.terms != ("task",):
+                    raise ValueError(
+                        f"group {group.name!r} learns the teacher's answers (task.targets: teacher), whose text its "
+                        "other signals were not captured on: task must be its only term"
+                    )
+                if not self.signals.teacher_answers:
+                    raise ValueError(
+                        f"group {group.name!r} learns the teacher's answers: set signals.teacher_answers: true"
+                    )
             for term in [term for term in ("hidden", "attention", "values") if term in group.terms]:
                 field = f"{term.removesuffix('s')}_layers"
                 kept = getattr(self.signals, field)

@@ -31,6 +31,12 @@ class TaskLoss(Section):
     """L_task: cross-entropy on the answer."""
 
     weight: Weight = 1.0
+    targets: Literal["gold", "teacher"] = Field(
+        "gold",
+        description="answer that is learnt: the example's, or the teacher's own greedy one (task term alone; needs "
+        "signals.teacher_answers)",
+        exclude_if=lambda targets: targets == "gold",
+    )
 
 
 class Distillation(Section):

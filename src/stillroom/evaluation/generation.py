@@ -12,33 +12,33 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel, Stoppi
 
 from stillroom.config import Evaluation
 from stillroom.data.encoding import encode_prompts
+from stillroom.data.tasks import Example
 from stillroom.models.forward import padded
 from stillroom.progress import Progress, silent
 
-_NEXT_QUESTION = "Question:"
+_NEXT_QUESTION, _NEXT_LINE = "Question:", "\n"
 _STRETCH = 16
 """Tokens made before texts that have ended leave the batch."""
 
 
-class _NextQuestion(StoppingCriteria):  # type: ignore[misc]
-    """Stops each sequence once it begins another question.
+class _Stop(StoppingCriteria):  # type: ignore[misc]
+    """Stops each sequence once it has a text, such as the beginning of another question.
 
     A complete answer is no reason to stop: what follows it can change the flexible reading, the last number.
     """
 
-    def __init__(self, tokenizer: Any, start: int) -> None:
-        self.tokenizer, self.start = tokenizer, start
+    def __init__(self, tokenizer: Any, start: int, text: str) -> None:
+        self.tokenizer, self.start, self.text = tokenizer, start, text
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         latest = self.tokenizer.batch_decode(input_ids[:, -1:])
         done = [
-            ":" in last and _NEXT_QUESTION in self.tokenizer.decode(row[self.start :])
+            self.text[-1] in last and self.text in self.tokenizer.decode(row[self.start :])
             for last, row in zip(latest, input_ids, strict=True)
         ]
         return torch.tensor(done, device=input_ids.device)
 
 
-@torch.no_grad()
 def generate(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -48,9 +48,23 @@ def generate(
     total: int = 0,
 ) -> list[str]:
     """Greedy continuations, cut where another question would begin; batched by length with a KV cache."""
+    return [text for text, _ in continuations(model, tokenizer, prompts, settings, _NEXT_QUESTION, progress, total)]
+
+
+@torch.no_grad()
+def continuations(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    settings: Evaluation,
+    stop: str,
+    progress: Progress = silent,
+    total: int = 0,
+) -> list[tuple[str, bool]]:
+    """Greedy continuations cut where `stop` begins, and whether each has ended: by it, or by an end of text."""
     encodings = encode_prompts(tokenizer, prompts)
     order = sorted(range(len(prompts)), key=lambda n: len(encodings[n]))
-    texts = [""] * len(prompts)
+    texts = [("", False)] * len(prompts)
     size = settings.generation_batch_size
     before = model.generation_config
     stops = _stops(model, tokenizer)
@@ -58,11 +72,12 @@ def generate(
         for first in range(0, len(order), size):
             batch = order[first : first + size]
             ids, mask = padded([encodings[n] for n in batch], "left", model.device)
-            rows = _continued(model, tokenizer, ids, mask, settings.max_new_tokens, stops)
+            rows = _continued(model, tokenizer, ids, mask, settings.max_new_tokens, stops, stop)
             for n, row in zip(batch, rows, strict=True):
                 ended = torch.isin(row, torch.tensor(stops, device=row.device)).nonzero()
                 row = row[: ended[0, 0]] if len(ended) else row
-                texts[n] = tokenizer.decode(row, skip_special_tokens=True).split(_NEXT_QUESTION)[0]
+                text, found, _ = tokenizer.decode(row, skip_special_tokens=True).partition(stop)
+                texts[n] = text, bool(found) or len(ended) > 0
             progress(total - len(order) + first + len(batch), total)
     finally:
         model.generation_config = before
@@ -83,11 +98,12 @@ def _continued(
     mask: Int[Tensor, "B T"],
     limit: int,
     stops: list[int],
+    text: str,
 ) -> list[Int[Tensor, "N"]]:
-    """What follows each row of left-padded ids, at most `limit` tokens; a text that has ended leaves the batch."""
+    """What follows each row of left-padded ids, at most `limit` tokens; one that has ended leaves the batch."""
     start, cache = ids.shape[1], DynamicCache(config=model.config)
     found, rows = [ids[0]] * len(ids), torch.arange(len(ids))
-    stop = StoppingCriteriaList([_NextQuestion(tokenizer, start)])
+    stop = StoppingCriteriaList([_Stop(tokenizer, start, text)])
     ending = torch.tensor(stops, device=ids.device)
     for made in range(0, limit, _STRETCH):
         greedy = GenerationConfig(
@@ -102,7 +118,7 @@ def _continued(
         for n, row in zip(rows.tolist(), ids, strict=True):
             found[n] = row[start:]
         ended = torch.isin(ids[:, start:], ending).any(1).cpu()
-        ended |= torch.tensor([_NEXT_QUESTION in text for text in tokenizer.batch_decode(ids[:, start:])])
+        ended |= torch.tensor([text in written for written in tokenizer.batch_decode(ids[:, start:])])
         if ended.all():
             break
         if ended.any():
@@ -110,4 +126,21 @@ def _continued(
             rows, kept = rows[kept], kept.to(ids.device)
             ids, mask = ids[kept], mask[kept]
             cache.batch_select_indices(kept)
+    return found
+
+
+def teacher_answers(
+    teacher: PreTrainedModel, tokenizer: Any, examples: Sequence[Example], settings: Evaluation
+) -> list[str | None]:
+    """The teacher's greedy answers, without white space at their end; None for one that did not end.
+
+    One to a choice task is a line, as its choices are.
+    """
+    found: list[str | None] = [None] * len(examples)
+    lines = [n for n, e in enumerate(examples) if e.choices and not any(_NEXT_LINE in choice for choice in e.choices)]
+    others = sorted({*range(len(examples))} - {*lines})
+    for chosen, stop in ((lines, _NEXT_LINE), (others, _NEXT_QUESTION)):
+        prompts = [examples[n].prompt for n in chosen]
+        for n, (text, ended) in zip(chosen, continuations(teacher, tokenizer, prompts, settings, stop), strict=True):
+            found[n] = text.rstrip() if ended else None
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from stillroom.config import (
 )
 from stillroom.credentials import redact
 from stillroom.data.corpus import Examples, examples_digest, load_corpus
+from stillroom.data.tasks import Example
 from stillroom.errors import UserError
+from stillroom.evaluation.generation import teacher_answers
 from stillroom.files import exclusive, read_json, write_json
 from stillroom.models.hub import load_model, load_tokenizer
 from stillroom.offline_teacher_data.capturing import capture_share
@@ -45,6 +47,7 @@ class TrialPlan:
     store: Path
     experiment: Path
     minimum_coverage: float
+    max_length: int
     keep_checkpoints: Retention
 
     @property
@@ -61,6 +64,7 @@ class CapturePlan:
     tokenizer: ModelRef
     precision: Precision
     signals: Signals
+    evaluation: Evaluation
     corpus: Path
     store: Path
     origin: dict[str, Any]
@@ -71,7 +75,12 @@ def run_capture(plan: CapturePlan, share: Share, progress: Progress = silent) ->
     with hold(plan.store, share):  # refused now, not once a large teacher is loaded
         examples = _load_examples(plan.corpus, plan.origin["corpus"])
     teacher, tokenizer = load_model(plan.teacher, plan.precision, "auto"), load_tokenizer(plan.tokenizer)
-    return capture_share(teacher, tokenizer, examples.all, plan.signals, plan.store, plan.origin, share, progress)
+
+    def answer(asked: Sequence[Example]) -> list[str | None]:
+        return teacher_answers(teacher, tokenizer, asked, plan.evaluation)
+
+    kept = answer if plan.signals.teacher_answers else None
+    return capture_share(teacher, tokenizer, examples.all, plan.signals, plan.store, plan.origin, share, progress, kept)
 
 
 def run_trial(
@@ -100,6 +109,7 @@ def run_trial(
                 plan.store,
                 plan.folder,
                 minimum_coverage=plan.minimum_coverage,
+                max_length=plan.max_length,
                 keep_checkpoints=plan.keep_checkpoints,
                 test=examples.test,
                 report=report,

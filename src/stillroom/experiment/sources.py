@@ -123,7 +123,8 @@ class Sources:
                     require_unchanged(sources, digests)
                     self._require_embedded([*examples.all, *examples.test])
                     save_corpus(examples, folder, digest)
-        self._require_room(examples.validation, longest)
+        generated = [example for example in examples.validation if example.choices is None]
+        self._require_room(examples.all if self.study.signals.teacher_answers else generated, longest)
         return examples
 
     def _require_embedded(self, examples: Sequence[Example]) -> None:
@@ -135,7 +136,7 @@ class Sources:
 
     def _require_room(self, examples: Sequence[Example], room: int) -> None:
         """`UserError` unless after every prompt both models can still read what they generate."""
-        prompts = [example.prompt for example in examples if example.choices is None]
+        prompts = [example.prompt for example in examples]
         found = max((len(encoded) for t in self.tokenizers for encoded in encode_many(t, prompts)), default=0)
         if found > room:
             raise UserError(

@@ -19,6 +19,7 @@ from stillroom.config import EXPERIMENT, UNTOUCHED, Group, ModelRef, fingerprint
 from stillroom.data.corpus import examples_digest
 from stillroom.errors import UserError
 from stillroom.evaluation.baselines import Baseline
+from stillroom.evaluation.generation import teacher_answers
 from stillroom.experiment.jobs import CapturePlan, TrialPlan, finished, run_capture, run_trial
 from stillroom.experiment.local_sweep import sweep as sweep_here
 from stillroom.experiment.ray_sweep import capture_on_workers, sweep
@@ -64,7 +65,9 @@ class Workspace(Sources):
     def origin(self) -> dict[str, Any]:
         """What the study's store must have been made from."""
         teacher, signals = self.study.teacher, self.study.signals
-        return otd.made_from(self.teacher_identity, teacher.dtype, self.tokenizers[0], signals, self.examples.all)
+        limit = self.study.evaluation.max_new_tokens
+        tokenizer, examples = self.tokenizers[0], self.examples.all
+        return otd.made_from(self.teacher_identity, teacher.dtype, tokenizer, signals, examples, limit)
 
     def capture(self, share: Share | None = None, workers: int = 0) -> SignalStore | None:
         """Run the teacher over the corpus, unless a finished store of the same origin, or its snapshot, is there.
@@ -85,6 +88,7 @@ class Workspace(Sources):
             tokenizer=absolute(self.teacher_ref),
             precision=self.study.teacher.dtype,
             signals=self.study.signals,
+            evaluation=self.study.evaluation,
             corpus=(self.results / "corpus").resolve(),
             store=self.store_path.resolve(),
             origin=origin,
@@ -133,6 +137,8 @@ class Workspace(Sources):
         if recomputed:
             model = load_model(teacher, self.study.teacher.dtype, "auto")
             record["recomputed"] = recompute(store, model, sample_ids(store, recomputed))
+            if self.study.signals.teacher_answers:
+                record["answers_that_differ"] = self._answers_that_differ(store, model, sample_ids(store, recomputed))
         elif (head := load_output_head(teacher)) is not None:
             dtype = DTYPES[self.study.teacher.dtype]
             record["with_output_head"] = check_with_head(store, head, sample_ids(store, 2), dtype)
@@ -141,6 +147,15 @@ class Workspace(Sources):
         record |= {"store": str(store.path), "fingerprint": store.manifest["fingerprint"]}
         self._record("verify", record)
         return record
+
+    def _answers_that_differ(self, store: SignalStore, model: Any, ids: list[str]) -> int:
+        """How many of the teacher's answers it gives otherwise when asked again; in float32 none may."""
+        asked = [example for example in self.examples.all if example.example_id in ids]
+        again = teacher_answers(model, self.tokenizers[0], asked, self.study.evaluation)
+        found = [e.example_id for e, text in zip(asked, again, strict=True) if store.answers[e.example_id] != text]
+        if found and (self.study.teacher.dtype == "float32" or len(found) == len(asked)):
+            raise UserError(f"{store.path}: example {found[0]}: the kept answer is not this teacher's")
+        return len(found)
 
     def archive(self) -> Path:
         """The dated snapshot of the verified store; the one there is, if it is archived."""
@@ -204,6 +219,7 @@ class Workspace(Sources):
                 store=store,
                 experiment=(self.results / EXPERIMENT).resolve(),
                 minimum_coverage=self.study.signals.minimum_coverage,
+                max_length=self.study.corpus.max_length,
                 keep_checkpoints=self.study.sweep.keep_checkpoints,
             )
             for group in self.study.groups

@@ -44,9 +44,14 @@ from stillroom.signals.signal import Layout, id_dtype
 
 
 def made_from(
-    teacher_identity: str, teacher_dtype: Precision, tokenizer: Any, signals: Signals, examples: Sequence[Example]
+    teacher_identity: str,
+    teacher_dtype: Precision,
+    tokenizer: Any,
+    signals: Signals,
+    examples: Sequence[Example],
+    max_new_tokens: int = 0,
 ) -> dict[str, Any]:
-    """Everything that decides a store's values; its fingerprint is the store's."""
+    """Everything that decides a store's values; its fingerprint is the store's. `max_new_tokens`: of an answer."""
     return {
         "teacher": teacher_identity,
         "teacher_dtype": teacher_dtype,
@@ -63,7 +68,12 @@ def made_from(
             for name in ("hidden_layers", "attention_layers", "value_layers")
             if getattr(signals, name) != Signals.model_fields[name].default
         },
+        **({"teacher_answers": max_new_tokens} if signals.teacher_answers else {}),
     }
+
+
+Answer = Callable[[Sequence[Example]], Sequence[str | None]]
+"""The teacher's answers to prompts; None for one that did not end."""
 
 
 def capture(
@@ -74,9 +84,10 @@ def capture(
     store: Path,
     origin: dict[str, Any],
     progress: Progress = silent,
+    answer: Answer | None = None,
 ) -> SignalStore:
     """Run the teacher over every example and write the store: `capture_share` of all of it."""
-    capture_share(model, tokenizer, examples, signals, store, origin, Share(), progress)
+    capture_share(model, tokenizer, examples, signals, store, origin, Share(), progress, answer)
     return SignalStore.open(store)
 
 
@@ -89,12 +100,14 @@ def capture_share(
     origin: dict[str, Any],
     share: Share,
     progress: Progress = silent,
+    answer: Answer | None = None,
 ) -> bool:
     """Run the teacher over a share of the examples; shards that are whole already are kept.
 
     The process that makes the last missing shard also writes the manifest. Returns whether the store is finished.
-    `origin` comes from `made_from`. Raises `UserError` if the folder holds another capture, if k exceeds the
-    vocabulary, if the disk is too small, or if the architecture's attention cannot be captured.
+    `origin` comes from `made_from`; `answer` gives the teacher's answers, where kept. Raises `UserError` if the
+    folder holds another capture, if k exceeds the vocabulary, if the disk is too small, or if the architecture's
+    attention cannot be captured.
     """
     layout = _layout(model, signals)
     encodings = encode_many(tokenizer, [example.text for example in examples])
@@ -119,7 +132,8 @@ def capture_share(
         for number in (n for n in mine if n in absent):
             rows = _signals_of(model, examples, encodings, shards[number], signals, layout)
             counted = _counted(rows, lambda n, base=done: progress(base + n, total))  # type: ignore[misc]
-            write_shard(store / shard_name(number), capture_fingerprint, layout, counted)
+            answers = answer([examples[i] for i in shards[number]]) if answer else None
+            write_shard(store / shard_name(number), capture_fingerprint, layout, counted, answers)
             done += len(shards[number])
     with exclusive(store, "capture", ".merging", wait=-1):
         if finished := not missing():

@@ -34,6 +34,7 @@ MANIFEST = "manifest.json"
 SHARDS = "part-*.parquet"
 
 _TEXT = (pa.field("example_id", pa.string()), pa.field("task", pa.string()), pa.field("tokens", pa.int32()))
+_ANSWER = pa.field("teacher_answer", pa.string())
 _ENCODING = (
     Column("ids", "int32", lambda tokens: (tokens,)),
     Column("ends", "int32", lambda tokens: (tokens,)),
@@ -76,8 +77,12 @@ def write_shard(
     fingerprint: str,
     layout: Layout,
     rows: Iterable[tuple[str, str, Encoding, Mapping[str, torch.Tensor]]],
+    answers: Sequence[str | None] | None = None,
 ) -> None:
-    """Write one shard of the capture with this fingerprint, row by row, whole or not at all."""
+    """Write one shard of the capture with this fingerprint, row by row, whole or not at all.
+
+    `answers`: the teacher's, of each row, where they are kept.
+    """
     remove_leftovers(path.parent)
     metadata = {
         "stillroom_schema": str(SCHEMA_VERSION),
@@ -88,11 +93,14 @@ def write_shard(
         options: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
         options["write_page_checksum"] = True  # until the manifest has its SHA-256, a shard must vouch for itself
         columns, signals = columns_of(layout), signals_of(layout)
-        schema = pa.schema([*_TEXT, *(pa.field(name, pa.large_binary()) for name in columns)], metadata)
+        kept = [] if answers is None else [_ANSWER]
+        schema = pa.schema([*_TEXT, *kept, *(pa.field(name, pa.large_binary()) for name in columns)], metadata)
         with pq.ParquetWriter(temporary, schema, **options) as writer:
             totals: Counter[str] = Counter()
-            for example_id, task, encoding, arrays in rows:
-                writer.write_batch(_row(example_id, task, encoding, arrays, columns, schema))
+            for number, (example_id, task, encoding, arrays) in enumerate(rows):
+                text = [pa.array([example_id]), pa.array([task]), pa.array([len(encoding)], pa.int32())]
+                text += [] if answers is None else [pa.array([answers[number]], pa.string())]
+                writer.write_batch(_row(text, encoding, arrays, columns, schema))
                 is_text = torch.from_numpy(~encoding.special)
                 for signal in signals:
                     totals.update(signal.totals(arrays, is_text))
@@ -100,19 +108,18 @@ def write_shard(
 
 
 def _row(
-    example_id: str,
-    task: str,
+    text: Sequence[pa.Array],
     encoding: Encoding,
     arrays: Mapping[str, torch.Tensor],
     columns: Mapping[str, Column],
     schema: pa.Schema,
 ) -> pa.RecordBatch:
     values: dict[str, Any] = {"ids": encoding.ids, "ends": encoding.ends, "special": encoding.special, **arrays}
-    cells = [pa.array([example_id]), pa.array([task]), pa.array([len(encoding)], pa.int32())]
+    cells = [*text]
     for name, column in columns.items():
         value, shape = values[name], column.shape(len(encoding))
         if tuple(value.shape) != shape:
-            raise ValueError(f"{example_id}: {name} has shape {tuple(value.shape)}, the store expects {shape}")
+            raise ValueError(f"{text[0][0]}: {name} has shape {tuple(value.shape)}, the store expects {shape}")
         cells.append(parquet_cell(column.pack(value), column.dtype))
     return pa.RecordBatch.from_arrays(cells, schema=schema.remove_metadata())
 
@@ -235,6 +242,20 @@ class SignalStore:
         if tokenizer_hash(tokenizer) != self.manifest["made_from"]["tokenizer"]:
             raise UserError(f"{self.path / 'tokenizer'} is not the tokenizer the store was made with")
         return tokenizer
+
+    @cached_property
+    def answers(self) -> dict[str, str | None]:
+        """The teacher's greedy answers by example; None for one that did not end. `UserError` if none are kept."""
+        if "teacher_answers" not in self.manifest["made_from"]:
+            raise UserError(f"{self.path}: the teacher's answers are not in this store; set signals.teacher_answers")
+        found: dict[str, str | None] = {}
+        for shard in self.manifest["shards"]:
+            try:
+                table = pq.read_table(self.path / shard["name"], columns=["example_id", _ANSWER.name])
+            except (pa.ArrowException, OSError) as error:
+                raise UserError(f"{self.path / shard['name']}: {error}") from error
+            found.update(zip(*(column.to_pylist() for column in table.columns), strict=True))
+        return found
 
     def __len__(self) -> int:
         return len(self.index)

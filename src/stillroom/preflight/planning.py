@@ -30,6 +30,8 @@ _TOKENS: dict[str, tuple[float, float, float]] = {
 """Mean teacher tokens, student tokens and T(T+1)/2 of an example, under the tokenizers of Mistral and TinyLlama."""
 
 _BYTES_FROM_DISK = 1e9
+_LINE = 16
+"""Tokens of a line, which is the teacher's answer to a choice task."""
 
 
 @dataclass(frozen=True)
@@ -322,8 +324,16 @@ def _hours(
     test = {name: float(split.examples) for name, split in study.test_splits.items()}
     computed = 6 * student.parameters * training["tokens_per_trial"] / machine.flops[study.training.precision]
     tokens = sum(float(own.teacher.sum()) for own in lengths.values())
+    answers = 0.0
+    if study.signals.teacher_answers:
+        reading = DTYPES[study.teacher.dtype].itemsize * teacher.parameters / machine.bytes_from_memory
+        computing = 2 * teacher.parameters * batch / machine.flops[study.teacher.dtype]
+        made = {"generation": study.evaluation.max_new_tokens, "choice": _LINE}
+        written = sum(len(own.teacher) * made[kinds[name]] for name, own in lengths.items())
+        answers = written / batch * max(reading, computing, machine.launch)
     seconds = {
         "teacher": 2 * teacher.parameters * tokens / machine.flops[study.teacher.dtype] + store,
+        **({"teacher_answers": answers} if answers else {}),
         "training": training["trials"] * max(computed, study.training.epochs * store),
         "evaluation": training["trials"] * study.training.epochs * evaluation(held_out),
         "test_evaluation": training["trials"] * evaluation(test),
@@ -338,6 +348,7 @@ def _how_hours_are_made(study: Study, machines: Sequence[Machine]) -> list[str]:
         *(f"hours of {machine.name}" for machine in machines),
         f"evaluation: in {study.evaluation.dtype}; generation: {study.evaluation.generation_batch_size} answers at "
         "once, each to its limit",
+        *([f"the teacher's answers: {_LINE} tokens for a choice task"] if study.signals.teacher_answers else []),
         "left out: fine-tuning the teacher, evaluating both models before training, the validation loss, gradient "
         "measurements",
         f"the store is written once, and read beside the training of each epoch, at {_BYTES_FROM_DISK / 1e9:.0f} GB/s",

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
@@ -14,7 +15,7 @@ import numpy as np
 from stillroom.data.alignment import align_encodings, coverage
 from stillroom.data.encoding import Encoding, encode_many, supervised_predictions
 from stillroom.data.prepared import Prepared
-from stillroom.data.tasks import Example
+from stillroom.data.tasks import Example, task_of
 from stillroom.errors import UserError
 from stillroom.offline_teacher_data.store import SignalStore
 
@@ -38,6 +39,42 @@ def _prepare(example: Example, encoding: Encoding, store: SignalStore | None) ->
             "leave the row out"
         )
     return Prepared(example, encoding, positions, targets, alignment)
+
+
+def with_teacher_answers(
+    prepared: Sequence[Prepared], tokenizer: Any, store: SignalStore | None, max_length: int | None
+) -> tuple[list[Prepared], dict[str, dict[str, int]]]:
+    """The same examples with the teacher's own answers to learn, and per task how many there are of each kind.
+
+    `empty` answers and those `too_long` (not ended, or beyond `max_length` student tokens) supervise nothing: their
+    examples stay in their batches, which are those of every group. `right`: of the others, those the task counts so.
+    """
+    if store is None:
+        raise ValueError("the teacher's answers need the teacher's data")
+    known = [store.answers[item.example.example_id] for item in prepared]
+    texts = [item.example.prompt + (answer or "") for item, answer in zip(prepared, known, strict=True)]
+    result, counts = [], dict[str, dict[str, int]]()
+    encodings = encode_many(tokenizer, texts, add_eos=True)
+    for item, answer, encoding in zip(prepared, known, encodings, strict=True):
+        own = counts.setdefault(item.example.task, dict.fromkeys(("answers", "empty", "too_long", "right"), 0))
+        too_long = answer is None or (max_length is not None and len(encoding) > max_length)
+        own["answers"] += 1
+        own["too_long"] += too_long
+        own["empty"] += answer is not None and not answer.strip()
+        if too_long or answer is None or not answer.strip():
+            result.append(replace(item, positions=item.positions[:0], targets=item.targets[:0]))
+            continue
+        own["right"] += _is_right(item.example, answer)
+        positions, targets = supervised_predictions(encoding, len(item.example.prompt))
+        result.append(Prepared(item.example, encoding, positions, targets))
+    return result, counts
+
+
+def _is_right(example: Example, answer: str) -> bool:
+    strict = task_of(example).extract_strict
+    if example.choices is not None or strict is None:
+        return answer.strip() == example.answer.strip()
+    return strict(answer) is not None and strict(answer) == strict(example.answer)
 
 
 def measure_coverage(prepared: Iterable[Prepared], store: SignalStore) -> dict[str, dict[str, float]]:

@@ -34,7 +34,14 @@ from stillroom.offline_teacher_data.store import SignalStore
 from stillroom.offline_teacher_data.verification import require_verified
 from stillroom.progress import Progress, silent
 from stillroom.terms import NextToken, teacher_to_student_ids, terms_of
-from stillroom.training.batches import Prefetched, epoch_order, measure_coverage, prepare, require_coverage
+from stillroom.training.batches import (
+    Prefetched,
+    epoch_order,
+    measure_coverage,
+    prepare,
+    require_coverage,
+    with_teacher_answers,
+)
 from stillroom.training.checkpoints import (
     TrainingState,
     drop_superseded,
@@ -75,6 +82,7 @@ def train(
     folder: Path,
     *,
     minimum_coverage: float = 0.0,
+    max_length: int | None = None,
     keep_checkpoints: Retention = "last",
     adapter: Callable[[Any], Any] | None = None,
     test: Sequence[Example] = (),
@@ -118,7 +126,10 @@ def train(
     )
     scaler = torch.amp.GradScaler(device.type, enabled=training.precision == "float16")
     state = restore_checkpoint(last, student, optimizer, scaler) if last else TrainingState()
-    lengths = [len(item.encoding) for item in parts["train"]]
+    lengths = [len(item.encoding) for item in parts["train"]]  # of the examples' own answers: one order for all groups
+    answers: dict[str, Any] = {}
+    if group_objective.task.targets == "teacher":
+        parts["train"], answers = with_teacher_answers(parts["train"], tokenizer, store, max_length)
     steps = math.ceil(len(lengths) / training.batch_size)
     runner = StepRunner(student, head, terms, group_objective, training, scaler)
     workers = 1 if device.type == "cpu" else max(1, torch.get_num_threads() - 1)  # a CPU's step takes every core
@@ -163,7 +174,8 @@ def train(
         report({**by_column(metrics), **facts})
 
     test_metrics, spent = _evaluate_test_splits(student, tokenizer, test, training, evaluation, folder)
-    result = _finish(trial, group_objective, state, coverage, folder, student, test_metrics, spent)
+    more = {**spent, **({"teacher_answers": answers} if answers else {})}
+    result = _finish(trial, group_objective, state, coverage, folder, student, test_metrics, more)
     drop_superseded(folder, keep_checkpoints, state.epochs, finished=True)
     return result
 
@@ -285,7 +297,7 @@ def _finish(
     folder: Path,
     student: DistillationStudent,
     test_metrics: Sequence[Metric],
-    spent: Mapping[str, float],
+    more: Mapping[str, Any],
 ) -> dict[str, Any]:
     last = state.epochs[-1]
     if (newest := folder / f"predictions_{last['epoch']}.parquet").is_file():  # else stopped right after this line
@@ -297,7 +309,7 @@ def _finish(
         "config": {"distill_type": trial.group.name, "seed": trial.seed, "objective": objective.model_dump()},
         **last,
         "metrics": [*last["metrics"], *test_metrics],
-        **spent,
+        **more,
         "epochs": state.epochs,
         "gradients": state.gradients,
         "gradient_shares": mean_shares(state.gradients),
