@@ -318,6 +318,9 @@ class Study(Section):
             for name in (name for pair in getattr(self.analysis, family) for name in pair):
                 if name not in names:
                     raise ValueError(f"analysis.{family} names the group {name!r}, which is not in groups")
+        for term in TERMS:
+            if "placebo" in getattr(self.objective, term).model_fields_set:
+                raise ValueError(f"objective.{term}.placebo: a group alone has one, as in placebo: [{term}]")
         for group in self.groups:
             try:
                 objective = group.objective(self.objective)

@@ -39,7 +39,13 @@ class TaskLoss(Section):
     )
 
 
-class Distillation(Section):
+class OfTeacher(Section):
+    """What every term that compares with the teacher's values has."""
+
+    placebo: bool = Field(False, description="set by a group's `placebo`", exclude_if=lambda placebo: not placebo)
+
+
+class Distillation(OfTeacher):
     """L_KD: a divergence of the teacher's next-token distribution from the student's."""
 
     weight: Weight = 0.5
@@ -55,7 +61,7 @@ class Distillation(Section):
     )
 
 
-class Hidden(Section):
+class Hidden(OfTeacher):
     """L_align_hidden: a distance of hidden states at aligned tokens."""
 
     weight: Weight = 0.1
@@ -70,7 +76,7 @@ class Hidden(Section):
     )
 
 
-class Attention(Section):
+class Attention(OfTeacher):
     """L_align_attn: a distance of attention maps over the segments that both models have read."""
 
     weight: Weight = 0.1
@@ -85,7 +91,7 @@ class Attention(Section):
     )
 
 
-class Values(Section):
+class Values(OfTeacher):
     """L_align_values: KL of value relations, rows of softmax(V Vᵀ/√d) at aligned tokens (MiniLMv2)."""
 
     weight: Weight = 0.1
@@ -132,12 +138,23 @@ class Group(Section):
     hidden: Hidden | None = Field(None, description="settings that differ from the objective's")
     attention: Attention | None = Field(None, description="settings that differ from the objective's")
     values: Values | None = Field(None, description="settings that differ from the objective's")
+    placebo: tuple[Literal["kd", "hidden", "attention", "values"], ...] = Field(
+        (),
+        description="terms that get the teacher's values in the wrong places: what they gain is not the signal's",
+        exclude_if=lambda terms: not terms,
+    )
 
     @model_validator(mode="after")
     def _settings_of_terms_that_are_on(self) -> Group:
         for term in TERMS:
-            if getattr(self, term) is not None and term not in self.terms:
+            own = getattr(self, term)
+            if own is not None and term not in self.terms:
                 raise ValueError(f"has settings for {term}, which is not among its terms {list(self.terms)}")
+            if own is not None and "placebo" in own.model_fields_set:
+                raise ValueError(f"has {term}.placebo: write placebo: [{term}] beside terms instead")
+        for term in self.placebo:
+            if term not in self.terms:
+                raise ValueError(f"has the placebo {term}, which is not among its terms {list(self.terms)}")
         return self
 
     @field_serializer(*TERMS, mode="wrap")
@@ -155,7 +172,8 @@ class Group(Section):
         merged = {}
         for term in TERMS:
             off = {} if term in self.terms else {"weight": 0.0}
-            merged[term] = {**getattr(shared, term).model_dump(), **self.settings(term), **off}
+            placebo = {"placebo": True} if term in self.placebo else {}
+            merged[term] = {**getattr(shared, term).model_dump(), **self.settings(term), **off, **placebo}
         return Objective.model_validate(merged)
 
 

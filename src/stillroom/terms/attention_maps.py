@@ -21,6 +21,7 @@ from stillroom.models.forward import Forward, Taps
 from stillroom.models.sizes import heads
 from stillroom.offline_teacher_data.store import SignalStore, StoredExample
 from stillroom.signals.signal import column_of
+from stillroom.terms.placebo import Placebo
 from stillroom.terms.term import Part
 
 
@@ -46,6 +47,7 @@ class AttentionMaps:
     def __init__(self, settings: Attention, store: SignalStore, student: Any) -> None:
         """`student`: its configuration; heads pair by index where both models have as many."""
         self._pairs = [(column_of("attention", teacher), layer) for teacher, layer in settings.layers]
+        self.placebo = settings.placebo
         self.columns = tuple(column for column, _ in self._pairs)
         self.taps = Taps(attention=frozenset(layer for _, layer in self._pairs))
         self._distance = squared_difference if settings.distance == "mse" else row_divergence
@@ -77,6 +79,17 @@ class AttentionMaps:
             torch.from_numpy(sizes),
             {column: torch.from_numpy(maps) for column, maps in teacher.items()},
         )
+
+    def misplaced(self, items: Sequence[Prepared], placebo: Placebo, longest: int) -> AttentionPart:
+        """The causal columns of each row permuted, in all heads and layers alike."""
+        stored = [placebo.store.read(item.example.example_id, self.columns) for item in items]
+        part = self.collate(items, stored, longest)
+        for n, item in enumerate(items):
+            size = int(part.segments[n])
+            source = torch.from_numpy(placebo.columns(item, size)).expand(self._heads, -1, -1)
+            for maps in part.teacher.values():
+                maps[n, :, :size, :size] = maps[n, :, :size, :size].gather(-1, source)
+        return part
 
     def loss(self, forward: Forward, part: AttentionPart, trained: nn.Module | None) -> Float[Tensor, ""]:
         """Of the student's map over the same segments."""

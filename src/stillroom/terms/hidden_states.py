@@ -17,6 +17,7 @@ from stillroom.models.sizes import width
 from stillroom.offline_teacher_data.store import SignalStore, StoredExample
 from stillroom.signals.signal import column_of
 from stillroom.terms.distances import DISTANCES
+from stillroom.terms.placebo import Placebo, aligned_rows
 from stillroom.terms.term import Part
 
 
@@ -39,6 +40,7 @@ class HiddenStates:
     def __init__(self, settings: Hidden, store: SignalStore, student: object) -> None:
         """`student`: its configuration, which says how wide it is."""
         self._pairs = [(column_of("hidden", teacher), layer) for teacher, layer in settings.layers]
+        self.placebo = settings.placebo
         self.columns = tuple(column for column, _ in self._pairs)
         self.taps = Taps(hidden=frozenset(layer for _, layer in self._pairs))
         self._widths = width(student), store.layout.width
@@ -57,6 +59,10 @@ class HiddenStates:
         of_pair = {"values": len(rows) * self._widths[1], "tokens": len(rows), "examples": len(items)}
         count = of_pair[self._distance.counts] * len(self._pairs)
         return HiddenPart(count, torch.from_numpy(rows), tuple(map(len, aligned)), teacher)
+
+    def misplaced(self, items: Sequence[Prepared], placebo: Placebo, longest: int) -> HiddenPart:
+        """Vectors permuted among the aligned tokens of a step's examples of one task."""
+        return self.collate(items, placebo.rows(items, self.columns, aligned_rows), longest)
 
     def loss(self, forward: Forward, part: HiddenPart, trained: nn.Module | None) -> Float[Tensor, ""]:
         """In float32, whatever autocast says."""

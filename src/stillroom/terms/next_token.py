@@ -25,6 +25,7 @@ from stillroom.models.output_head import logit_softcap, scaled_for_head
 from stillroom.offline_teacher_data.store import StoredExample
 from stillroom.terms.divergences import MIXING
 from stillroom.terms.output_head import HeadTargets, Outcomes, head_losses
+from stillroom.terms.placebo import Placebo
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class NextToken:
         """`vocabulary_map`: from `teacher_to_student_ids`; None where L_KD is off."""
         self.settings, self._map = objective.kd, vocabulary_map
         self._distils = objective.weights["kd"] > 0
+        self.placebo = self._distils and objective.kd.placebo
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -68,6 +70,11 @@ class NextToken:
         counts = {"task": len(targets), "kd": len(distilled)}
         outcomes = self._outcomes(stored, pairs, np.searchsorted(union, distilled))
         return HeadPart(torch.from_numpy(union), torch.from_numpy(whole), outcomes, counts)
+
+    def misplaced(self, items: Sequence[Prepared], placebo: Placebo, longest: int) -> HeadPart:
+        """The teacher's distributions permuted among the compared positions of a step's examples of one task."""
+        stored = placebo.rows(items, self.columns, lambda item: self.compared(item)[:, 0])
+        return self.collate(items, stored, longest)
 
     def compared(self, item: Prepared) -> Int32[ndarray, "M 2"]:
         """(teacher, student) positions whose next-token distributions are compared."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stillroom.data.prepared import Prepared
 from stillroom.models.forward import Forward, Taps
 from stillroom.offline_teacher_data.store import StoredExample
+from stillroom.terms.placebo import Placebo
 
 T = TypeVar("T")
 
@@ -29,11 +30,16 @@ class Term(Protocol):
     name: str
     columns: tuple[str, ...]
     """What it reads of the store."""
+    placebo: bool
+    """Whether the teacher's values are to stand in the wrong places."""
     taps: Taps
     """What a forward pass of the student must leave behind for it."""
 
     def collate(self, items: Sequence[Prepared], stored: Sequence[StoredExample], longest: int) -> Part:
         """Its part of a batch whose sequences are padded to `longest` tokens."""
+
+    def misplaced(self, items: Sequence[Prepared], placebo: Placebo, longest: int) -> Part:
+        """The same as a placebo."""
 
     def loss(self, forward: Forward, part: Any, trained: nn.Module | None) -> Float[Tensor, ""]:
         """The sum over the part, float32."""

@@ -18,6 +18,7 @@ from stillroom.models.forward import Forward, Taps
 from stillroom.models.sizes import value_width
 from stillroom.offline_teacher_data.store import SignalStore, StoredExample
 from stillroom.signals.signal import column_of
+from stillroom.terms.placebo import Placebo, aligned_rows
 from stillroom.terms.term import Part
 
 
@@ -45,6 +46,7 @@ class ValueRelations:
         """`student`: its configuration, which says how wide its value vectors are."""
         self._pairs = [(column_of("values", teacher), layer) for teacher, layer in settings.layers]
         self._heads = settings.relation_heads
+        self.placebo = settings.placebo
         self.columns = tuple(column for column, _ in self._pairs)
         self.taps = Taps(values=frozenset(layer for _, layer in self._pairs))
         for whose, wide in (("teacher", store.layout.value_width), ("student", value_width(student))):
@@ -63,6 +65,10 @@ class ValueRelations:
         }
         count = len(rows) * self._heads * len(self._pairs)
         return ValuePart(count, torch.from_numpy(rows), tuple(map(len, aligned)), teacher)
+
+    def misplaced(self, items: Sequence[Prepared], placebo: Placebo, longest: int) -> ValuePart:
+        """Vectors permuted among the aligned tokens of a step's examples of one task."""
+        return self.collate(items, placebo.rows(items, self.columns, aligned_rows), longest)
 
     def loss(self, forward: Forward, part: ValuePart, trained: nn.Module | None) -> Float[Tensor, ""]:
         """In float32, whatever autocast says, one example after the other."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from stillroom.data.prepared import Prepared
 from stillroom.offline_teacher_data.store import SignalStore
 from stillroom.terms import NextToken, Part, Term
 from stillroom.terms.next_token import HeadPart
+from stillroom.terms.placebo import Placebo
 from stillroom.terms.term import each_tensor
 
 
@@ -55,13 +57,16 @@ class Batch:
 class Collator:
     """Turns prepared examples into batches, reading from the store just the columns that the terms use."""
 
-    def __init__(self, store: SignalStore | None, head: NextToken, terms: Sequence[Term]) -> None:
-        """Without a store, for the task loss alone."""
+    def __init__(self, store: SignalStore | None, head: NextToken, terms: Sequence[Term], seed: int = 0) -> None:
+        """Without a store, for the task loss alone; `seed` is that of placebos."""
+        self._seed = seed
         self._store, self._head, self._terms = store, head, terms
-        self._columns = list(dict.fromkeys([*head.columns, *(c for term in terms for c in term.columns)]))
+        everything: tuple[NextToken | Term, ...] = (head, *terms)
+        as_they_are = [term for term in everything if not term.placebo]
+        self._columns = list(dict.fromkeys(column for term in as_they_are for column in term.columns))
 
-    def __call__(self, items: Sequence[Prepared]) -> Batch:
-        """Collate on the CPU."""
+    def __call__(self, items: Sequence[Prepared], step: Sequence[Prepared] = ()) -> Batch:
+        """Collate on the CPU. `step`: every example of the optimizer step that the items are of; default they alone."""
         longest = max(len(item.encoding) for item in items)
         ids = np.zeros((len(items), longest), dtype=np.int64)
         mask = np.zeros_like(ids)
@@ -69,11 +74,17 @@ class Collator:
             ids[row, : len(item.encoding)] = item.encoding.ids
             mask[row, : len(item.encoding)] = 1
         stored = [self._store.read(i.example.example_id, self._columns) for i in items] if self._store else []
+
+        def part(term: Any) -> Any:
+            if term.placebo and self._store:
+                return term.misplaced(items, Placebo(self._store, step or items, self._seed), longest)
+            return term.collate(items, stored, longest)
+
         return Batch(
             ids=torch.from_numpy(ids),
             mask=torch.from_numpy(mask),
-            head=self._head.collate(items, stored, longest),
-            parts={term.name: term.collate(items, stored, longest) for term in self._terms},
+            head=part(self._head),
+            parts={term.name: part(term) for term in self._terms},
             examples=tuple(item.example.example_id for item in items),
             tokens=int(mask.sum()),
         )

@@ -114,7 +114,7 @@ def train(
         n: prepare(part, tokenizer, store)
         for n, part in (("train", examples.train), ("validation", examples.validation))
     }
-    collate = Collator(store, head, terms)
+    collate = Collator(store, head, terms, trial.seed)
     coverage = measure_coverage([*parts["train"], *parts["validation"]], store) if store else {}
     require_coverage(coverage, minimum_coverage)
     _check_architecture(student, parts["train"])
@@ -225,7 +225,8 @@ def _micro_batches(
     items: Sequence[Prepared], chosen: Sequence[int], training: Training, collate: Collator
 ) -> list[Batch]:
     size = training.micro_batch_size or training.batch_size
-    batches = [collate([items[i] for i in chosen[n : n + size]]) for n in range(0, len(chosen), size)]
+    step = [items[i] for i in chosen]
+    batches = [collate(step[n : n + size], step) for n in range(0, len(step), size)]
     return [batch.pinned() for batch in batches] if torch.cuda.is_available() else batches
 
 
@@ -258,12 +259,11 @@ def _validate(
 ) -> tuple[list[Metric], Any]:
     student.eval()
     totals: dict[str, Any] = defaultdict(float)
-    size = training.micro_batch_size or training.batch_size
     order = sorted(range(len(items)), key=lambda i: len(items[i].encoding))
-    for first in range(0, len(order), size):
-        batch = collate([items[i] for i in order[first : first + size]])
-        _, sums = runner.losses(batch.to(runner.device), runner.objective.weights, batch.counts)
-        accumulate(totals, sums, batch.counts)
+    for first in range(0, len(order), training.batch_size):
+        for batch in _micro_batches(items, order[first : first + training.batch_size], training, collate):
+            _, sums = runner.losses(batch.to(runner.device), runner.objective.weights, batch.counts)
+            accumulate(totals, sums, batch.counts)
     losses = overall_metrics(losses_of(totals, runner.objective), "validation")
     scored = scoring_copy(student.model, training.precision, evaluation.dtype)
     predictions = evaluate(scored, tokenizer, examples.validation, evaluation)
