@@ -229,3 +229,19 @@ def test_a_divergence_without_a_mixing_weight_is_given_none():
         assert load_study("quickstart", [f"objective.kd.divergence={name}", "objective.kd.mixing=0.3"])
     with pytest.raises(UserError, match=r"objective.kd: .*divergence total_variation has no mixing"):
         load_study("quickstart", ["objective.kd.divergence=total_variation", "objective.kd.mixing=0.3"])
+
+
+FIRST = {
+    "paper": ("95938d02b0972e7d", "02f65350e1fe151c", "ea7b160da4118f27", "dd23235790b1e86d", "b497ea594f5fa74d"),
+    "quickstart": ("5c426b5b7d339cc9", "052debba817261c2", "12bec2afaac6cdef", "0f546bfa5e16d82a", "b497ea594f5fa74d"),
+    "small": ("d642886eb62e0d8d", "228e1db2260d1b4d", "90617b442e0d5de7", "ee082d770e83d67e", "b497ea594f5fa74d"),
+}
+"""Fingerprints of the shipped studies' sections as they were first run."""
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_fields_that_came_later_leave_older_studies_their_fingerprints(name):
+    """Else an upgrade would capture every store, and train every trial, again."""
+    study = load_study(name)
+    sections = (study.training, study.corpus, study.teacher.adapt, study.evaluation, study.objective)
+    assert tuple(fingerprint(section) for section in sections) == FIRST[name]

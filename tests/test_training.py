@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM
 
 from conftest import STUDENT_SHAPE, make_store, write_model
 from setups import ALL, EVALUATION, TIMES, TRAINING, numbers, run
-from stillroom.config import GROUPS, Group, ModelRef, Objective, Training
+from stillroom.config import GROUPS, Group, Lora, ModelRef, Objective
 from stillroom.data.tasks import TASKS
 from stillroom.errors import UserError
 from stillroom.evaluation.metrics import by_column
 from stillroom.evaluation.scoring import evaluate
 from stillroom.files import read_json
+from stillroom.models.adapters import lora_adapter, without_adapters
 from stillroom.models.hub import load_model, load_tokenizer
-from stillroom.models.precision import without_adapters
 from stillroom.offline_teacher_data.store import SignalStore
 from stillroom.terms import terms_of
 from stillroom.terms.hidden_states import HiddenStates
@@ -278,10 +278,7 @@ def test_without_a_store_the_task_loss_alone_is_trained(tmp_path, student_ref, f
 
 def test_lora_trains_the_adapters_and_saves_them_merged(tmp_path, student_ref, few):
     """A LoRA-adapted model is saved as a plain one whose weights have moved."""
-    from stillroom.config import Adaptation
-    from stillroom.training.fine_tuning import _lora
-
-    result = run(tmp_path, student_ref, None, few, "task_only", adapter=_lora(Adaptation(lora_rank=4)))
+    result = run(tmp_path, student_ref, None, few, "task_only", adapter=lora_adapter(Lora(rank=4)))
     first, last = (by_column(epoch["metrics"])["train_task_loss"] for epoch in result["epochs"])
     assert last < first
     names = set(load_file(tmp_path / "checkpoint_2" / "model.safetensors"))
@@ -294,10 +291,7 @@ def test_lora_trains_the_adapters_and_saves_them_merged(tmp_path, student_ref, f
 
 def test_the_seed_decides_an_adapters_first_weights(tmp_path, student_ref, few):
     """An adapted teacher's fingerprint says what it was made from: chance from elsewhere must not be part of it."""
-    from stillroom.config import Adaptation
-    from stillroom.training.fine_tuning import _lora
-
-    adapter, loss = _lora(Adaptation(lora_rank=4)), []
+    adapter, loss = lora_adapter(Lora(rank=4)), []
     for number, seed in enumerate((0, 0, 1)):
         torch.manual_seed(number)
         result = run(tmp_path / str(number), student_ref, None, few, "task_only", seed, adapter=adapter, epochs=1)
@@ -307,10 +301,7 @@ def test_the_seed_decides_an_adapters_first_weights(tmp_path, student_ref, few):
 
 def test_merged_adapters_compute_what_the_adapters_did(student_ref):
     """Merging changes the form, not the function."""
-    from stillroom.config import Adaptation
-    from stillroom.training.fine_tuning import _lora
-
-    model = _lora(Adaptation(lora_rank=4))(load_model(student_ref))
+    model = lora_adapter(Lora(rank=4))(load_model(student_ref))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -378,21 +369,6 @@ def test_a_student_with_the_teachers_tokenizer_needs_no_other_path(tmp_path, tea
     store = make_store(tmp_path / "s", teacher_ref, few)
     result = run(tmp_path / "t", teacher_ref, store, few, epochs=1)
     assert all(own["token_coverage"] == 1.0 for own in result["coverage"].values())
-
-
-def test_the_rate_warms_up_linearly_and_stays():
-    """The first step moves, the last step of the warm-up has the whole rate."""
-    from stillroom.training.train_student import _set_rate
-
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=9.0)
-
-    def rates(warmup):
-        for step in range(6):
-            _set_rate(optimizer, Training(learning_rate=0.5, warmup_steps=warmup), step)
-            yield optimizer.param_groups[0]["lr"]
-
-    assert list(rates(4)) == pytest.approx([0.125, 0.25, 0.375, 0.5, 0.5, 0.5])
-    assert list(rates(0)) == [0.5] * 6
 
 
 def test_the_optimizer_is_the_studys(tmp_path, student_ref, store, few, monkeypatch):

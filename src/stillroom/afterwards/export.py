@@ -19,16 +19,18 @@ from stillroom.data.corpus import load_corpus
 from stillroom.errors import UserError
 from stillroom.evaluation.metrics import Key, by_key
 from stillroom.files import atomic_path
+from stillroom.models.adapters import ADAPTER, write_peft_folder
 from stillroom.models.hub import load_tokenizer
 from stillroom.training.checkpoints import DIGESTS, STATE, checkpoints, require_whole
 from stillroom.training.distillation_student import PROJECTOR
 
 
-def export_trial(trial: Path, target: Path) -> Path:
+def export_trial(trial: Path, target: Path, as_adapter: bool = False) -> Path:
     """Write the student of a finished trial into `target`, a new folder, whole or not at all.
 
-    It loads with `AutoModelForCausalLM` and knows nothing of this package. `UserError` if the trial is not finished
-    or `target` has something in it.
+    It loads with `AutoModelForCausalLM` and knows nothing of this package; `as_adapter`, its LoRA layers alone, which
+    peft loads beside the student before training. `UserError` if the trial is not finished, has no such layers, or
+    `target` has something in it.
     """
     if not (trial / RESULT).is_file():
         raise UserError(f"{trial} is not the folder of a finished trial: {RESULT} is missing; run `stillroom sweep`")
@@ -38,10 +40,18 @@ def export_trial(trial: Path, target: Path) -> Path:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists; name a new folder")
     require_whole(kept[-1])
-    card = _card(trial, kept[-1])
+    if as_adapter and not (kept[-1] / ADAPTER).is_file():
+        raise UserError(f"{trial}: its student was trained whole, without student.lora; export it without --adapter")
+    card = _card(trial, kept[-1], as_adapter)
     with atomic_path(target) as building:
-        shutil.copytree(kept[-1], building, ignore=shutil.ignore_patterns(PROJECTOR, STATE, DIGESTS))
-        _generation_config(trial, building).save_pretrained(building)
+        if as_adapter:
+            student = _planned(trial)["study"]["student"]
+            building.mkdir()
+            write_peft_folder(kept[-1] / ADAPTER, building, student["model"], student["revision"])
+            load_tokenizer(ModelRef(model=str(kept[-1]))).save_pretrained(building)
+        else:
+            shutil.copytree(kept[-1], building, ignore=shutil.ignore_patterns(PROJECTOR, ADAPTER, STATE, DIGESTS))
+            _generation_config(trial, building).save_pretrained(building)
         (building / "README.md").write_text(card, "utf-8")
     return target
 
@@ -68,7 +78,7 @@ def _planned(trial: Path) -> dict[str, Any]:
     return read_planned(_results(trial))
 
 
-def _card(trial: Path, checkpoint: Path) -> str:
+def _card(trial: Path, checkpoint: Path, as_adapter: bool = False) -> str:
     study, result = _planned(trial)["study"], read_result(trial / RESULT)
     epoch = int(checkpoint.name.split("_")[1])
     examples, _ = load_corpus(_results(trial) / "corpus")
@@ -95,6 +105,8 @@ def _card(trial: Path, checkpoint: Path) -> str:
         "distilled": any(settings["weight"] > 0 for term, settings in objective.items() if term != "task"),
         "projected": objective["hidden"]["weight"] > 0,
         "training": study["training"],
+        "lora": student.get("lora"),
+        "as_adapter": as_adapter,
         "epoch": epoch,
         "metrics": _metric_rows(trial, _of_epoch(trial, result, epoch), examples.counts),
         "trained_on": len(examples.train),

@@ -69,6 +69,7 @@ def inspect(
 def export(
     trial: Annotated[Path, typer.Argument(metavar="TRIAL", help="folder of a finished trial")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a new folder")],
+    adapter: Annotated[bool, typer.Option("--adapter", help="the LoRA layers alone, for peft")] = False,
     json: JsonOption = False,
 ) -> None:
     """Write a trained student as a Hugging Face model directory: weights, tokenizer, generation config, model card.
@@ -77,6 +78,6 @@ def export(
     """
     from stillroom.afterwards.export import export_trial
 
-    path = export_trial(trial, folder)
+    path = export_trial(trial, folder, adapter)
     then = f"read {path / 'README.md'}; AutoModelForCausalLM.from_pretrained({str(path)!r})"
     finish(json, {"folder": path, "files": sorted(p.name for p in path.iterdir())}, f"{path}.", then)

@@ -28,7 +28,7 @@ from stillroom.config.objective import Objective as Objective
 from stillroom.config.objective import StudyGroup
 from stillroom.config.objective import TermName as TermName
 from stillroom.config.objective import Values as Values
-from stillroom.config.section import Layer, Name, PossiblePath, Section
+from stillroom.config.section import Layer, Name, PossiblePath, Section, later
 from stillroom.errors import UserError
 
 Precision = Literal["float32", "bfloat16", "float16", "auto"]
@@ -75,22 +75,41 @@ class ModelRef(Section):
 class Training(Section):
     """How weights are updated; the same for every trial."""
 
-    learning_rate: float = Field(1e-4, gt=0, description="AdamW's learning rate (constant after the warm-up)")
+    learning_rate: float = Field(1e-4, gt=0, description="AdamW's highest learning rate, reached after the warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = later(
+        "constant", description="how the learning rate falls between the warm-up and the last step"
+    )
+    schedule_floor: float = later(
+        0.0, ge=0, le=1, description="share of learning_rate that a linear or cosine schedule falls to"
+    )
     weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay, on every weight")
     batch_size: int = Field(8, ge=1, description="examples per optimizer step")
     micro_batch_size: int | None = Field(None, ge=1, description="examples per forward pass; default: the whole batch")
     epochs: int = Field(3, ge=1, description="passes over the training split")
     max_gradient_norm: float = Field(1.0, gt=0, description="L2 norm at which the gradient is clipped")
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up; the rate is constant after it")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up, before the schedule begins")
     precision: Precision = Field(
         "auto",
         description="autocast dtype; weights and losses stay float32. `auto`: bfloat16 where the device multiplies it "
         "natively, else float32",
     )
+    gradient_checkpointing: bool = later(
+        False,
+        description="keep each layer's input alone and compute the layer again in the backward pass: less memory, "
+        "about a third more time, the same gradients",
+    )
     gradient_interval: int = Field(50, ge=0, description="steps between measurements of each term's gradient; 0: never")
     bucket_batches: int = Field(64, ge=1, description="batches that are grouped by length at a time")
     max_skipped_steps: int = Field(10, ge=0, description="consecutive non-finite steps before a trial stops")
     deterministic: bool = Field(False, description="on a GPU, use deterministic kernels only (slower)")
+
+    @model_validator(mode="after")
+    def _floor_of_a_fall(self) -> Training:
+        if self.schedule == "constant" and self.schedule_floor:
+            raise ValueError(
+                "schedule_floor is where a schedule ends; set schedule to linear or cosine, or leave it out"
+            )
+        return self
 
 
 class Adaptation(Section):
@@ -110,8 +129,22 @@ class Teacher(ModelRef):
     adapt: Adaptation = Adaptation()
 
 
+class Lora(Section):
+    """LoRA layers: two thin matrices beside a linear layer are trained, the layer itself is not."""
+
+    rank: int = Field(16, ge=1, description="rank of the two matrices")
+    alpha: int = Field(32, ge=1, description="updates are multiplied by alpha / rank")
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        "all-linear",
+        description="names of the layers that get them, such as [q_proj, v_proj]; `all-linear`: every linear layer but "
+        "the output head",
+    )
+
+
 class Student(ModelRef):
     """The model that learns."""
+
+    lora: Lora | None = later(None, description="train LoRA layers instead of all weights; default: all weights")
 
 
 class TaskData(TaskColumns):

@@ -1,7 +1,7 @@
 """What every section of a study has in common, and the error that a user can mend."""
 
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
@@ -30,6 +30,14 @@ PossiblePath = AfterValidator(_possible_path)
 
 Layer = Annotated[int, Field(ge=1)] | Literal["last"]
 """A layer of a model: its number, from 1, or the last one, whatever that is."""
+
+
+def later(default: Any, **options: Any) -> Any:
+    """A field that came after studies had been run: at its default it is left out of what a section says of itself.
+
+    So a study that does not use it keeps its fingerprints, and with them its store and its trials.
+    """
+    return Field(default, exclude_if=lambda value: value == default, **options)
 
 
 class Section(BaseModel):

@@ -12,6 +12,7 @@ from stillroom.config import (
     ERROR,
     RESULT,
     Evaluation,
+    Lora,
     ModelRef,
     Objective,
     Precision,
@@ -25,6 +26,7 @@ from stillroom.data.tasks import Example
 from stillroom.errors import UserError
 from stillroom.evaluation.generation import teacher_answers
 from stillroom.files import exclusive, read_json, write_json
+from stillroom.models.adapters import lora_adapter
 from stillroom.models.hub import load_model, load_tokenizer
 from stillroom.offline_teacher_data.capturing import capture_share
 from stillroom.offline_teacher_data.shards import Share, hold
@@ -49,6 +51,7 @@ class TrialPlan:
     minimum_coverage: float
     max_length: int
     keep_checkpoints: Retention
+    lora: Lora | None
 
     @property
     def folder(self) -> Path:
@@ -111,6 +114,7 @@ def run_trial(
                 minimum_coverage=plan.minimum_coverage,
                 max_length=plan.max_length,
                 keep_checkpoints=plan.keep_checkpoints,
+                adapter=lora_adapter(plan.lora) if plan.lora else None,
                 test=examples.test,
                 report=report,
                 progress=progress,

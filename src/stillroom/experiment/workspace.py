@@ -221,6 +221,7 @@ class Workspace(Sources):
                 minimum_coverage=self.study.signals.minimum_coverage,
                 max_length=self.study.corpus.max_length,
                 keep_checkpoints=self.study.sweep.keep_checkpoints,
+                lora=self.study.student.lora,
             )
             for group in self.study.groups
             for seed in self.study.sweep.seeds
@@ -250,6 +251,7 @@ class Workspace(Sources):
             objective,
             group.name,
             seed,
+            *([self.study.student.lora] if self.study.student.lora else []),
         )[:8]
 
     def train_one(self, group: str, seed: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ that was asked for, also keeps softmax(q·kᵀ·scale + mask). Outside, a model 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -58,6 +58,27 @@ def attention_recorder(
     finally:
         _RECORDER.reset(token)
         model.set_attn_implementation(native)
+
+
+def recompute_layers(model: PreTrainedModel) -> None:
+    """Checkpoint gradients: keep each layer's input alone, and compute the layer again in the backward pass.
+
+    It is computed as it was: with the dropout it had, and with its attention map where that was kept, which by then
+    nothing else would make. `UserError` for an architecture that cannot.
+    """
+
+    def contexts() -> tuple[Any, Any]:
+        recorder = _RECORDER.get()
+        if recorder is None:
+            return nullcontext(), nullcontext()
+        return nullcontext(), attention_recorder(model, recorder.layers, recorder.value_layers)
+
+    try:
+        model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+    except ValueError:
+        raise UserError(
+            f"{type(model).__name__}: its layers cannot be recomputed; leave out training.gradient_checkpointing"
+        ) from None
 
 
 def attention_probabilities(

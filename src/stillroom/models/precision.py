@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from stillroom.config import Precision, Study, Training
+from stillroom.models.adapters import without_adapters
 
 DTYPES: dict[Precision, torch.dtype] = {
     "float32": torch.float32,
@@ -63,21 +64,6 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
-    """The model itself, or, if it carries LoRA layers, a copy with them merged into its weights."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        return model
-    merged = copy.deepcopy(model)
-    for name, module in list(merged.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            module.merge()
-            parent, _, leaf = name.rpartition(".")
-            setattr(merged.get_submodule(parent), leaf, module.get_base_layer())
-    return merged
 
 
 def scoring_copy(model: PreTrainedModel, saved: Precision, dtype: Precision) -> PreTrainedModel:

@@ -251,7 +251,8 @@ def _memory(study: Study, plan: dict[str, Any]) -> Lines:
     where = "of GPU memory" if gpus else "of memory"
     remedies = {
         "capture": "set a smaller signals.batch_tokens or teacher.dtype=float16",
-        "trial": "set training.micro_batch_size, or run fewer at once with sweep.max_concurrent",
+        "trial": "set training.micro_batch_size or training.gradient_checkpointing, or run fewer at once with "
+        "sweep.max_concurrent",
     }
     for stage, needed in needs.items():
         says = f"about {_size(needed)} needed, {_size(room[stage])} {where}"

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stillroom.config import ModelRef, Precision, Signals, Study, Training
+from stillroom.config import Lora, ModelRef, Precision, Signals, Study, Training
 from stillroom.data.encoding import encode_many
 from stillroom.data.tasks import get_task
 from stillroom.errors import UserError
@@ -122,7 +122,12 @@ def plan_study(study: Study) -> dict[str, Any]:
         "memory_bytes": {
             "capture": capture_memory(teacher, study.teacher.dtype, study.signals, study.corpus.max_length),
             "trial": trial_memory(
-                student, teacher.width, study.training, study.evaluation.dtype, study.corpus.max_length
+                student,
+                teacher.width,
+                study.training,
+                study.evaluation.dtype,
+                study.corpus.max_length,
+                study.student.lora,
             ),
         },
         "hours": hours[0],
@@ -296,10 +301,11 @@ def _disk(study: Study, student: Shape, trials: int) -> dict[str, int]:
     kept = study.training.epochs if keep == "all" else 1
     passing = min({"last": 1, "best": 2, "all": 0}[keep], earlier)  # until the next checkpoint is whole
     states = min(2, earlier)  # float32 weights and two moments; none with the last epoch's
+    trained = _lora_parameters(student, study.student.lora) if study.student.lora else student.parameters
     return {
         "checkpoint": saved,
         "checkpoints": saved * kept * trials,
-        "more_while_a_trial_runs": saved * passing + 12 * student.parameters * states,
+        "more_while_a_trial_runs": saved * passing + (4 * student.parameters + 8 * trained) * states,
     }
 
 
@@ -322,7 +328,8 @@ def _hours(
 
     held_out = {name: max(1.0, study.corpus.validation_share * len(own.student)) for name, own in lengths.items()}
     test = {name: float(split.examples) for name, split in study.test_splits.items()}
-    computed = 6 * student.parameters * training["tokens_per_trial"] / machine.flops[study.training.precision]
+    operations = 8 if study.training.gradient_checkpointing else 6
+    computed = operations * student.parameters * training["tokens_per_trial"] / machine.flops[study.training.precision]
     tokens = sum(float(own.teacher.sum()) for own in lengths.values())
     answers = 0.0
     if study.signals.teacher_answers:
@@ -343,8 +350,8 @@ def _hours(
 
 def _how_hours_are_made(study: Study, machines: Sequence[Machine]) -> list[str]:
     return [
-        "hours: all trials together, one after the other, not measured; 2 FLOPs per weight and token forward, 6 in "
-        "training",
+        "hours: all trials together, one after the other, not measured; 2 FLOPs per weight and token forward, "
+        f"{8 if study.training.gradient_checkpointing else 6} in training",
         *(f"hours of {machine.name}" for machine in machines),
         f"evaluation: in {study.evaluation.dtype}; generation: {study.evaluation.generation_batch_size} answers at "
         "once, each to its limit",
@@ -364,16 +371,30 @@ def capture_memory(teacher: Shape, dtype: Precision, signals: Signals, longest: 
     return weights + 3 * 4 * signals.batch_tokens * longest * teacher.heads
 
 
-def trial_memory(student: Shape, teacher_width: int, training: Training, scored: Precision, longest: int) -> int:
+def _lora_parameters(student: Shape, lora: Lora) -> int:
+    """Weights of LoRA layers, by estimate: a block's seven linear layers have about 20 widths of inputs and outputs."""
+    return lora.rank * student.layers * 20 * student.width
+
+
+def trial_memory(
+    student: Shape,
+    teacher_width: int,
+    training: Training,
+    scored: Precision,
+    longest: int,
+    lora: Lora | None = None,
+) -> int:
     """Bytes that training a student takes at its peak, by estimate.
 
     Weights, gradients and AdamW's two moments in float32, the copy that is `scored` in its dtype, and the activations
     of one forward pass: 34 bytes a token, layer and dimension in 16 bits (Korthikanti et al., MLSys 2023, without the
-    attention maps that sdpa does not keep), and three float32 maps of the last layer.
+    attention maps that sdpa does not keep), and three float32 maps of the last layer. With gradient checkpointing, each
+    layer's input and one whole layer. With LoRA, gradients and moments of its layers, and a copy with them merged.
     """
-    trained = student.parameters + student.width * teacher_width
+    trained = student.width * teacher_width + (_lora_parameters(student, lora) if lora else student.parameters)
     size = DTYPES[training.precision].itemsize
     examples = training.micro_batch_size or training.batch_size
-    activations = examples * longest * (17 * size * student.layers * student.width + 3 * 4 * longest * student.heads)
+    kept = 17 + student.layers if training.gradient_checkpointing else 17 * student.layers
+    activations = examples * longest * (kept * size * student.width + 3 * 4 * longest * student.heads)
     copied = 0 if training.precision == scored == "float32" else DTYPES[scored].itemsize * student.parameters
-    return 16 * trained + copied + activations
+    return 16 * trained + (8 * student.parameters if lora else 0) + copied + activations

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from stillroom.models.adapters import save_adapter, without_adapters
 from stillroom.models.forward import Forward, Taps, forward
-from stillroom.models.precision import without_adapters
 from stillroom.terms import Term
 
 PROJECTOR = "projector.safetensors"
@@ -45,6 +45,7 @@ class DistillationStudent(nn.Module):
 def save_student(student: DistillationStudent, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
     """Write model, tokenizer and, beside them, what was trained with it into an existing folder; weights in `dtype`."""
     save_model(student.model, tokenizer, folder, dtype)
+    save_adapter(student.model, folder)
     if beside := {name: tensor.detach().cpu().contiguous() for name, tensor in student.trained.state_dict().items()}:
         save_file(beside, folder / PROJECTOR)
 

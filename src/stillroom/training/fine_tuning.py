@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from stillroom.config import GROUPS, RESULT, Adaptation, Evaluation, ModelRef, Objective
+from stillroom.config import GROUPS, RESULT, Adaptation, Evaluation, Lora, ModelRef, Objective
 from stillroom.data.corpus import Examples
 from stillroom.files import read_json, write_json
+from stillroom.models.adapters import lora_adapter
 from stillroom.progress import Progress, silent
 from stillroom.training.checkpoints import checkpoints, require_whole
 from stillroom.training.train_student import Trial, train
@@ -26,6 +25,7 @@ def adapt_teacher(
     progress: Progress = silent,
 ) -> ModelRef:
     """Train the teacher by the project's own trainer and return it as a local model under `folder`."""
+    lora = Lora(rank=adaptation.lora_rank, alpha=adaptation.lora_alpha)
     trial = Trial(origin, GROUPS["task_only"], adaptation.seed)
     kept = checkpoints(folder / trial.name)
     finished = (folder / trial.name / RESULT).is_file() and bool(kept)
@@ -41,7 +41,7 @@ def adapt_teacher(
             examples,
             None,
             folder / trial.name,
-            adapter=_lora(adaptation) if adaptation.method == "lora" else None,
+            adapter=lora_adapter(lora) if adaptation.method == "lora" else None,
             progress=progress,
         )
     )
@@ -60,13 +60,3 @@ def adapted_teacher(folder: Path, origin: str) -> Path | None:
         return None
     require_whole(model)
     return model
-
-
-def _lora(adaptation: Adaptation) -> Callable[[Any], Any]:
-    def add_adapters(model: Any) -> Any:
-        from peft import LoraConfig, get_peft_model
-
-        settings = LoraConfig(r=adaptation.lora_rank, lora_alpha=adaptation.lora_alpha, target_modules="all-linear")
-        return get_peft_model(model, settings).get_base_model()
-
-    return add_adapters

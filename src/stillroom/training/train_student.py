@@ -27,6 +27,7 @@ from stillroom.evaluation.metrics import Metric, accuracy_metrics, by_column, ov
 from stillroom.evaluation.scoring import evaluate
 from stillroom.files import remove_leftovers, write_json
 from stillroom.models.architecture import check_capture, check_model
+from stillroom.models.attention_capture import recompute_layers
 from stillroom.models.hub import load_model, load_tokenizer
 from stillroom.models.precision import default_device, scoring_copy
 from stillroom.models.sizes import vocabulary_size
@@ -52,6 +53,7 @@ from stillroom.training.checkpoints import (
 )
 from stillroom.training.collation import Batch, Collator
 from stillroom.training.distillation_student import DistillationStudent
+from stillroom.training.schedules import learning_rate, require_room_to_fall
 from stillroom.training.step import StepRunner, accumulate, losses_of, mean_shares
 
 Report = Callable[[dict[str, Any]], None]
@@ -105,6 +107,8 @@ def train(
     last = last_checkpoint(folder)
     drop_unusable(folder, last)
     model = _load(student_ref, trial.seed, device, adapter)
+    if training.gradient_checkpointing:
+        recompute_layers(model)
     head = NextToken(
         group_objective, _vocabulary_map(store, tokenizer, model) if group_objective.weights["kd"] > 0 else None
     )
@@ -131,6 +135,7 @@ def train(
     if group_objective.task.targets == "teacher":
         parts["train"], answers = with_teacher_answers(parts["train"], tokenizer, store, max_length)
     steps = math.ceil(len(lengths) / training.batch_size)
+    require_room_to_fall(training, steps * training.epochs)
     runner = StepRunner(student, head, terms, group_objective, training, scaler)
     workers = 1 if device.type == "cpu" else max(1, torch.get_num_threads() - 1)  # a CPU's step takes every core
 
@@ -146,7 +151,8 @@ def train(
             if training.gradient_interval and step % training.gradient_interval == 0:
                 state.gradients.append({"step": step, **runner.measure(micro)})
             seed_step(trial.seed, step)
-            _set_rate(optimizer, training, step)
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = learning_rate(training, step, steps * training.epochs)
             sums, counts, finite = runner.update(micro, optimizer)
             state.count_step(finite, micro, training.max_skipped_steps)
             accumulate(totals, sums, counts)
@@ -238,12 +244,6 @@ def _require_every_term(objective: Objective, totals: Mapping[str, Any]) -> None
             f"the term {idle[0]} is on, but in a whole epoch no example had anything to compare for it; "
             "see how one is aligned with `stillroom inspect`, choose another pair, or take the term out of the group"
         )
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, training: Training, step: int) -> None:
-    warm = min(1.0, (step + 1) / training.warmup_steps) if training.warmup_steps else 1.0
-    for group in optimizer.param_groups:
-        group["lr"] = training.learning_rate * warm
 
 
 @torch.no_grad()

@@ -1,0 +1,45 @@
+"""The how-to pages that a reader can follow with two small models: followed as they stand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import pages
+from conftest import STUDENT_SHAPE, TEACHER_SHAPE, write_model
+from stillroom.files import read_json
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture
+def follow(tmp_path, monkeypatch, byte_level, sentencepiece):
+    """Does what a page of `docs/how-to` says in an empty folder with two models; returns the folder."""
+
+    def follow_page(name):
+        write_model(tmp_path / "models" / "teacher", byte_level, TEACHER_SHAPE, 1)
+        write_model(tmp_path / "models" / "student", sentencepiece, STUDENT_SHAPE, 2)
+        environment = pages.shell(tmp_path, pages.ROOT / "src")
+        pages.follow(pages.ROOT / "docs" / "how-to" / name, tmp_path, environment)
+        monkeypatch.chdir(tmp_path)
+        return tmp_path
+
+    return follow_page
+
+
+def test_students(follow):
+    """LoRA, a schedule and checkpointing in one trial; merged and adapter are the same model."""
+    folder = follow("students.md")
+    (trial,) = folder.glob("results/knowledge_distillation_experiment/trial_*")
+    assert read_json(trial / "result.json")["epoch"] == 2
+    assert {p.name for p in (folder / "my-adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    card = (folder / "my-adapter" / "README.md").read_text()
+    assert "library_name: peft" in card
+    assert "LoRA layers of rank 8 and alpha 16" in card
+    ids = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        merged, adapter = (
+            AutoModelForCausalLM.from_pretrained(folder / name)(ids).logits for name in ("my-student", "my-adapter")
+        )
+    assert torch.allclose(merged, adapter, atol=1e-5)
