@@ -173,11 +173,11 @@ def test_a_trial_of_placebos_trains_and_says_so(tmp_path, student_ref, valued, e
 
 def test_a_placebo_is_a_groups_and_of_a_term_that_is_on():
     """By the field; and it is in the fingerprint of those that have one alone."""
-    with pytest.raises(ValueError, match="has the placebo hidden, which is not among its terms"):
+    with pytest.raises(ValueError, match="has placebo of hidden, which is not among its terms"):
         Group(name="x", terms=("task", "kd"), placebo=("hidden",))
     with pytest.raises(ValueError, match=r"write placebo: \[hidden\] beside terms"):
         Group(name="x", terms=("task", "hidden"), hidden={"placebo": True})
-    with pytest.raises(UserError, match=r"objective.hidden.placebo: a group alone has one"):
+    with pytest.raises(UserError, match=r"objective.hidden.placebo: only a group has it"):
         load_study("quickstart", ["objective.hidden.placebo=true"])
     group = Group(name="x", terms=("task", "kd", "hidden"), placebo=("hidden",))
     assert group.objective(Objective()).model_dump()["hidden"]["placebo"] is True

@@ -37,6 +37,7 @@ def summary_row(result: dict[str, Any]) -> dict[str, Any]:
         **tested,
         **{name: value for name, value in facts.items() if name not in of_epoch},
         **shares,
+        **{f"weight_{term}": own["weight"] for term, own in config["objective"].items() if own.get("share")},
     }
 
 

@@ -132,17 +132,25 @@ def group_rows(study: dict[str, Any]) -> list[dict[str, str]]:
     """Each group's terms with their weights, and the settings of its own."""
     shared, rows = study["objective"], []
     for group in study["groups"]:
-        own = {term: group.get(term) or {} for term in group["terms"]}
+        own, shares = {term: group.get(term) or {} for term in group["terms"]}, group.get("share") or {}
         weights = {term: settings.get("weight", shared[term]["weight"]) for term, settings in own.items()}
         rows.append(
             {
                 "name": group["name"],
-                "terms": " + ".join(f"{weight:g} · {term}" for term, weight in weights.items()),
+                "terms": " + ".join(
+                    f"share {shares[term]:g} of {term}" if term in shares else f"{weight:g} · {term}"
+                    for term, weight in weights.items()
+                ),
                 "settings": ", ".join(
-                    f"{term}.{name} {value}"
-                    for term, settings in own.items()
-                    for name, value in settings.items()
-                    if name != "weight"
+                    [
+                        *(f"placebo {term}" for term in group.get("placebo", ())),
+                        *(
+                            f"{term}.{name} {value}"
+                            for term, settings in own.items()
+                            for name, value in settings.items()
+                            if name != "weight"
+                        ),
+                    ]
                 ),
             }
         )

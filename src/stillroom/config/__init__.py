@@ -99,6 +99,11 @@ class Training(Section):
         "about a third more time, the same gradients",
     )
     gradient_interval: int = Field(50, ge=0, description="steps between measurements of each term's gradient; 0: never")
+    share_steps: int = later(
+        20,
+        ge=1,
+        description="first steps that a term's weight is found in, where a group gives its share of the gradient",
+    )
     bucket_batches: int = Field(64, ge=1, description="batches that are grouped by length at a time")
     max_skipped_steps: int = Field(10, ge=0, description="consecutive non-finite steps before a trial stops")
     deterministic: bool = Field(False, description="on a GPU, use deterministic kernels only (slower)")
@@ -352,8 +357,8 @@ class Study(Section):
                 if name not in names:
                     raise ValueError(f"analysis.{family} names the group {name!r}, which is not in groups")
         for term in TERMS:
-            if "placebo" in getattr(self.objective, term).model_fields_set:
-                raise ValueError(f"objective.{term}.placebo: a group alone has one, as in placebo: [{term}]")
+            if given := {"placebo", "share"} & getattr(self.objective, term).model_fields_set:
+                raise ValueError(f"objective.{term}.{min(given)}: only a group has it; write it there, beside terms")
         for group in self.groups:
             try:
                 objective = group.objective(self.objective)

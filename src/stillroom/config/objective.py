@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from stillroom.config.section import Layer, Name, Section
+from stillroom.config.section import Layer, Name, Section, later
 
 TermName = Literal["task", "kd", "hidden", "attention", "values"]
 TERMS: tuple[TermName, ...] = ("task", "kd", "hidden", "attention", "values")
@@ -31,18 +31,18 @@ class TaskLoss(Section):
     """L_task: cross-entropy on the answer."""
 
     weight: Weight = 1.0
-    targets: Literal["gold", "teacher"] = Field(
+    targets: Literal["gold", "teacher"] = later(
         "gold",
         description="answer that is learnt: the example's, or the teacher's own greedy one (task term alone; needs "
         "signals.teacher_answers)",
-        exclude_if=lambda targets: targets == "gold",
     )
 
 
 class OfTeacher(Section):
     """What every term that compares with the teacher's values has."""
 
-    placebo: bool = Field(False, description="set by a group's `placebo`", exclude_if=lambda placebo: not placebo)
+    placebo: bool = later(False, description="set by a group's `placebo`")
+    share: float | None = later(None, gt=0, lt=1, description="set by a group's `share`")
 
 
 class Distillation(OfTeacher):
@@ -138,10 +138,15 @@ class Group(Section):
     hidden: Hidden | None = Field(None, description="settings that differ from the objective's")
     attention: Attention | None = Field(None, description="settings that differ from the objective's")
     values: Values | None = Field(None, description="settings that differ from the objective's")
-    placebo: tuple[Literal["kd", "hidden", "attention", "values"], ...] = Field(
+    placebo: tuple[Literal["kd", "hidden", "attention", "values"], ...] = later(
         (),
         description="terms that get the teacher's values in the wrong places: what they gain is not the signal's",
-        exclude_if=lambda terms: not terms,
+    )
+
+    share: dict[Literal["kd", "hidden", "attention", "values"], Annotated[float, Field(gt=0, lt=1)]] = later(
+        {},
+        description="terms' shares of the gradient, in place of their weights: found in a trial's first "
+        "training.share_steps steps, then fixed",
     )
 
     @model_validator(mode="after")
@@ -150,11 +155,17 @@ class Group(Section):
             own = getattr(self, term)
             if own is not None and term not in self.terms:
                 raise ValueError(f"has settings for {term}, which is not among its terms {list(self.terms)}")
-            if own is not None and "placebo" in own.model_fields_set:
-                raise ValueError(f"has {term}.placebo: write placebo: [{term}] beside terms instead")
-        for term in self.placebo:
-            if term not in self.terms:
-                raise ValueError(f"has the placebo {term}, which is not among its terms {list(self.terms)}")
+            for name, way in (("placebo", f"placebo: [{term}]"), ("share", f"share: {{{term}: 0.1}}")):
+                if own is not None and name in own.model_fields_set:
+                    raise ValueError(f"has {term}.{name}: write {way} beside terms instead")
+            if own is not None and term in self.share and "weight" in own.model_fields_set:
+                raise ValueError(f"has a share and a weight of {term}: leave one out")
+        for name in ("placebo", "share"):
+            for term in getattr(self, name):
+                if term not in self.terms:
+                    raise ValueError(f"has {name} of {term}, which is not among its terms {list(self.terms)}")
+        if self.share and (set(self.share) == set(self.terms) or sum(self.share.values()) >= 1):
+            raise ValueError("share: at least one term keeps its weight, and the shares of the others are under 1")
         return self
 
     @field_serializer(*TERMS, mode="wrap")
@@ -168,12 +179,16 @@ class Group(Section):
         return {} if own is None else own.model_dump(exclude_unset=True)
 
     def objective(self, shared: Objective) -> Objective:
-        """The objective of this group: `shared` with this group's settings, weight 0 for a term that is off."""
+        """The objective of this group: `shared` with this group's settings, weight 0 for a term that is off.
+
+        A term with a share has weight 1 until its own is found.
+        """
         merged = {}
         for term in TERMS:
             off = {} if term in self.terms else {"weight": 0.0}
             placebo = {"placebo": True} if term in self.placebo else {}
-            merged[term] = {**getattr(shared, term).model_dump(), **self.settings(term), **off, **placebo}
+            share = {"share": self.share[term], "weight": 1.0} if term in self.share else {}
+            merged[term] = {**getattr(shared, term).model_dump(), **self.settings(term), **off, **placebo, **share}
         return Objective.model_validate(merged)
 
 

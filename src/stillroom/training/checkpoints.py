@@ -31,6 +31,8 @@ class TrainingState:
     consecutive: int = 0
     epochs: list[dict[str, Any]] = field(default_factory=list)
     gradients: list[dict[str, Any]] = field(default_factory=list)
+    share_norms: list[dict[str, float]] = field(default_factory=list)
+    """Of each term's gradient, in the first steps: what the weights of shares are found from."""
 
     def count_step(self, finite: bool, micro: Sequence[Batch], limit: int) -> None:
         """Count skipped steps; stop the trial, naming the examples, when too many follow each other."""

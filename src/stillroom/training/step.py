@@ -77,15 +77,16 @@ class StepRunner:
         self.scaler.update()
         return sums, counts, finite
 
-    def measure(self, micro: Sequence[Batch]) -> dict[str, Any]:
+    def measure(self, micro: Sequence[Batch], objective: Objective | None = None) -> dict[str, Any]:
         """Norm over the student's weights of each active term's gradient, weight included, and its share.
 
-        Norms are of the step's gradient before clipping; shares divide by the sum of the norms.
+        Norms are of the step's gradient before clipping; shares divide by the sum of the norms. `objective`: weights
+        other than the step's own.
         """
-        norms = {}
-        for term, weight in self.objective.weights.items():
+        norms, weights = {}, (objective or self.objective).weights
+        for term, weight in weights.items():
             if weight > 0:
-                alone = {**dict.fromkeys(self.objective.weights, 0.0), term: weight}
+                alone = {**dict.fromkeys(weights, 0.0), term: weight}
                 scale = self.scaler.get_scale()  # 1 unless in float16, where unscaled gradients vanish
                 while not math.isfinite(norm := self._norm(micro, alone, scale)) and scale > 1:
                     scale /= 16

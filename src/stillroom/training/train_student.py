@@ -54,6 +54,7 @@ from stillroom.training.checkpoints import (
 from stillroom.training.collation import Batch, Collator
 from stillroom.training.distillation_student import DistillationStudent
 from stillroom.training.schedules import learning_rate, require_room_to_fall
+from stillroom.training.shares import has_shares, with_found_weights
 from stillroom.training.step import StepRunner, accumulate, losses_of, mean_shares
 
 Report = Callable[[dict[str, Any]], None]
@@ -137,6 +138,9 @@ def train(
     steps = math.ceil(len(lengths) / training.batch_size)
     require_room_to_fall(training, steps * training.epochs)
     runner = StepRunner(student, head, terms, group_objective, training, scaler)
+    finding = has_shares(group_objective)
+    if finding:
+        runner.objective = with_found_weights(group_objective, state.share_norms, training.share_steps)
     workers = 1 if device.type == "cpu" else max(1, torch.get_num_threads() - 1)  # a CPU's step takes every core
 
     for epoch in range(state.epoch, training.epochs):
@@ -147,6 +151,10 @@ def train(
         student.train()
         for number, micro in enumerate(batches):
             step = epoch * steps + number
+            if finding and len(state.share_norms) < training.share_steps:
+                seed_step(trial.seed, step)
+                state.share_norms.append(runner.measure(micro, group_objective)["norms"])
+                runner.objective = with_found_weights(group_objective, state.share_norms, training.share_steps)
             seed_step(trial.seed, step)
             if training.gradient_interval and step % training.gradient_interval == 0:
                 state.gradients.append({"step": step, **runner.measure(micro)})
@@ -163,7 +171,7 @@ def train(
         validation, predictions = _validate(
             student, tokenizer, parts["validation"], examples, runner, collate, training, evaluation
         )
-        metrics = [*overall_metrics(losses_of(totals, group_objective), "train"), *validation]
+        metrics = [*overall_metrics(losses_of(totals, runner.objective), "train"), *validation]
         facts = {
             "epoch": epoch + 1,
             "step": (epoch + 1) * steps,
@@ -181,7 +189,7 @@ def train(
 
     test_metrics, spent = _evaluate_test_splits(student, tokenizer, test, training, evaluation, folder)
     more = {**spent, **({"teacher_answers": answers} if answers else {})}
-    result = _finish(trial, group_objective, state, coverage, folder, student, test_metrics, more)
+    result = _finish(trial, runner.objective, state, coverage, folder, student, test_metrics, more)
     drop_superseded(folder, keep_checkpoints, state.epochs, finished=True)
     return result
 
