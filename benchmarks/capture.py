@@ -24,6 +24,7 @@ from inputs import mixed, model_of, no_gradients, open_study, study_arguments
 from ratios import PeakMemory, begin, finish, in_turn, memory_ratio, ratio, value
 from stillroom.config import Signals
 from stillroom.data.encoding import Encoding, encode_many
+from stillroom.models.architecture import relative_error
 from stillroom.models.forward import padded
 from stillroom.models.sizes import heads, vocabulary_size, width
 from stillroom.offline_teacher_data.shards import plan_shards, token_batches
@@ -47,7 +48,7 @@ def bare(model: PreTrainedModel, batches: list[list[Encoding]]) -> None:
     """A forward pass with logits, by sdpa."""
     model.set_attn_implementation("sdpa")
     for batch in batches:
-        ids, mask = padded(batch)
+        ids, mask = padded(batch, device=model.device)
         model(ids, attention_mask=mask, use_cache=False)
 
 
@@ -80,7 +81,7 @@ def difference(model: PreTrainedModel, encoding: Encoding, signals: Signals) -> 
     theirs = next(outline_way.forward(model, [encoding], signals.top_k))["hidden"][: len(encoding)].float()
     model.set_attn_implementation("sdpa")
     own = compute_signals(model, [encoding], layout_of(model, signals), torch.float16)[0]["hidden"].float()
-    return float((own - theirs).norm() / theirs.norm())
+    return relative_error(own, theirs.cpu())
 
 
 def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:

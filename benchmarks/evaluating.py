@@ -24,6 +24,7 @@ from stillroom.errors import UserError
 from stillroom.evaluation.generation import generate
 from stillroom.evaluation.scoring import answer_scores
 from stillroom.models.hub import load_model
+from stillroom.models.precision import default_device
 
 
 def choices_one_by_one(model: Any, tokenizer: Any, examples: list[Example]) -> list[list[float]]:
@@ -33,7 +34,7 @@ def choices_one_by_one(model: Any, tokenizer: Any, examples: list[Example]) -> l
         own = []
         for choice in example.choices or ():
             encoding = encode(tokenizer, example.prompt + choice)
-            ids = torch.from_numpy(encoding.ids.astype("int64"))[None]
+            ids = torch.from_numpy(encoding.ids.astype("int64"))[None].to(model.device)
             logprobs = torch.log_softmax(model(ids, use_cache=False).logits[0].float(), -1)
             places = in_answer(encoding, len(example.prompt)).nonzero()[0]
             own.append(float(sum(logprobs[t - 1, ids[0, t]] for t in places)))
@@ -47,7 +48,7 @@ def to_the_limit(model: Any, tokenizer: Any, prompts: list[str], limit: int) -> 
         do_sample=False, max_new_tokens=limit, min_new_tokens=limit, pad_token_id=tokenizer.eos_token_id
     )
     for prompt in prompts:
-        ids = torch.from_numpy(encode(tokenizer, prompt).ids.astype("int64"))[None]
+        ids = torch.from_numpy(encode(tokenizer, prompt).ids.astype("int64"))[None].to(model.device)
         model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
 
 
@@ -56,7 +57,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, A
     no_gradients()
     workspace = open_study(options, folder)
     settings, tokenizer = workspace.study.evaluation, workspace.tokenizers[1]
-    model = load_model(workspace.student_ref, settings.dtype)
+    model = load_model(workspace.student_ref, settings.dtype, default_device())
     examples = mixed(workspace.examples.all, len(workspace.examples.all))
     choosing = [e for e in examples if e.choices is not None][: options.examples]
     prompts = [e.prompt for e in examples if e.choices is None][: options.prompts]

@@ -15,7 +15,7 @@ from stillroom.config import ModelRef, Precision
 from stillroom.data.tasks import Example
 from stillroom.experiment.workspace import Workspace
 from stillroom.models.hub import load_config, load_model
-from stillroom.models.precision import DTYPES
+from stillroom.models.precision import DTYPES, default_device
 from stillroom.studies import load_study
 
 
@@ -41,14 +41,15 @@ def mixed(examples: list[Example], count: int) -> list[Example]:
 
 
 def model_of(ref: ModelRef, dtype: Precision, layers: int | None) -> PreTrainedModel:
-    """The model; or, with `layers`, random weights in so many layers, with no checkpoint."""
+    """The model on the first GPU, if any; or, with `layers`, random weights in so many layers, with no checkpoint."""
     if layers is None:
-        return load_model(ref, dtype)
+        return load_model(ref, dtype, default_device())
     config = load_config(ref)
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+    with default_device():
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
     assert isinstance(model, PreTrainedModel)
     return model.eval()
 

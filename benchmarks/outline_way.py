@@ -33,14 +33,15 @@ def forward(
         for row, encoding in enumerate(part):
             ids[row, : len(encoding)] = torch.from_numpy(encoding.ids.astype("int64"))
             mask[row, : len(encoding)] = 1
+        ids, mask = ids.to(model.device), mask.to(model.device)
         output = model(ids, attention_mask=mask, output_hidden_states=True, output_attentions=True, use_cache=False)
         top = torch.log_softmax(output.logits.float(), -1).topk(top_k, dim=-1)
         for row in range(len(part)):
             yield {
-                "topk_ids": top.indices[row].int(),
-                "topk_logprobs": top.values[row].half(),
-                "hidden": output.hidden_states[-1][row].half(),
-                "attention": output.attentions[-1][row].half(),
+                "topk_ids": top.indices[row].int().cpu(),
+                "topk_logprobs": top.values[row].half().cpu(),
+                "hidden": output.hidden_states[-1][row].half().cpu(),
+                "attention": output.attentions[-1][row].half().cpu(),
             }
 
 

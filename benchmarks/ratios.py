@@ -34,10 +34,18 @@ def in_turn(alternatives: dict[str, Callable[[], Any]], rounds: int, warm_up: bo
     for number in range(rounds):
         for name in sorted(alternatives, key=list(alternatives).index, reverse=number % 2 == 1):
             gc.collect()
+            synchronize()
             started = time.perf_counter()
             alternatives[name]()
+            synchronize()
             seconds[name].append(time.perf_counter() - started)
     return seconds
+
+
+def synchronize() -> None:
+    """Wait until a GPU has done what it was given; without one, nothing."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def ratio(what: str, over: Sequence[float], under: Sequence[float], target: str = "") -> dict[str, Any]:
@@ -63,17 +71,22 @@ def memory_ratio(what: str, over: PeakMemory, under: PeakMemory, target: str = "
 
 
 class PeakMemory(threading.Thread):
-    """The most anonymous memory this process held inside a `with`, in bytes above what it held before.
+    """The most memory this process held inside a `with`, in bytes above what it held before.
 
-    Anonymous memory is what was allocated; pages of a mapped file, which the system drops as it needs room, are not
-    among it. Sampled every millisecond, so an allocation shorter than that can be missed.
+    On a GPU, what PyTorch has allocated there. Else anonymous memory, which is what was allocated; pages of a mapped
+    file, which the system drops as it needs room, are not among it. That is sampled every millisecond, so an
+    allocation shorter than that can be missed.
     """
 
     def __enter__(self) -> PeakMemory:
         gc.collect()
         pa.default_memory_pool().release_unused()
         ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, so that it counts when taken again
-        self.before = self.most = anonymous_memory()
+        synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        self.before = self.most = held_memory()
         self.ended = threading.Event()
         self.start()
         return self
@@ -81,10 +94,10 @@ class PeakMemory(threading.Thread):
     def run(self) -> None:
         """Sample until told to end."""
         while not self.ended.wait(0.001):
-            self.most = max(self.most, anonymous_memory())
+            self.most = max(self.most, held_memory())
 
     def __exit__(self, *_: object) -> None:
-        self.most = max(self.most, anonymous_memory())
+        self.most = max(self.most, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else held_memory())
         self.ended.set()
         self.join()
 
@@ -94,8 +107,10 @@ class PeakMemory(threading.Thread):
         return self.most - self.before
 
 
-def anonymous_memory() -> int:
-    """Anonymous resident memory of this process now, in bytes, by Linux's account."""
+def held_memory() -> int:
+    """Bytes this process holds now: on a GPU, or of anonymous resident memory, by Linux's account."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return 1024 * int(line.split()[1])

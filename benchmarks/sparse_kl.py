@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ratios import PeakMemory, arguments, begin, finish, in_turn, memory_ratio, ratio, value
+from stillroom.models.precision import default_device
 from stillroom.terms.output_head import HEAD_CHUNK, HeadTargets, Outcomes, head_losses
 
 
@@ -29,7 +30,7 @@ def dense_kl(hidden: Tensor, weight: Tensor, outcomes: Outcomes) -> Tensor:
 
 def sparse_kl(hidden: Tensor, weight: Tensor, outcomes: Outcomes) -> Tensor:
     """Ours."""
-    nothing = torch.full((len(hidden),), -1)
+    nothing = torch.full((len(hidden),), -1, device=hidden.device)
     return head_losses(hidden, weight, None, HeadTargets(nothing, outcomes, 0.0, 1.0))[0]
 
 
@@ -44,8 +45,9 @@ def products_alone(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> None:
 
 def random_outcomes(rows: int, vocabulary: int, top_k: int) -> Outcomes:
     """A teacher's top k and what they leave."""
-    top = torch.softmax(3 * torch.randn(rows, vocabulary), -1).topk(top_k, dim=-1)
-    valid = torch.ones(rows, top_k, dtype=torch.bool)
+    device = default_device()
+    top = torch.softmax(3 * torch.randn(rows, vocabulary, device=device), -1).topk(top_k, dim=-1)
+    valid = torch.ones(rows, top_k, dtype=torch.bool, device=device)
     return Outcomes(torch.arange(rows), top.indices, valid, top.values, 1 - top.values.sum(1))
 
 
@@ -60,12 +62,13 @@ def main(given: list[str] | None = None) -> None:
     options = parser.parse_args(given)
     begin(options)
     outcomes = random_outcomes(options.tokens, options.vocabulary, options.top_k)
-    hidden = torch.randn(options.tokens, options.width, requires_grad=True)
-    weight = (torch.randn(options.vocabulary, options.width) / options.width**0.5).requires_grad_()
+    device = default_device()
+    hidden = torch.randn(options.tokens, options.width, device=device, requires_grad=True)
+    weight = (torch.randn(options.vocabulary, options.width, device=device) / options.width**0.5).requires_grad_()
 
     def step(kl: Callable[[Tensor, Tensor, Outcomes], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         hidden.grad = weight.grad = None
-        with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bfloat16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
             loss = kl(hidden, weight, outcomes)
         loss.backward()
         assert hidden.grad is not None

@@ -26,7 +26,7 @@ from ratios import begin, finish, in_turn, ratio, value
 from stillroom.config import GROUPS, ModelRef, Objective, Study
 from stillroom.data.tasks import Example
 from stillroom.models.hub import load_model, load_tokenizer
-from stillroom.models.precision import DTYPES
+from stillroom.models.precision import DTYPES, default_device
 from stillroom.models.sizes import vocabulary_size
 from stillroom.offline_teacher_data import capture, made_from
 from stillroom.offline_teacher_data.store import SignalStore
@@ -65,9 +65,13 @@ class Bench:
 
     def runner(self, group: str) -> StepRunner:
         """What makes a group's optimizer steps."""
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
         objective = GROUPS[group].objective(Objective())
-        return StepRunner(self.student, *self.terms(objective), objective, self.study.training, scaler)
+        return StepRunner(self.student, *self.terms(objective), objective, self.study.training, self.scaler())
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Of the loss, where the study trains in float16."""
+        enabled = self.study.training.precision == "float16"
+        return torch.amp.GradScaler(self.student.model.device.type, enabled=enabled)
 
     def ours(self, group: str, batches: Sequence[Callable[[], Batch]]) -> None:
         """One optimizer step a batch, read and collated first, as a trial makes it."""
@@ -77,11 +81,14 @@ class Bench:
 
     def step(self, losses: Sequence[Callable[[], torch.Tensor]]) -> None:
         """The same step with another loss."""
+        scaler = self.scaler()
         for loss in losses:
             self.optimizer.zero_grad(set_to_none=True)
-            loss().backward()
+            scaler.scale(loss()).backward()
+            scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.study.training.max_gradient_norm)
-            self.optimizer.step()
+            scaler.step(self.optimizer)
+            scaler.update()
 
     def plain(self, batches: Sequence[Callable[[], Batch]]) -> None:
         """Fine-tuning with the model's own loss."""
@@ -91,8 +98,9 @@ class Bench:
     def own_loss(self, batch: Batch) -> torch.Tensor:
         """Transformers' loss, from full logits."""
         model, precision = self.student.model, self.study.training.precision
-        with torch.autocast("cpu", DTYPES[precision], enabled=precision != "float32"):
-            output = model(batch.ids, attention_mask=batch.mask, labels=labels_of(batch), use_cache=False)
+        labels, batch = labels_of(batch).to(model.device, non_blocking=True), batch.to(model.device)
+        with torch.autocast(model.device.type, DTYPES[precision], enabled=precision != "float32"):
+            output = model(batch.ids, attention_mask=batch.mask, labels=labels, use_cache=False)
         found: torch.Tensor = output.loss
         return found
 
@@ -100,7 +108,7 @@ class Bench:
     def difference(self, batch: Batch) -> float:
         """Relative difference of Transformers' loss and our task loss on a batch."""
         runner = self.runner("task_only")
-        own = float(runner.losses(batch, runner.objective.weights, batch.counts)[0])
+        own = float(runner.losses(batch.to(runner.device), runner.objective.weights, batch.counts)[0])
         return abs(own - float(self.own_loss(batch))) / own
 
 
@@ -115,7 +123,7 @@ def labels_of(batch: Batch) -> torch.Tensor:
 def store_of(ref: ModelRef, study: Study, examples: Sequence[Example], folder: Path) -> SignalStore:
     """The model's signals of the examples."""
     tokenizer = load_tokenizer(ref)
-    model = load_model(ref, study.teacher.dtype)
+    model = load_model(ref, study.teacher.dtype, default_device())
     origin = made_from("benchmark", study.teacher.dtype, tokenizer, study.signals, examples)
     return capture(model, tokenizer, examples, study.signals, folder, origin)
 
@@ -142,7 +150,7 @@ def teacher_in_the_loop(
         lmbda=0.0,
         beta=0.0,
         temperature=1.0,
-        use_cpu=True,
+        use_cpu=default_device().type == "cpu",
         bf16=precision == "bfloat16",
         gradient_checkpointing=False,
         report_to=[],
@@ -163,7 +171,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, A
     workspace = open_study(options, folder)
     study, examples = workspace.study, mixed(workspace.examples.train, options.examples)
     store = store_of(workspace.teacher_ref, study, examples, folder / "store")
-    model, tokenizer = load_model(workspace.student_ref), workspace.tokenizers[1]
+    model, tokenizer = load_model(workspace.student_ref, device=default_device()), workspace.tokenizers[1]
     bench = Bench(model, tokenizer, store, study)
     batches = {g: bench.batches(g, examples, options.batches) for g in ("task_only", "black_box", "combined")}
     seconds = in_turn(
@@ -196,7 +204,7 @@ def loop_against_store(
 ) -> dict[str, list[float]]:
     """Seconds of TRL's way and ours, one tokenizer."""
     study, ref = workspace.study, workspace.student_ref
-    whole, tokenizer = load_model(ref), workspace.tokenizers[1]
+    whole, tokenizer = load_model(ref, device=default_device()), workspace.tokenizers[1]
     student = cut(whole, whole.config.num_hidden_layers // 2)
     started = time.perf_counter()
     store = store_of(ref, study, examples, folder / "own_store")
@@ -216,6 +224,7 @@ def loop_against_store(
             batch = make()
             bench.optimizer.zero_grad(set_to_none=True)
             inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "labels": labels_of(batch)}
+            inputs = {name: tensor.to(student.device) for name, tensor in inputs.items()}
             trainer.training_step(prepared, inputs)
             torch.nn.utils.clip_grad_norm_(bench.student.parameters(), study.training.max_gradient_norm)
             bench.optimizer.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib.util
 import logging
 import os
 import re
@@ -19,15 +20,31 @@ from stillroom.errors import UserError
 from stillroom.evaluation.metrics import by_column
 from stillroom.files import read_json
 
+_LOG = logging.getLogger("stillroom")
+
 
 class Tracker:
-    """Writes what is in the results folder to MLflow; nothing is kept there alone."""
+    """Writes what is in the results folder to MLflow; nothing is kept there alone.
+
+    Where MLflow is not installed nothing is tracked, and a warning says so once.
+    """
 
     def __init__(self, study: Study, results: Path) -> None:
         """The tracker is opened when something is first logged."""
         self.study, self.results = study, results
         self._mlflow: Any = None
         self._parent = ""
+        self._installed: bool | None = None
+
+    def _there(self) -> bool:
+        """Whether there is a tracker to write to."""
+        if self._installed is None:
+            self._installed = importlib.util.find_spec("mlflow") is not None
+            if not self._installed:
+                _LOG.warning(
+                    "warning: MLflow is not installed, so nothing is tracked; all of it is in %s", self.results
+                )
+        return self._installed
 
     def _open(self) -> Any:
         if self._mlflow is None:
@@ -81,16 +98,21 @@ class Tracker:
 
     def check(self) -> None:
         """Raise `UserError` if the tracker cannot be written: better before a sweep than after it."""
-        with self._running():
-            pass
+        if self._there():
+            with self._running():
+                pass
 
     def log_snapshot(self, path: Path, fingerprint: str) -> None:
         """The archived store's name and fingerprint, on the parent run."""
+        if not self._there():
+            return
         with self._running() as mlflow:
             mlflow.set_tags({"snapshot": path.name, "snapshot_fingerprint": fingerprint})
 
     def log_trial(self, folder: Path) -> None:
         """A finished trial, once: its settings, the metrics of each epoch and of the test splits, its gradients."""
+        if not self._there():
+            return
         result = read_json(folder / RESULT)
         with self._running() as mlflow:
             tags = {"kind": "trial", "trial": result["trial"], "study_run": self._parent}
@@ -122,6 +144,8 @@ class Tracker:
 
     def log_report(self, path: Path) -> None:
         """The report as an artefact of the parent run."""
+        if not self._there():
+            return
         with self._running() as mlflow:
             mlflow.log_artifact(str(path))
 

@@ -1,0 +1,90 @@
+"""What a machine with a GPU is asked to do, and what it need not have."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import gpu
+from processes import start
+from stillroom.files import read_json
+from studies import study_file
+
+A_CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+
+BARE = """
+import sys
+
+sys.modules.update(dict.fromkeys(("ray", "mlflow", "datasets")))  # importing any of them is an ImportError
+
+from stillroom.cli import app
+
+study = sys.argv[1]
+for command in (
+    ["capture", study],
+    ["verify", study, "--recompute", "2"],
+    ["archive", study],
+    ["train", study, "--group", "combined", "--seed", "0"],
+):
+    app(command, standalone_mode=False)
+"""
+
+
+@pytest.mark.slow
+def test_capture_verify_archive_and_train_need_no_ray_mlflow_or_datasets(tmp_path, teacher_ref, student_ref):
+    """A bare GPU machine has none of them; that nothing is tracked there is said, once a command."""
+    study = study_file(tmp_path, teacher_ref.model, student_ref.model, groups=["combined"])
+    done = subprocess.run(
+        [sys.executable, "-c", BARE, study], capture_output=True, text=True, check=False, env=os.environ
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("MLflow is not installed, so nothing is tracked") == 2
+    assert list((tmp_path / "results").glob("*/trial_*_combined_seed_0/result.json"))
+
+
+@A_CARD
+@pytest.mark.slow
+def test_a_gpu_computes_what_a_cpu_computes(tmp_path):
+    """Signals, losses and gradients in every precision; trials that resume; float16's scaler: each within its bound."""
+    with pytest.raises(SystemExit) as ended:
+        gpu.main(["--tiny", "--stages", "correct", "--output", str(tmp_path / "gpu.json")])
+    found = read_json(tmp_path / "gpu.json", "stages")["stages"]["correct"]
+    assert ended.value.code == 0, found.get("error")
+
+
+@pytest.mark.slow
+def test_every_line_of_the_gpu_check_runs_at_a_tiny_size(tmp_path):
+    """On the day a card is at hand nothing is to be debugged: each stage ends, with figures in the file."""
+    stages = [stage for stage in gpu.STAGES if stage != "sharing"]  # two more processes, which import all of it
+    arguments = ["--tiny", "--stages", ",".join(stages), "--output", str(tmp_path / "gpu.json")]
+    running = start(tmp_path / "log", gpu.main, arguments)
+    assert running.end() == 0, running.output
+    record = read_json(tmp_path / "gpu.json")
+    assert list(record["stages"]) == stages
+    assert record["stages"]["study"]["hours of the study"] > 0
+    assert not record["failed"]
+
+
+def test_a_stage_that_fails_leaves_its_error_and_the_next_one_runs(tmp_path, monkeypatch):
+    """A card that is lent for minutes is not given back half used; nor is a stage begun after the budget."""
+
+    def fails(inputs, figures):
+        figures["first"] = 1
+        raise RuntimeError("no such kernel")
+
+    def works(inputs, figures):
+        figures["second"] = 2
+
+    monkeypatch.setattr(gpu, "STAGES", {"ceilings": fails, "correct": works})
+    inputs = gpu.Inputs(gpu.load_study("quickstart"), tmp_path, tmp_path, tiny=True)
+    record = gpu.run(inputs, ["ceilings", "correct"], float("inf"), tmp_path / "gpu.json")
+    written = read_json(tmp_path / "gpu.json")
+    assert record["failed"] == written["failed"] == ["ceilings"]
+    assert written["stages"]["ceilings"]["error"] == "RuntimeError: no such kernel"
+    assert written["stages"]["ceilings"]["first"] == 1
+    assert written["stages"]["correct"]["second"] == 2
+    assert gpu.run(inputs, ["correct"], -1.0, None)["skipped"] == ["correct"]
