@@ -37,7 +37,7 @@ def logits_before_the_last(model, last, captured=False):
     ids = PROBE.clone()
     ids[0, -1] = last
     with attention_recorder(model, frozenset()) if captured else contextlib.nullcontext():
-        hidden = last_hidden_state(model, ids, torch.ones_like(ids))
+        hidden = last_hidden_state(model, ids)
     return output_logits(model, hidden)[0, :-1]
 
 

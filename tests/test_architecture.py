@@ -50,7 +50,7 @@ def future_leaks(model):
     """By how much another last token moves our logits of the tokens before it."""
     changed = PROBE.clone()
     changed[0, -1] = 1
-    ours = [output_logits(model, last_hidden_state(model, ids, torch.ones_like(ids))) for ids in (PROBE, changed)]
+    ours = [output_logits(model, last_hidden_state(model, ids)) for ids in (PROBE, changed)]
     return float((ours[0] - ours[1])[0, :-1].abs().max())
 
 
@@ -61,7 +61,7 @@ def test_architectures_with_masks_of_their_own_stay_causal(name):
     check_model(model, PROBE)
     assert future_leaks(model) < 1e-4
     with torch.no_grad():
-        ours = output_logits(model, last_hidden_state(model, PROBE, torch.ones_like(PROBE)))
+        ours = output_logits(model, last_hidden_state(model, PROBE))
         assert torch.allclose(ours, model(input_ids=PROBE).logits, atol=1e-4)
     with pytest.raises(UserError, match=rf"{type(model).__name__}.*cannot be captured"):
         check_capture(model, PROBE)
@@ -73,7 +73,7 @@ def test_attention_sinks_are_never_dropped():
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.sinks.fill_(2.0)
-        ours = output_logits(model, last_hidden_state(model, PROBE, torch.ones_like(PROBE)))
+        ours = output_logits(model, last_hidden_state(model, PROBE))
         assert torch.allclose(ours, model(input_ids=PROBE).logits, atol=1e-5)
     check_model(model, PROBE)
     with pytest.raises(UserError, match=r"GptOssForCausalLM: capturing its attention changes its hidden state"):
@@ -161,7 +161,7 @@ def test_the_output_head_is_found_with_its_bias_scale_and_cap(name, tmp_path, by
     byte_level.save_pretrained(tmp_path)
     head = load_output_head(ModelRef(model=str(tmp_path)))
     with torch.no_grad():
-        hidden = last_hidden_state(model, PROBE, torch.ones_like(PROBE))
+        hidden = last_hidden_state(model, PROBE)
         assert torch.allclose(head.logits(hidden[0]), model(input_ids=PROBE).logits[0], atol=1e-4)
 
 

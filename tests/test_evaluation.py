@@ -14,17 +14,18 @@ from transformers import AutoModelForCausalLM
 from conftest import SHARED, STUDENT_SHAPE, real_tokenizer, write_model
 from setups import EVALUATION
 from stillroom.analysis.frame import worse_or_equal
-from stillroom.config import Evaluation, ModelRef, TaskData
+from stillroom.config import Evaluation, ModelRef, TaskData, fingerprint
 from stillroom.data.corpus import load_rows
 from stillroom.data.encoding import encode, encode_prompts
 from stillroom.data.tasks import TASKS, Example
 from stillroom.errors import UserError
 from stillroom.evaluation.baselines import Baseline
-from stillroom.evaluation.generation import _Stop, generate
+from stillroom.evaluation.generation import generate, prompts_at_once
 from stillroom.evaluation.scoring import _prediction, answer_scores, evaluate
 from stillroom.models.forward import padded
 from stillroom.models.hub import load_model
-from stillroom.models.precision import DTYPES, scoring_copy
+from stillroom.models.precision import DTYPES, scored_by_parts, scoring_copy
+from stillroom.models.split_products import SplitLinear, split_products
 
 
 def log_likelihood(ref, tokenizer, prompt, answer):
@@ -126,13 +127,25 @@ def test_a_models_own_generation_settings_do_not_count(model, tokenizer, example
         model.generation_config.repetition_penalty, model.generation_config.do_sample = 1.0, False
 
 
-def test_generation_goes_on_after_an_answer_and_stops_at_the_next_question(tokenizer):
-    """What follows `#### n` can change the last number, which the flexible reading takes; another question cannot."""
-    texts = ["3+4=7\n#### 7\nso", "#### 7\nQuestion:", "#### 7\nThe answer:"]
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    longest = max(map(len, ids))
-    rows = torch.tensor([[tokenizer.eos_token_id] * (longest - len(row)) + row for row in ids])
-    assert _Stop(tokenizer, 0, "Question:")(rows, None).tolist() == [False, True, False]
+@pytest.mark.parametrize("stretch", [16, 5, 1])
+def test_a_text_ends_where_another_question_begins_and_not_before(model, tokenizer, examples, stretch, monkeypatch):
+    """Whenever texts are looked at, those that go on are the same, and the others are cut at the same place."""
+    prompts, settings = [e.prompt for e in examples.train if not e.choices][:6], Evaluation(max_new_tokens=14)
+    free = generate(model, tokenizer, prompts, settings)
+    marker = next(text[n : n + 2] for text in free for n in range(6, len(text) - 2) if text.count(text[n : n + 2]) == 1)
+    monkeypatch.setattr("stillroom.evaluation.generation._NEXT_QUESTION", marker)
+    monkeypatch.setattr("stillroom.evaluation.generation._STRETCH", stretch)
+    expected = [text.split(marker)[0] for text in free]
+    assert expected != free
+    assert generate(model, tokenizer, prompts, settings) == expected
+
+
+def test_a_gpu_continues_hundreds_of_prompts_at_once_unless_the_study_says_otherwise():
+    """It takes a GPU no longer; texts do not depend on it, so neither a trial's name nor a CPU's memory may."""
+    by_default, chosen = Evaluation(), Evaluation(generation_batch_size=32)
+    assert [prompts_at_once(by_default, device) for device in ("cpu", "cuda")] == [32, 256]
+    assert [prompts_at_once(chosen, device) for device in ("cpu", "cuda")] == [32, 32]
+    assert fingerprint(by_default) == fingerprint(chosen)
 
 
 def test_a_teacher_with_nothing_to_give_is_called_out():
@@ -145,6 +158,46 @@ def test_a_teacher_with_nothing_to_give_is_called_out():
         for values in ((0.9, 0.5, 0.9), (0.5, 0.5, 0.4))
     )
     assert worse_or_equal(teacher, student) == ["a"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_of_parts_is_as_near_to_the_truth_as_one_in_float32(dtype, bias):
+    """Against float64, for rows of any size and range; a single 16-bit product is a thousand times off."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(512, 64, bias=bias)
+    linear.weight.data = linear.weight.data.to(dtype).float()
+    x = torch.randn(3, 40, 512) * torch.logspace(-12, 6, 40)[:, None] * torch.rand(3, 40, 512) ** 4
+    exact = torch.nn.functional.linear(
+        x.double(), linear.weight.double(), linear.bias.double() if bias else None
+    ).detach()
+
+    def off(found):
+        return float(((found.double() - exact).norm(dim=-1) / exact.norm(dim=-1)).max())
+
+    with torch.no_grad():
+        ours, plain = SplitLinear(linear, dtype)(x), linear(x)
+        rounded = torch.nn.functional.linear(x.to(dtype).float(), linear.weight, linear.bias)
+    assert ours.dtype == torch.float32
+    assert off(ours) < 2 * off(plain)
+    assert not off(rounded) < 200 * off(ours)  # nor a number, where float16 overflows
+
+
+@pytest.mark.parametrize("saved", ["float16", "bfloat16"])
+def test_students_scored_by_parts_answer_as_in_float32(student_ref, tokenizer, examples, saved):
+    """As on a GPU, where alone it is done: log-likelihoods within float32's own rounding, the same texts."""
+    trained = load_model(student_ref)
+    plain, parts = (scoring_copy(trained, saved, "float32") for _ in range(2))
+    parts = split_products(parts, DTYPES[saved])
+    assert not any(isinstance(module, torch.nn.Linear) for module in parts.modules())
+    reference, found = (
+        evaluate(m, tokenizer, examples.validation, Evaluation(max_new_tokens=8)) for m in (plain, parts)
+    )
+    assert found["generated"].equals(reference["generated"])
+    assert found["prediction"].equals(reference["prediction"])
+    assert found["answer_nll"].to_numpy() == pytest.approx(reference["answer_nll"].to_numpy(), abs=2e-5)
+    assert [scored_by_parts(saved, "float32", device) for device in ("cuda", "cpu")] == [True, False]
+    assert not scored_by_parts("float32", "float32", "cuda")
 
 
 @pytest.mark.parametrize("saved", ["bfloat16", "float16", "float32"])

@@ -51,9 +51,9 @@ def test_a_pass_leaves_behind_what_the_models_own_has(name):
     ids = torch.randint(3, 90, (2, 11))
     with torch.no_grad():
         taps = Taps(frozenset({1, 2, "last"}), frozenset({1, 3, "last"}))
-        found = forward(model, ids, torch.ones_like(ids), taps)
+        found = forward(model, ids, taps)
         own = eager(ids, output_hidden_states=True, output_attentions=True)
-        nothing = forward(model, ids, torch.ones_like(ids))
+        nothing = forward(model, ids)
     for layer in (1, 2):
         assert torch.allclose(found.hidden[layer], own.hidden_states[layer], atol=2e-5)
     assert torch.allclose(found.hidden["last"], own.hidden_states[-1], atol=2e-5)
@@ -62,7 +62,7 @@ def test_a_pass_leaves_behind_what_the_models_own_has(name):
     assert torch.equal(found.last_hidden, nothing.last_hidden) or torch.allclose(found.last_hidden, nothing.last_hidden)
     assert not nothing.attention
     with pytest.raises(UserError, match="has 3 layers, so no layer 4"):
-        forward(model, ids, torch.ones_like(ids), Taps(hidden=frozenset({4})))
+        forward(model, ids, Taps(hidden=frozenset({4})))
 
 
 def test_a_store_keeps_the_layers_that_were_asked_for(layered, store, teacher_ref, examples):

@@ -82,7 +82,7 @@ def test_a_pass_keeps_values_without_maps(student_ref):
     """Neither costs the other."""
     model, ids = load_model(student_ref), torch.randint(3, 90, (2, 7))
     with torch.no_grad():
-        found = forward(model, ids, torch.ones_like(ids), Taps(values=frozenset({1})))
+        found = forward(model, ids, Taps(values=frozenset({1})))
     assert found.values[1].shape == (2, 7, value_width(model.config))
     assert not found.attention
 

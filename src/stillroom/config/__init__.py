@@ -240,7 +240,7 @@ class Evaluation(Section):
         "in 16 bits, batch size can change answers",
     )
     batch_tokens: int = Field(8192, ge=1, description="tokens per scoring batch, including padding")
-    generation_batch_size: int = Field(32, ge=1, description="prompts per generation batch")
+    generation_batch_size: int = Field(32, ge=1, description="prompts per generation batch; on a GPU, 256 by default")
     max_new_tokens: int = Field(256, ge=1, description="maximum tokens in a generated answer")
     test_splits: dict[str, BenchmarkSplit] = Field({}, description="the benchmarks' own splits, by task; default none")
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from stillroom.config import Evaluation
 from stillroom.data.encoding import encode_prompts
@@ -18,25 +18,20 @@ from stillroom.progress import Progress, silent
 
 _NEXT_QUESTION, _NEXT_LINE = "Question:", "\n"
 _STRETCH = 16
-"""Tokens made before texts that have ended leave the batch."""
+"""Tokens made before texts that have ended leave the batch: nobody looks at a text more often.
+
+A complete answer is no end: what follows it can change the flexible reading, the last number. Another question is.
+"""
+
+_ON_A_GPU = 256
+"""Prompts at once there, unless the study says otherwise: launching a decoding step takes as long for 256 as for 32."""
 
 
-class _Stop(StoppingCriteria):  # type: ignore[misc]
-    """Stops each sequence once it has a text, such as the beginning of another question.
-
-    A complete answer is no reason to stop: what follows it can change the flexible reading, the last number.
-    """
-
-    def __init__(self, tokenizer: Any, start: int, text: str) -> None:
-        self.tokenizer, self.start, self.text = tokenizer, start, text
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        latest = self.tokenizer.batch_decode(input_ids[:, -1:])
-        done = [
-            self.text[-1] in last and self.text in self.tokenizer.decode(row[self.start :])
-            for last, row in zip(latest, input_ids, strict=True)
-        ]
-        return torch.tensor(done, device=input_ids.device)
+def prompts_at_once(settings: Evaluation, device: str) -> int:
+    """How many prompts are continued together on a kind of device; texts do not depend on it."""
+    if device == "cuda" and "generation_batch_size" not in settings.model_fields_set:
+        return _ON_A_GPU
+    return settings.generation_batch_size
 
 
 def generate(
@@ -65,7 +60,7 @@ def continuations(
     encodings = encode_prompts(tokenizer, prompts)
     order = sorted(range(len(prompts)), key=lambda n: len(encodings[n]))
     texts = [("", False)] * len(prompts)
-    size = settings.generation_batch_size
+    size = prompts_at_once(settings, model.device.type)
     before = model.generation_config
     stops = _stops(model, tokenizer)
     try:
@@ -103,7 +98,6 @@ def _continued(
     """What follows each row of left-padded ids, at most `limit` tokens; one that has ended leaves the batch."""
     start, cache = ids.shape[1], DynamicCache(config=model.config)
     found, rows = [ids[0]] * len(ids), torch.arange(len(ids))
-    stop = StoppingCriteriaList([_Stop(tokenizer, start, text)])
     ending = torch.tensor(stops, device=ids.device)
     for made in range(0, limit, _STRETCH):
         greedy = GenerationConfig(
@@ -113,7 +107,7 @@ def _continued(
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
         model.generation_config = greedy  # a model's own penalties must not count
-        ids = model.generate(ids, attention_mask=mask, generation_config=greedy, stopping_criteria=stop, cache=cache)
+        ids = model.generate(ids, attention_mask=mask, generation_config=greedy, cache=cache)
         mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
         for n, row in zip(rows.tolist(), ids, strict=True):
             found[n] = row[start:]

@@ -102,8 +102,8 @@ def answer_scores(
     scores = [[0.0] * len(example.choices or (1,)) for example in examples]
     order = sorted(rows, key=lambda row: -len(row.encoding))
     for batch in _within(order, batch_tokens):
-        ids, mask = padded([row.encoding for row in batch], device=model.device)
-        hidden = last_hidden_state(model, ids, mask)
+        ids, _ = padded([row.encoding for row in batch], device=model.device)
+        hidden = last_hidden_state(model, ids)
         where = [(n, p) for n, row in enumerate(batch) for p in row.positions]
         picked = hidden[[n for n, _ in where], [p for _, p in where]]
         _add_scores(model, picked, batch, scores)

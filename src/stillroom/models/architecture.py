@@ -37,10 +37,10 @@ def check_model(model: PreTrainedModel, ids: Tensor) -> Tensor:
     half = (ids.shape[1] + 1) // 2
     try:
         model_logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        hidden = last_hidden_state(model, ids, mask)
+        hidden = last_hidden_state(model, ids)
         shorter = mask.clone()
         shorter[:, half:] = 0
-        both = last_hidden_state(model, torch.cat([ids, ids * shorter]), torch.cat([mask, shorter]))
+        both = last_hidden_state(model, torch.cat([ids, ids * shorter]))
         logits = output_logits(model, hidden)
     except torch.OutOfMemoryError:
         raise
@@ -74,7 +74,7 @@ def check_capture(model: PreTrainedModel, ids: Tensor) -> None:
     mask = torch.ones_like(ids)
     native = model.config._attn_implementation
     try:
-        passed = forward(model, ids, mask, Taps(attention=frozenset({"last"})))
+        passed = forward(model, ids, Taps(attention=frozenset({"last"})))
         hidden, found = passed.last_hidden, passed.attention["last"]
         model.set_attn_implementation("eager")
         eager_maps = model(input_ids=ids, attention_mask=mask, output_attentions=True, use_cache=False).attentions

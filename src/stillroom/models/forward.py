@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -49,19 +47,21 @@ class Forward:
     """Value vectors of the key-value heads, one after the other, by the layers that were asked for."""
 
 
-def forward(model: PreTrainedModel, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"], taps: Taps = Taps()) -> Forward:
-    """Run the model without its output head; `mask` is 1 for a token, 0 for padding on either side.
+def forward(model: PreTrainedModel, ids: Int[Tensor, "B T"], taps: Taps = Taps()) -> Forward:
+    """Run the model without its output head, on sequences padded on the right.
 
+    Attention is causal, so no token sees what stands to its right, and no padding mask is needed: without one, fast
+    kernels run, and nothing waits for a GPU to say whether there is padding. What it gives for padding means nothing.
     Raises `UserError` where a layer's attention passes the attention function by.
     """
     maps, values = ({tap: _number(model, tap) - 1 for tap in kind} for kind in (taps.attention, taps.values))
     blocks = {tap: _number(model, tap) - 1 for tap in taps.hidden if tap != "last"}
     with _block_outputs(model, frozenset(blocks.values())) as states:
         if not maps and not values:
-            last, recorder = last_hidden_state(model, ids, mask), Recorder(frozenset())
+            last, recorder = last_hidden_state(model, ids), Recorder(frozenset())
         else:
             with attention_recorder(model, frozenset(maps.values()), frozenset(values.values())) as recorder:
-                last = last_hidden_state(model, ids, mask)
+                last = last_hidden_state(model, ids)
     for asked, found in ((maps, recorder.maps), (values, recorder.values)):
         if missing := sorted(set(asked.values()) - set(found)):
             raise UserError(f"{CANNOT.format(type(model).__name__)} in layer {missing[0] + 1}; not supported")
@@ -120,24 +120,10 @@ def _base(model: PreTrainedModel) -> Any:
     return model.base_model if model.base_model is not model else getattr(model, "model", model)
 
 
-def last_hidden_state(model: PreTrainedModel, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"]) -> Tensor:
-    """The final layer's hidden state after the final norm, (B, T, D)."""
-    base = _base(model)
-    positions = {"position_ids": position_ids(mask)} if _takes_positions(type(base)) else {}  # type: ignore[arg-type]
-    output = base(input_ids=ids, attention_mask=mask, use_cache=False, **positions)
-    hidden: Tensor = output.last_hidden_state
+def last_hidden_state(model: PreTrainedModel, ids: Int[Tensor, "B T"]) -> Tensor:
+    """The final layer's hidden state after the final norm, (B, T, D), of sequences padded on the right."""
+    hidden: Tensor = _base(model)(input_ids=ids, use_cache=False).last_hidden_state
     return hidden
-
-
-def position_ids(mask: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """Positions that count real tokens only, so that padding on the left shifts nothing."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
-@cache
-def _takes_positions(base: Any) -> bool:
-    """Whether an architecture is told positions; others count for themselves, or know none (ALiBi)."""
-    return "position_ids" in inspect.signature(base.forward).parameters
 
 
 def padded(

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from stillroom.config import Precision, Study, Training
 from stillroom.models.adapters import without_adapters
+from stillroom.models.split_products import split_products
 
 DTYPES: dict[Precision, torch.dtype] = {
     "float32": torch.float32,
@@ -69,6 +70,7 @@ def release_memory() -> None:
 def scoring_copy(model: PreTrainedModel, saved: Precision, dtype: Precision) -> PreTrainedModel:
     """The model as its checkpoint, `saved` in one dtype, is loaded in another; without rounding, the model itself.
 
+    In float32 on a GPU, products of weights saved in 16 bits are `split_products`.
     Parameters alone are cast, on the way: buffers such as rotary frequencies lose their meaning in 16 bits.
     """
     model = without_adapters(model)
@@ -77,7 +79,13 @@ def scoring_copy(model: PreTrainedModel, saved: Precision, dtype: Precision) -> 
     cast = {
         id(p): torch.nn.Parameter(p.detach().to(DTYPES[saved]).to(DTYPES[dtype]), False) for p in model.parameters()
     }
-    return copy.deepcopy(model, cast).eval()  # deepcopy takes what is copied already from the dictionary
+    copied = copy.deepcopy(model, cast).eval()  # deepcopy takes what is copied already from the dictionary
+    return split_products(copied, DTYPES[saved]) if scored_by_parts(saved, dtype, model.device.type) else copied
+
+
+def scored_by_parts(saved: Precision, dtype: Precision, device: str) -> bool:
+    """Whether a device multiplies float32 activations by 16-bit weights as `split_products` does."""
+    return device == "cuda" and dtype == "float32" and saved != "float32"
 
 
 def products(dtype: torch.dtype, device: torch.device) -> float:

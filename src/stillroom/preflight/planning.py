@@ -17,8 +17,10 @@ from stillroom.config import Lora, ModelRef, Precision, Signals, Study, Training
 from stillroom.data.encoding import encode_many
 from stillroom.data.tasks import get_task
 from stillroom.errors import UserError
-from stillroom.models.precision import DTYPES, products, resolve_precision
+from stillroom.evaluation.generation import prompts_at_once
+from stillroom.models.precision import DTYPES, products, resolve_precision, scored_by_parts
 from stillroom.models.sizes import Shape, shape_of
+from stillroom.models.split_products import PARTS
 from stillroom.signals import signals_of
 from stillroom.signals.signal import Layout, id_dtype
 
@@ -39,6 +41,8 @@ class Machine:
     """What hours are worked out for."""
 
     name: str
+    device: str
+    """Its kind, as PyTorch calls it."""
     flops: Mapping[Precision, float]
     """Floating-point operations a second by dtype, as models reach them."""
     bytes_from_memory: float
@@ -48,7 +52,8 @@ class Machine:
 
 
 GPU = Machine(
-    "one A100, at 40 % of its matrix units' peak and, in float32, of what it does without them",
+    "one A100, at 40 % of its matrix units' peak, and of what it does without them where weights are float32",
+    "cuda",
     {"float32": 0.4 * 19.5e12, "bfloat16": 0.4 * 312e12, "float16": 0.4 * 312e12},
     0.6 * 2.0e12,
     0.025,
@@ -60,7 +65,7 @@ def this_cpu() -> Machine:
     rates = {dtype: 0.5e9 * products(DTYPES[dtype], torch.device("cpu")) for dtype in GPU.flops}
     measured = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in rates.items())
     name = f"this CPU, at half of the matrix products it is timed at now (GFLOP/s: {measured})"
-    return Machine(name, rates, 8e9, 0.01)
+    return Machine(name, "cpu", rates, 8e9, 0.01)
 
 
 @dataclass(frozen=True)
@@ -314,9 +319,10 @@ def _hours(
 ) -> dict[str, float]:
     """Hours of a machine for the whole study: operations or bytes, whichever takes longer."""
     teacher, student = shapes
-    dtype, batch = study.evaluation.dtype, study.evaluation.generation_batch_size
-    read_weights = DTYPES[dtype].itemsize * student.parameters / machine.bytes_from_memory
-    step = max(read_weights, 2 * student.parameters * batch / machine.flops[dtype], machine.launch)
+    batch = prompts_at_once(study.evaluation, machine.device)
+    rate, size = _scoring(study, machine)
+    read_weights = size * student.parameters / machine.bytes_from_memory
+    step = max(read_weights, 2 * student.parameters * batch / rate, machine.launch)
     store = sum(_store_bytes(lengths, _layout(study, teacher)).values()) / _BYTES_FROM_DISK
     kinds = {name: get_task(name, data).kind for name, data in study.corpus.tasks.items()}
 
@@ -324,7 +330,7 @@ def _hours(
         read = sum(count * float(lengths[name].student.mean()) for name, count in examples.items())
         written = sum(count for name, count in examples.items() if kinds[name] == "generation")
         batches = written / batch * study.evaluation.max_new_tokens * step
-        return 2 * student.parameters * read / machine.flops[dtype] + batches
+        return 2 * student.parameters * read / rate + batches
 
     held_out = {name: max(1.0, study.corpus.validation_share * len(own.student)) for name, own in lengths.items()}
     test = {name: float(split.examples) for name, split in study.test_splits.items()}
@@ -348,13 +354,22 @@ def _hours(
     return {name: value / 3600 for name, value in seconds.items()}
 
 
+def _scoring(study: Study, machine: Machine) -> tuple[float, int]:
+    """Operations a second in which a machine scores students, and bytes of a weight that it reads."""
+    saved, dtype = study.training.precision, study.evaluation.dtype
+    if scored_by_parts(saved, dtype, machine.device):
+        return machine.flops[saved] / PARTS[DTYPES[saved]], DTYPES[saved].itemsize
+    return machine.flops[dtype], DTYPES[dtype].itemsize
+
+
 def _how_hours_are_made(study: Study, machines: Sequence[Machine]) -> list[str]:
     return [
         "hours: all trials together, one after the other, not measured; 2 FLOPs per weight and token forward, "
         f"{8 if study.training.gradient_checkpointing else 6} in training",
         *(f"hours of {machine.name}" for machine in machines),
-        f"evaluation: in {study.evaluation.dtype}; generation: {study.evaluation.generation_batch_size} answers at "
-        "once, each to its limit",
+        f"evaluation: in {study.evaluation.dtype}; generation: "
+        f"{' or '.join(str(prompts_at_once(study.evaluation, m.device)) for m in machines)} answers at once, each to "
+        "its limit",
         *([f"the teacher's answers: {_LINE} tokens for a choice task"] if study.signals.teacher_answers else []),
         "left out: fine-tuning the teacher, evaluating both models before training, the validation loss, gradient "
         "measurements",

@@ -28,26 +28,26 @@ def signals_of(layout: Layout) -> tuple[Signal, ...]:
 
 @torch.no_grad()
 def run_teacher(
-    model: PreTrainedModel, encodings: Sequence[Encoding], signals: Sequence[Signal], side: str = "right"
+    model: PreTrainedModel, encodings: Sequence[Encoding], signals: Sequence[Signal]
 ) -> tuple[Forward, Tensor]:
     """One forward pass that leaves behind what the signals ask for, and the batch's mask (B, T)."""
-    ids, mask = padded(encodings, side, model.device)
+    ids, mask = padded(encodings, device=model.device)
     taps = Taps()
     for signal in signals:
         taps |= signal.taps
-    return forward(model, ids, mask, taps), mask
+    return forward(model, ids, taps), mask
 
 
 @torch.no_grad()
 def compute_signals(
-    model: PreTrainedModel, encodings: Sequence[Encoding], layout: Layout, dtype: torch.dtype, side: str = "right"
+    model: PreTrainedModel, encodings: Sequence[Encoding], layout: Layout, dtype: torch.dtype
 ) -> list[dict[str, Tensor]]:
     """Run one batch: each example's columns by name, on the CPU, floating-point values in `dtype`.
 
     Raises `UserError` on a non-finite value, with its place in the batch.
     """
     signals = signals_of(layout)
-    passed, mask = run_teacher(model, encodings, signals, side)
+    passed, mask = run_teacher(model, encodings, signals)
     examples: list[dict[str, Tensor]] = [{} for _ in encodings]
     for signal in signals:
         for example, columns in zip(examples, signal.extract(model, passed, mask, dtype), strict=True):

@@ -25,7 +25,7 @@ class Batch:
 
     ids: Int[Tensor, "B T"]
     mask: Int[Tensor, "B T"]
-    """1 for a token, 0 for padding, which stands on the right."""
+    """1 for a token, 0 for padding, which stands on the right; no forward pass here needs it."""
     head: HeadPart
     """What the output head is compared with."""
     parts: Mapping[str, Part]

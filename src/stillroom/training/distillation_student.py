@@ -37,9 +37,9 @@ class DistillationStudent(nn.Module):
             if (beside := term.trained(seed)) is not None:
                 self.trained[term.name] = beside.to(model.device)
 
-    def forward(self, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"], taps: Taps) -> Forward:
+    def forward(self, ids: Int[Tensor, "B T"], taps: Taps) -> Forward:
         """What one pass leaves behind; no logits (see `terms.output_head`)."""
-        return forward(self.model, ids, mask, taps)
+        return forward(self.model, ids, taps)
 
 
 def save_student(student: DistillationStudent, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:

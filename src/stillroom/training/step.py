@@ -51,7 +51,7 @@ class StepRunner:
         for term in terms:
             taps |= term.taps
         with self.autocast():
-            passed = self.student(batch.ids, batch.mask, taps)
+            passed = self.student(batch.ids, taps)
             shares = {name: weights[name] / max(counts.get(name, 0), 1) for name in ("task", "kd")}
             total, task, kd = self.head.losses(self.student.model, passed, batch.head, shares)
         sums: dict[str, Tensor] = {"task": task, "kd": kd}
