@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy import ndarray
 
 from stillroom.afterwards.fonts import escaped, fonts_for
@@ -21,6 +22,7 @@ from stillroom.errors import UserError
 from stillroom.models.hub import load_tokenizer
 from stillroom.offline_teacher_data.store import SignalStore, StoredExample
 from stillroom.offline_teacher_data.verification import VERIFIED
+from stillroom.signals.next_token import top_k
 from stillroom.terms.attention_maps import segment_map
 from stillroom.terms.next_token import map_outcomes, teacher_to_student_ids
 
@@ -111,24 +113,33 @@ def describe_example(
     stored = store.read(example_id)
     tokenizer = store.tokenizer
     words = _words(tokenizer)
-    probabilities = np.exp(stored["topk_logprobs"].astype(np.float64))
+    arrays = stored.arrays if store.layout.top_k else _remade(store, stored)
+    probabilities = np.exp(arrays["topk_logprobs"].astype(np.float64))
     teacher = _tokens(stored.encoding, text, words)
     for row, token in enumerate(teacher):
-        best = zip(stored["topk_ids"][row, :top].tolist(), probabilities[row, :top].tolist(), strict=True)
+        best = zip(arrays["topk_ids"][row, :top].tolist(), probabilities[row, :top].tolist(), strict=True)
         token["predictions"] = [{"token": words.get(i, f"<{i}>"), "probability": p} for i, p in best]
-        token["tail"] = float(np.exp(stored["tail_logprobs"][row]))
+        token["tail"] = float(np.exp(arrays["tail_logprobs"][row]))
         token["hidden_norm"] = float(np.linalg.norm(stored["hidden"][row].astype(np.float64)))
     facts: dict[str, Any] = {"example_id": example_id, "task": stored.task, "text": text, "teacher": teacher}
     if "teacher_answers" in store.manifest["made_from"]:
         facts["teacher_answer"] = store.answers[example_id]
     if student is not None:
-        facts |= _beside_student(store, stored, text, tokenizer, load_tokenizer(student), teacher)
+        facts |= _beside_student(store, stored, arrays, text, tokenizer, load_tokenizer(student), teacher)
     return facts
+
+
+def _remade(store: SignalStore, stored: StoredExample) -> dict[str, ndarray]:
+    """The most probable next tokens of a store that keeps the output head in place of them."""
+    logits = store.teacher_head.logits(torch.from_numpy(stored["hidden"].astype(np.float32)))
+    found = top_k(logits, min(256, logits.shape[-1]))
+    return {name: a.numpy() for name, a in zip(("topk_ids", "topk_logprobs", "tail_logprobs"), found, strict=True)}
 
 
 def _beside_student(
     store: SignalStore,
     stored: StoredExample,
+    arrays: Mapping[str, ndarray],
     text: str,
     tokenizer: Any,
     student_tokenizer: Any,
@@ -143,7 +154,7 @@ def _beside_student(
             side[position]["shared"] = True
     size = max(student_tokenizer.get_vocab().values()) + 1  # its ids may have gaps
     mapped = teacher_to_student_ids(tokenizer, student_tokenizer, store.manifest["vocabulary"], size)
-    *_, other = map_outcomes(stored["topk_ids"], stored["topk_logprobs"], stored["tail_logprobs"], mapped)
+    *_, other = map_outcomes(arrays["topk_ids"], arrays["topk_logprobs"], arrays["tail_logprobs"], mapped)
     for token, value in zip(teacher, other.tolist(), strict=True):
         token["other"] = value
     covered = counts["aligned"] / counts["tokens"]

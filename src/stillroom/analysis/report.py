@@ -121,7 +121,7 @@ def integrity_rows(results: StudyResults) -> list[tuple[str, str]]:
 
 def _checked(record: dict[str, Any]) -> str:
     parts = [f"{record.get('sampled', 0)} of {record.get('examples', 0)} examples sampled, every shard's checksum"]
-    for how in ("recomputed", "with_output_head"):
+    for how in ("recomputed", "with_output_head", "full_support"):
         if errors := record.get(how):
             listed = ", ".join(f"{name} {error:.2g}" for name, error in errors.items())
             parts.append(f"largest difference {how.replace('_', ' ')}: {listed}")

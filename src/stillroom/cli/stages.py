@@ -116,10 +116,14 @@ def verify(
     workspace = open_workspace(study, set_)
     record = workspace.verify(samples, recompute)
     _tell_unchecked(record)
-    for how in ("recomputed", "with_output_head"):
+    measured = {
+        "recomputed": "recomputed, largest difference",
+        "with_output_head": "with output head, largest difference",
+        "full_support": "full support, KL from the teacher's own distribution in nats per token",
+    }
+    for how, what in measured.items():
         if (errors := record.get(how)) and not json:
-            listed = ", ".join(f"{name} {error:.2g}" for name, error in errors.items())
-            say(f"{how.replace('_', ' ')}, largest difference: {listed}")
+            say(f"{what}: {', '.join(f'{name} {error:.2g}' for name, error in errors.items())}")
     made = f"{record['store']}: {record['sampled']} of {record['examples']} examples checked, all shards whole."
     finish(json, record, made, following("archive", study, set_))
 

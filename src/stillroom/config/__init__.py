@@ -183,11 +183,24 @@ class Corpus(Section):
 class Signals(Section):
     """What is stored of the teacher."""
 
-    top_k: int = Field(256, ge=1, description="number of highest next-token log-probabilities kept per token")
+    top_k: int = Field(
+        256,
+        ge=0,
+        description="number of highest next-token log-probabilities kept per token; 0, with teacher_head: none",
+    )
+    teacher_head: bool = later(
+        False, description="keep the teacher's output head, for the whole distribution (objective.kd.support: full)"
+    )
     hidden_layers: tuple[Layer, ...] = Field(("last",), min_length=1, description="layers whose hidden state is kept")
     attention_layers: tuple[Layer, ...] = Field(("last",), min_length=1, description="layers whose attention is kept")
     value_layers: tuple[Layer, ...] = Field((), description="layers whose value vectors are kept, for value relations")
-    teacher_answers: bool = Field(False, description="generate and keep the teacher's greedy answer to every prompt")
+    teacher_answers: bool = later(False, description="generate and keep the teacher's greedy answer to every prompt")
+
+    @model_validator(mode="after")
+    def _has_a_distribution(self) -> Signals:
+        if not self.top_k and not self.teacher_head:
+            raise ValueError("top_k 0 keeps nothing of the next-token distribution: set teacher_head: true, too")
+        return self
 
     @field_validator("hidden_layers", "attention_layers")
     @classmethod
@@ -375,6 +388,12 @@ class Study(Section):
                     raise ValueError(
                         f"group {group.name!r} learns the teacher's answers: set signals.teacher_answers: true"
                     )
+            if "kd" in group.terms and objective.kd.support == "full" and not self.signals.teacher_head:
+                raise ValueError(f"group {group.name!r} has kd.support full: set signals.teacher_head: true")
+            if "kd" in group.terms and objective.kd.support == "top_k" and not self.signals.top_k:
+                raise ValueError(
+                    f"group {group.name!r} compares the top k, but signals.top_k is 0: set kd.support: full"
+                )
             for term in [term for term in ("hidden", "attention", "values") if term in group.terms]:
                 field = f"{term.removesuffix('s')}_layers"
                 kept = getattr(self.signals, field)

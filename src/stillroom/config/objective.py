@@ -55,6 +55,11 @@ class Distillation(OfTeacher):
     mixing: float | None = Field(
         None, gt=0, lt=1, description="β of jensen_shannon, by default 0.5; λ of the skewed ones, by default 0.1"
     )
+    support: Literal["top_k", "full"] = later(
+        "top_k",
+        description="outcomes that are compared: the teacher's top k, or every token, its distribution remade of its "
+        "last hidden state (needs signals.teacher_head)",
+    )
     temperature: float = Field(1.0, gt=0, description="τ of both distributions; the term is multiplied by τ²")
     positions: Literal["answer", "all"] = Field(
         "answer", description="positions it is averaged over: the answer, or the whole text"

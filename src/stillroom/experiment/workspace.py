@@ -30,7 +30,7 @@ from stillroom.files import exclusive, read_json, remove_tree, write_json
 from stillroom.models.hub import absolute, load_model, model_identity
 from stillroom.models.output_head import load_output_head
 from stillroom.models.precision import DTYPES, default_device, release_memory
-from stillroom.offline_teacher_data.recomputation import check_with_head, recompute, sample_ids
+from stillroom.offline_teacher_data.recomputation import check_with_head, full_support_error, recompute, sample_ids
 from stillroom.offline_teacher_data.shards import Share
 from stillroom.offline_teacher_data.store import MANIFEST, SignalStore
 from stillroom.provenance import record_run
@@ -133,13 +133,17 @@ class Workspace(Sources):
         record = otd.verify_saved_data(store.path, samples)
         if (snapshot := self._archived(self.origin())) is not None:
             otd.require_record(snapshot)
-        teacher = self.adapt()
+        teacher, signals = self.adapt(), self.study.signals
+        if not signals.top_k:  # no log-probability is stored that the remade ones could be compared with
+            recomputed = max(recomputed, 2)
         if recomputed:
             model = load_model(teacher, self.study.teacher.dtype, "auto")
+            if signals.teacher_head:
+                record["full_support"] = full_support_error(store, model, sample_ids(store, recomputed))
             record["recomputed"] = recompute(store, model, sample_ids(store, recomputed))
-            if self.study.signals.teacher_answers:
+            if signals.teacher_answers:
                 record["answers_that_differ"] = self._answers_that_differ(store, model, sample_ids(store, recomputed))
-        elif (head := load_output_head(teacher)) is not None:
+        elif (head := store.teacher_head if signals.teacher_head else load_output_head(teacher)) is not None:
             dtype = DTYPES[self.study.teacher.dtype]
             record["with_output_head"] = check_with_head(store, head, sample_ids(store, 2), dtype)
         else:

@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import snapshot_download
 from jaxtyping import Float
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -32,6 +33,28 @@ class OutputHead:
         bias = None if self.bias is None else self.bias.float()
         logits = torch.nn.functional.linear(hidden.float() * self.scale, self.weight.float(), bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def head_of(model: PreTrainedModel) -> OutputHead:
+    """A model's output head, apart from it."""
+    module: Any = model.get_output_embeddings()
+    bias = getattr(module, "bias", None)
+    weight = module.weight.detach().cpu()
+    scale, softcap = logit_scale(model.config), logit_softcap(model.config)
+    return OutputHead(weight, None if bias is None else bias.detach().cpu(), scale, softcap)
+
+
+def save_output_head(head: OutputHead, path: Path) -> dict[str, float | None]:
+    """Write its tensors; returns the numbers that `read_output_head` needs beside them."""
+    tensors = {"weight": head.weight, **({} if head.bias is None else {"bias": head.bias})}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return {"scale": head.scale, "softcap": head.softcap}
+
+
+def read_output_head(path: Path, scale: float, softcap: float | None) -> OutputHead:
+    """The head that was written there."""
+    tensors = load_file(path)
+    return OutputHead(tensors["weight"], tensors.get("bias"), scale, softcap)
 
 
 def load_output_head(ref: ModelRef) -> OutputHead | None:

@@ -18,12 +18,14 @@ from stillroom.data.corpus import examples_digest
 from stillroom.data.encoding import Encoding, encode_many
 from stillroom.data.tasks import Example
 from stillroom.errors import UserError
-from stillroom.files import exclusive, read_json, write_json
+from stillroom.files import atomic_path, exclusive, file_sha256, read_json, write_json
 from stillroom.models.architecture import check_capture
 from stillroom.models.hub import tokenizer_hash
+from stillroom.models.output_head import head_of, save_output_head
 from stillroom.models.sizes import heads, value_width, vocabulary_size, width
 from stillroom.offline_teacher_data.shards import Share, hold, plan_shards, token_batches
 from stillroom.offline_teacher_data.store import (
+    HEAD,
     MANIFEST,
     SCHEMA_VERSION,
     SignalStore,
@@ -68,6 +70,7 @@ def made_from(
             for name in ("hidden_layers", "attention_layers", "value_layers")
             if getattr(signals, name) != Signals.model_fields[name].default
         },
+        **({"teacher_head": True} if signals.teacher_head else {}),
         **({"teacher_answers": max_new_tokens} if signals.teacher_answers else {}),
     }
 
@@ -120,7 +123,8 @@ def capture_share(
     with hold(store, share):
         _claim(store, origin)
         absent = missing()
-        _require_space(store, sum(len(encodings[i]) for n in absent for i in shards[n]), encodings, layout)
+        beside = head_of(model).weight.nbytes if signals.teacher_head else 0
+        _require_space(store, sum(len(encodings[i]) for n in absent for i in shards[n]), encodings, layout, beside)
         mine = share.shards(len(shards))
         total = sum(len(shards[n]) for n in mine)
         done = sum(len(shards[n]) for n in mine if n not in absent)
@@ -137,7 +141,7 @@ def capture_share(
             done += len(shards[number])
     with exclusive(store, "capture", ".merging", wait=-1):
         if finished := not missing():
-            _finish(store, layout, origin, len(shards), examples, tokenizer, vocabulary_size(model))
+            _finish(store, layout, origin, len(shards), examples, tokenizer, model)
     return finished
 
 
@@ -175,10 +179,10 @@ def _done(store: Path, number: int, rows: list[int], examples: Sequence[Example]
     return shard_is_whole(store / shard_name(number), fingerprint, [examples[i].example_id for i in rows])
 
 
-def _require_space(store: Path, tokens: int, encodings: Sequence[Encoding], layout: Layout) -> None:
+def _require_space(store: Path, tokens: int, encodings: Sequence[Encoding], layout: Layout, beside: int) -> None:
     total = sum(len(e) for e in encodings)
     planned = sum(payload_bytes(layout, len(e)) for e in encodings)
-    needed = int(1.05 * planned * tokens / total)
+    needed = int(1.05 * planned * tokens / total) + beside
     free = shutil.disk_usage(store).free
     if needed > free:
         raise UserError(
@@ -218,15 +222,20 @@ def _finish(
     shards: int,
     examples: Sequence[Example],
     tokenizer: Any,
-    vocabulary: int,
+    model: PreTrainedModel,
 ) -> None:
-    """Write the manifest, and the tokenizer beside it, unless they are there."""
+    """Write the manifest, and beside it the tokenizer and the output head if it is kept, unless they are there."""
     if (store / MANIFEST).exists():
         return
     tokenizer.save_pretrained(store / "tokenizer")
     prompts: dict[str, str] = {}
     for example in examples:
         prompts.setdefault(example.task, example.prompt)
+    kept: dict[str, Any] = {}
+    if "teacher_head" in origin:
+        with atomic_path(store / HEAD) as temporary:
+            kept = save_output_head(head_of(model), temporary)
+        kept = {"teacher_head": {**kept, "bytes": (store / HEAD).stat().st_size, "sha256": file_sha256(store / HEAD)}}
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "fingerprint": fingerprint(origin),
@@ -234,7 +243,8 @@ def _finish(
         "created": utc_now(),
         "versions": package_versions(),
         "layout": layout.__dict__,
-        "vocabulary": vocabulary,
+        "vocabulary": vocabulary_size(model),
+        **kept,
         "prompts": prompts,
         "shards": [shard_entry(store / shard_name(n)) for n in range(shards)],
     }

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from stillroom.errors import UserError
-from stillroom.models.output_head import OutputHead
+from stillroom.models.output_head import OutputHead, output_logits
 from stillroom.offline_teacher_data.store import SignalStore
 from stillroom.signals import run_teacher, signals_of
 from stillroom.signals.next_token import distribution_error
@@ -41,6 +41,28 @@ def recompute(store: SignalStore, model: PreTrainedModel, ids: Sequence[str]) ->
         _require(store, example_id, errors, TOLERANCE[model.dtype])
         worst = {name: max(value, errors[name]) for name, value in worst.items()}
     return worst
+
+
+@torch.no_grad()
+def full_support_error(store: SignalStore, model: PreTrainedModel, ids: Sequence[str]) -> dict[str, float]:
+    """How far distributions remade of stored hidden states and the stored head are from the teacher's own logits.
+
+    KL(teacher ‖ remade) in nats: the `mean` over the tokens of some examples, and the `largest`. Raises `UserError` at
+    an example whose total variation is beyond the tolerance.
+    """
+    found: list[torch.Tensor] = []
+    for example_id in ids:
+        stored = store.read(example_id, ["hidden"])
+        again, _ = run_teacher(model, [stored.encoding], signals_of(store.layout))
+        own = output_logits(model, again.last_hidden[0]).double().log_softmax(-1).cpu()
+        remade = (
+            store.teacher_head.logits(torch.from_numpy(stored["hidden"].astype(np.float32))).double().log_softmax(-1)
+        )
+        variation = float((own.exp() - remade.exp()).abs().sum(-1).max() / 2)
+        _require(store, example_id, {"full support": variation}, TOLERANCE[model.dtype])
+        found.append((own.exp() * (own - remade)).sum(-1))
+    divergences = torch.cat(found)
+    return {"mean": float(divergences.mean()), "largest": float(divergences.max())}
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from stillroom.files import atomic_path, file_sha256
 from stillroom.offline_teacher_data.store import (
+    HEAD,
     MANIFEST,
     SignalStore,
 )
@@ -36,7 +37,8 @@ def archive(path: Path | str) -> Path:
     target = path.with_name(f"{path.name}_{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}")
     with atomic_path(target) as building:
         building.mkdir()
-        for name in [*(shard["name"] for shard in store.manifest["shards"]), MANIFEST, VERIFIED]:
+        beside = [HEAD] if "teacher_head" in store.manifest else []
+        for name in [*(shard["name"] for shard in store.manifest["shards"]), *beside, MANIFEST, VERIFIED]:
             _link_or_copy(path / name, building / name)
         shutil.copytree(path / "tokenizer", building / "tokenizer")
     return seal(target)
@@ -51,7 +53,7 @@ def snapshots_of(path: Path) -> list[Path]:
 
 def _link_or_copy(source: Path, target: Path) -> None:
     try:
-        if source.suffix != ".parquet":
+        if source.suffix not in (".parquet", ".safetensors"):
             raise OSError("small files are copied, so that the store's own stay writable")
         os.link(source, target)
     except OSError:

@@ -25,6 +25,7 @@ from stillroom.data.encoding import Encoding
 from stillroom.errors import UserError
 from stillroom.files import atomic_path, file_sha256, read_json, remove_leftovers, write_json
 from stillroom.models.hub import load_tokenizer, tokenizer_hash
+from stillroom.models.output_head import OutputHead, read_output_head
 from stillroom.offline_teacher_data.cells import _to_numpy_array, cell_bytes, parquet_cell
 from stillroom.signals import signals_of
 from stillroom.signals.signal import Column, Layout
@@ -32,6 +33,8 @@ from stillroom.signals.signal import Column, Layout
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 SHARDS = "part-*.parquet"
+HEAD = "teacher_head.safetensors"
+"""The teacher's output head, where a store keeps it; the manifest has its digest."""
 
 _TEXT = (pa.field("example_id", pa.string()), pa.field("task", pa.string()), pa.field("tokens", pa.int32()))
 _ANSWER = pa.field("teacher_answer", pa.string())
@@ -242,6 +245,15 @@ class SignalStore:
         if tokenizer_hash(tokenizer) != self.manifest["made_from"]["tokenizer"]:
             raise UserError(f"{self.path / 'tokenizer'} is not the tokenizer the store was made with")
         return tokenizer
+
+    @cached_property
+    def teacher_head(self) -> OutputHead:
+        """The teacher's output head; `UserError` if the store does not keep it."""
+        if (entry := self.manifest.get("teacher_head")) is None:
+            raise UserError(f"{self.path}: the teacher's output head is not in this store; set signals.teacher_head")
+        if not (self.path / HEAD).is_file():
+            raise UserError(f"{self.path / HEAD} is missing")
+        return read_output_head(self.path / HEAD, entry["scale"], entry["softcap"])
 
     @cached_property
     def answers(self) -> dict[str, str | None]:

@@ -14,6 +14,7 @@ from stillroom.errors import UserError
 from stillroom.files import file_sha256, read_json, write_json
 from stillroom.offline_teacher_data.recomputation import sample_ids
 from stillroom.offline_teacher_data.store import (
+    HEAD,
     MANIFEST,
     SignalStore,
     StoredExample,
@@ -36,6 +37,17 @@ def check_shard(path: Path, entry: dict[str, Any], fingerprint: str) -> None:
         raise UserError(f"{path} belongs to another capture: its fingerprint is {found}, the store's {fingerprint}")
     if path.stat().st_size != entry["bytes"]:
         raise UserError(f"{path} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}: truncated?")
+    if file_sha256(path) != entry["sha256"]:
+        raise UserError(f"{path}: its bytes are not those that were written (SHA-256 differs)")
+
+
+def check_head(store: SignalStore) -> None:
+    """Raise `UserError` unless the teacher's output head, where it is kept, has the bytes that were written."""
+    entry, path = store.manifest.get("teacher_head"), store.path / HEAD
+    if entry is None:
+        return
+    if not path.is_file() or path.stat().st_size != entry["bytes"]:
+        raise UserError(f"{path} is missing or truncated")
     if file_sha256(path) != entry["sha256"]:
         raise UserError(f"{path}: its bytes are not those that were written (SHA-256 differs)")
 
@@ -63,9 +75,12 @@ def require_verified(store: SignalStore) -> None:
         raise UserError(f"{store.path} has not been verified: run `stillroom verify` first")
     if read_json(store.path / VERIFIED, "manifest_sha256")["manifest_sha256"] != file_sha256(store.path / MANIFEST):
         raise UserError(f"{store.path / MANIFEST} was changed after verification: run `stillroom verify` again")
-    for shard in store.manifest["shards"]:
-        path = store.path / shard["name"]
-        if not path.is_file() or path.stat().st_size != shard["bytes"]:
+    sizes = {shard["name"]: shard["bytes"] for shard in store.manifest["shards"]}
+    if (head := store.manifest.get("teacher_head")) is not None:
+        sizes[HEAD] = head["bytes"]
+    for name, size in sizes.items():
+        path = store.path / name
+        if not path.is_file() or path.stat().st_size != size:
             raise UserError(f"{path} is missing or truncated")
 
 
@@ -98,6 +113,7 @@ def verify_saved_data(path: Path | str, num_samples: int = 20, seed: int = 0) ->
     try:
         for shard in store.manifest["shards"]:
             check_shard(path / shard["name"], shard, store.manifest["fingerprint"])
+        check_head(store)
         for example_id in sampled:
             check_example(store, store.read(example_id))
     except UserError:

@@ -96,7 +96,7 @@ def plan_study(study: Study) -> dict[str, Any]:
     examples = sum(data.examples for data in study.corpus.tasks.values())
     tokens = {name: int(own.teacher.sum()) for name, own in lengths.items()}
     student_tokens = {name: int(own.student.sum()) for name, own in lengths.items()}
-    store = _store_bytes(lengths, _layout(study, teacher))
+    store = {**_store_bytes(lengths, _layout(study, teacher)), **_head_bytes(study, teacher)}
     training = _training(study, lengths)
     machines = [GPU] if torch.cuda.is_available() else [GPU, this_cpu()]
     hours = [_hours(study, (teacher, student), training, lengths, machine) for machine in machines]
@@ -133,7 +133,8 @@ def plan_study(study: Study) -> dict[str, Any]:
                 study.evaluation.dtype,
                 study.corpus.max_length,
                 study.student.lora,
-            ),
+            )
+            + _head_memory(study, teacher),
         },
         "hours": hours[0],
         "cpu_hours": hours[1] if len(hours) > 1 else None,
@@ -281,6 +282,18 @@ def _store_bytes(lengths: dict[str, _Lengths], layout: Layout) -> dict[str, int]
             cells = triangle if of_two == 3 * of_one else tokens
             found[signal.name] += int(cells * of_one)
     return {**{name: size for name, size in found.items() if size}, "encoding": int(tokens * 9)}
+
+
+def _head_bytes(study: Study, teacher: Shape) -> dict[str, int]:
+    """Of the teacher's output head, where the store keeps it."""
+    size = DTYPES[study.teacher.dtype].itemsize * teacher.vocabulary * teacher.width
+    return {"teacher_head": size} if study.signals.teacher_head else {}
+
+
+def _head_memory(study: Study, teacher: Shape) -> int:
+    """Bytes of the teacher's output head in float32, which a trial holds where a group compares every token."""
+    kinds = [group.objective(study.objective).kd for group in study.groups if "kd" in group.terms]
+    return 4 * teacher.vocabulary * teacher.width if any(kd.support == "full" for kd in kinds) else 0
 
 
 def _training(study: Study, lengths: dict[str, _Lengths]) -> dict[str, int]:

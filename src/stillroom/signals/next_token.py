@@ -37,6 +37,8 @@ class NextToken:
     def columns(self) -> tuple[Column, ...]:
         """Ids, their log-probabilities, and that of everything else."""
         k = self.layout.top_k
+        if not k:  # the store keeps the output head, which makes everything of the last hidden state
+            return ()
         return (
             Column("topk_ids", self.layout.id_dtype, lambda tokens: (tokens, k)),
             Column("topk_logprobs", self.layout.dtype, lambda tokens: (tokens, k)),
@@ -47,6 +49,8 @@ class NextToken:
         self, model: PreTrainedModel, forward: Forward, mask: Int[Tensor, "B T"], dtype: torch.dtype
     ) -> list[dict[str, Tensor]]:
         """Of the output head's logits, which never exist whole."""
+        if not self.columns:
+            return [{} for _ in mask]
         hidden = forward.last_hidden
         rows = hidden[mask.bool().to(hidden.device)]
         found = [top_k(output_logits(model, part).float(), self.layout.top_k) for part in rows.split(_HEAD_ROWS)]
@@ -58,6 +62,8 @@ class NextToken:
 
     def faults(self, arrays: Arrays, tolerance: float) -> Iterator[str]:
         """Sorted, each id once, and with the tail a distribution."""
+        if not self.columns:
+            return
         logprobs = arrays["topk_logprobs"].astype(np.float64)
         if not (np.diff(logprobs, axis=1) <= 0).all():
             yield "top-k log-probabilities are not sorted"
@@ -69,7 +75,11 @@ class NextToken:
             yield "top-k ids repeat or are negative"
 
     def error(self, model: PreTrainedModel, arrays: Arrays, forward: Forward) -> float:
-        """See `distribution_error`."""
+        """See `distribution_error`; without a top k, half the L1 distance of what the stored hidden states give."""
+        if not self.columns:
+            kept = torch.from_numpy(arrays["hidden"].astype(np.float32)).to(model.device, model.dtype)
+            again, own = (output_logits(model, h).double().softmax(-1) for h in (kept, forward.last_hidden[0]))
+            return float((again - own).abs().sum(-1).max() / 2)
         return distribution_error(arrays, output_logits(model, forward.last_hidden[0]).float().cpu())
 
     def totals(self, arrays: Mapping[str, Tensor], is_text: Tensor) -> dict[str, float]:

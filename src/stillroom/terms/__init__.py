@@ -8,7 +8,7 @@ from stillroom.config import Objective
 from stillroom.offline_teacher_data.store import SignalStore
 from stillroom.terms.attention_maps import AttentionMaps
 from stillroom.terms.hidden_states import HiddenStates
-from stillroom.terms.next_token import NextToken, teacher_to_student_ids
+from stillroom.terms.next_token import NextToken, next_token_of, teacher_to_student_ids
 from stillroom.terms.term import Part, Term
 from stillroom.terms.value_relations import ValueRelations
 
@@ -24,4 +24,4 @@ def terms_of(objective: Objective, store: SignalStore | None, student: Any) -> t
     return tuple(term(getattr(objective, term.name), store, student) for term in on)
 
 
-__all__ = ["TERMS", "NextToken", "Part", "Term", "teacher_to_student_ids", "terms_of"]
+__all__ = ["TERMS", "NextToken", "Part", "Term", "next_token_of", "teacher_to_student_ids", "terms_of"]

@@ -22,8 +22,10 @@ from stillroom.data.prepared import Prepared
 from stillroom.data.vocabulary import map_vocabulary, same_vocabulary
 from stillroom.models.forward import Forward
 from stillroom.models.output_head import logit_softcap, scaled_for_head
-from stillroom.offline_teacher_data.store import StoredExample
+from stillroom.models.sizes import vocabulary_size
+from stillroom.offline_teacher_data.store import SignalStore, StoredExample
 from stillroom.terms.divergences import MIXING
+from stillroom.terms.full_support import FullSupport, HiddenOutcomes
 from stillroom.terms.output_head import HeadTargets, Outcomes, head_losses
 from stillroom.terms.placebo import Placebo
 
@@ -36,7 +38,7 @@ class HeadPart:
     """Where it runs, in (B, T) flattened: supervised rows, and others that are distilled; increasing."""
     targets: Int[Tensor, "N"]
     """Next student token at each of them; −1 where it is not supervised."""
-    outcomes: Outcomes | None
+    outcomes: Outcomes | HiddenOutcomes | None
     """What is distilled there; None where L_KD is off."""
     counts: Mapping[str, int]
     """Of `task` and `kd`: positions."""
@@ -45,8 +47,11 @@ class HeadPart:
 class NextToken:
     """Both terms of one objective."""
 
-    def __init__(self, objective: Objective, vocabulary_map: ndarray | None) -> None:
-        """`vocabulary_map`: from `teacher_to_student_ids`; None where L_KD is off."""
+    def __init__(
+        self, objective: Objective, vocabulary_map: ndarray | None, support: FullSupport | None = None
+    ) -> None:
+        """`vocabulary_map`: from `teacher_to_student_ids`; None where L_KD is off. `support`: if it is full."""
+        self._support = support
         self.settings, self._map = objective.kd, vocabulary_map
         self._distils = objective.weights["kd"] > 0
         self.placebo = self._distils and objective.kd.placebo
@@ -54,6 +59,8 @@ class NextToken:
     @property
     def columns(self) -> tuple[str, ...]:
         """What it reads of the store."""
+        if self._distils and self._support is not None:
+            return ("hidden",)
         return ("topk_ids", "topk_logprobs", "tail_logprobs") if self._distils else ()
 
     def collate(self, items: Sequence[Prepared], stored: Sequence[StoredExample], longest: int) -> HeadPart:
@@ -86,8 +93,13 @@ class NextToken:
         pairs: Int32[ndarray, "M 2"] = item.alignment.pairs[inside]
         return pairs
 
-    def _outcomes(self, stored: Sequence[StoredExample], pairs: Sequence[ndarray], rows: ndarray) -> Outcomes:
+    def _outcomes(
+        self, stored: Sequence[StoredExample], pairs: Sequence[ndarray], rows: ndarray
+    ) -> Outcomes | HiddenOutcomes:
         assert self._map is not None
+        if self._support is not None:
+            hidden = np.concatenate([example["hidden"][p[:, 0]] for example, p in zip(stored, pairs, strict=True)])
+            return HiddenOutcomes(torch.from_numpy(rows), torch.from_numpy(hidden))
         ids, logprobs, tails = (
             np.concatenate([example[column][pair[:, 0]] for example, pair in zip(stored, pairs, strict=True)])
             for column in self.columns
@@ -110,9 +122,22 @@ class NextToken:
             logit_softcap(model.config),
             self.settings.divergence,
             MIXING.get(self.settings.divergence, 0.5) if self.settings.mixing is None else self.settings.mixing,
+            None if self._support is None else self._support.to(part.rows.device),
         )
         rows = scaled_for_head(model, forward.last_hidden.flatten(0, 1)[part.rows])
         return head_losses(rows, head.weight, getattr(head, "bias", None), targets)
+
+
+def next_token_of(objective: Objective, store: SignalStore | None, tokenizer: Any, model: PreTrainedModel) -> NextToken:
+    """Both terms of an objective for a student, its tokenizer and the teacher's data."""
+    if objective.weights["kd"] <= 0:
+        return NextToken(objective, None)
+    if store is None:
+        raise ValueError("the term kd needs the teacher's data")
+    size = vocabulary_size(model)
+    mapped = teacher_to_student_ids(store.tokenizer, tokenizer, store.manifest["vocabulary"], size)
+    full = objective.kd.support == "full"
+    return NextToken(objective, mapped, FullSupport(store.teacher_head, mapped, size) if full else None)
 
 
 def teacher_to_student_ids(

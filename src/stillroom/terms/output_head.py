@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from stillroom.terms.divergences import DIVERGENCES, steepest
+from stillroom.terms.full_support import FullSupport, HiddenOutcomes
 
 HEAD_CHUNK = 512
 """Rows whose logits exist at a time."""
@@ -50,13 +51,15 @@ class HeadTargets:
 
     targets: Int[Tensor, "N"]
     """Next student token; −1 where the row is not supervised."""
-    outcomes: Outcomes | None
+    outcomes: Outcomes | HiddenOutcomes | None
     task_weight: float
     kd_weight: float
     temperature: float = 1.0
     softcap: float | None = None
     divergence: str = "forward_kl"
     mixing: float = 0.5
+    support: FullSupport | None = None
+    """What the distributions of `HiddenOutcomes` are remade by."""
 
 
 def head_losses(
@@ -160,6 +163,10 @@ def _rows_of(targets: HeadTargets, rows: slice) -> HeadTargets:
     if outcomes is not None:
         first, last = torch.searchsorted(outcomes.rows, torch.tensor([rows.start, rows.stop])).tolist()
         inside = slice(first, last)
+    if isinstance(outcomes, HiddenOutcomes):
+        own = outcomes.rows[inside].to(outcomes.hidden.device, non_blocking=True) - rows.start
+        outcomes = HiddenOutcomes(own, outcomes.hidden[inside])
+    elif outcomes is not None:
         outcomes = Outcomes(
             outcomes.rows[inside].to(outcomes.ids.device, non_blocking=True) - rows.start,
             outcomes.ids[inside],
@@ -183,6 +190,14 @@ def _block_losses(raw: Tensor, targets: HeadTargets, needs_grad: bool) -> tuple[
     task = torch.where(supervised, -logprobs.gather(1, safe)[:, 0], 0.0).sum()
     kd = logprobs.new_zeros(())
     outcomes = targets.outcomes if targets.outcomes is not None and len(targets.outcomes.rows) else None
+    if isinstance(outcomes, HiddenOutcomes):
+        kd, slopes = _full_divergence(logprobs[outcomes.rows], outcomes, targets, needs_grad)
+        if slopes is None:
+            return task, kd, None
+        grad = logprobs.exp_().mul_(targets.task_weight * supervised.float()[:, None])
+        grad.scatter_add_(1, safe, -targets.task_weight * supervised.float()[:, None])
+        grad.index_add_(0, outcomes.rows, slopes, alpha=targets.kd_weight)
+        return task, kd, grad if cap is None else grad.mul_(1 - (logits / cap) ** 2)
     if outcomes is None and not needs_grad:
         return task, kd, None
     # what each row's softmax is multiplied by in the gradient: at the entries, and everywhere else
@@ -210,6 +225,30 @@ def _block_losses(raw: Tensor, targets: HeadTargets, needs_grad: bool) -> tuple[
     return task, kd, grad if cap is None else grad.mul_(1 - (logits / cap) ** 2)
 
 
+def _full_divergence(
+    student: Float[Tensor, "M V"], outcomes: HiddenOutcomes, targets: HeadTargets, needs_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`_divergence` over every mapped student id and all others, and its gradient by the student's logits."""
+    support = targets.support
+    assert support is not None
+    probs, rest = support.probs(outcomes.hidden)
+    entries = student if support.is_whole else student.index_select(1, support.ids)
+    others = student.index_select(1, support.others).exp_()
+    other, valid = others.sum(1), torch.ones((), dtype=torch.bool, device=student.device).expand_as(entries)
+    whole = Outcomes(outcomes.rows, support.ids.expand_as(entries), valid, probs, rest)
+    kd, slopes, other_slope = _divergence(
+        entries, other, replace(targets, outcomes=whole), student.shape[1], needs_grad
+    )
+    if not needs_grad:
+        return kd, None
+    grad = student.exp().mul_(-(slopes.sum(1) + other_slope)[:, None])
+    if support.is_whole:
+        return kd, grad.add_(slopes)
+    grad.index_add_(1, support.ids, slopes)
+    grad.index_add_(1, support.others, others.mul_((other_slope / other.clamp(min=_TINY))[:, None]))
+    return kd, grad
+
+
 def _divergence(
     entries: Float[Tensor, "M K"], other: Float[Tensor, "M"], targets: HeadTargets, vocabulary: int, needs_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,7 +263,7 @@ def _divergence(
     + ∂u_other · softmax(z) / other at the others − (Σ ∂u) · softmax(z).
     """
     outcomes, temperature = targets.outcomes, targets.temperature
-    assert outcomes is not None
+    assert isinstance(outcomes, Outcomes)
     no_other = other == 0 if outcomes.ids.shape[1] >= vocabulary else torch.zeros_like(other, dtype=torch.bool)
     absent = torch.cat([~outcomes.valid, no_other[:, None]], 1)
     teacher = torch.cat([outcomes.probs, outcomes.other[:, None]], 1).masked_fill(absent, 0.0)

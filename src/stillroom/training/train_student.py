@@ -30,11 +30,10 @@ from stillroom.models.architecture import check_capture, check_model
 from stillroom.models.attention_capture import recompute_layers
 from stillroom.models.hub import load_model, load_tokenizer
 from stillroom.models.precision import default_device, scoring_copy
-from stillroom.models.sizes import vocabulary_size
 from stillroom.offline_teacher_data.store import SignalStore
 from stillroom.offline_teacher_data.verification import require_verified
 from stillroom.progress import Progress, silent
-from stillroom.terms import NextToken, teacher_to_student_ids, terms_of
+from stillroom.terms import next_token_of, terms_of
 from stillroom.training.batches import (
     Prefetched,
     epoch_order,
@@ -110,9 +109,7 @@ def train(
     model = _load(student_ref, trial.seed, device, adapter)
     if training.gradient_checkpointing:
         recompute_layers(model)
-    head = NextToken(
-        group_objective, _vocabulary_map(store, tokenizer, model) if group_objective.weights["kd"] > 0 else None
-    )
+    head = next_token_of(group_objective, store, tokenizer, model)
     terms = terms_of(group_objective, store, model.config)
     student = DistillationStudent(model, terms, trial.seed)
     parts = {
@@ -220,12 +217,6 @@ def _load(ref: ModelRef, seed: int, device: torch.device, adapter: Callable[[Any
         torch.manual_seed(seed)  # of the adapter's first weights
         model = adapter(model)
     return model
-
-
-def _vocabulary_map(store: SignalStore | None, tokenizer: Any, model: PreTrainedModel) -> Any:
-    if store is None:
-        raise ValueError("the term kd needs the teacher's data")
-    return teacher_to_student_ids(store.tokenizer, tokenizer, store.manifest["vocabulary"], vocabulary_size(model))
 
 
 def _check_architecture(student: DistillationStudent, items: Sequence[Prepared]) -> None:
