@@ -38,12 +38,14 @@ from stillroom.studies import load_study
 
 FEW = [f"corpus.tasks.{task}.examples=60" for task in ("sentiment", "quiz", "arithmetic")]
 FEW += [f"evaluation.test_splits.{task}.examples=20" for task in ("sentiment", "quiz", "arithmetic")]
+ABLE = ["sweep.seeds=[0, 1, 2, 3, 4, 5, 6]", "analysis.equivalence_margin=0.2"]
 
 
 @pytest.fixture
 def study(teacher_ref, student_ref):
-    """The quickstart's tasks, a few examples each, with the test pair."""
-    return load_study("quickstart", [f"teacher.model={teacher_ref.model}", f"student.model={student_ref.model}", *FEW])
+    """The quickstart's tasks, a few examples each, with the test pair and seeds enough for its contrasts."""
+    pair = [f"teacher.model={teacher_ref.model}", f"student.model={student_ref.model}"]
+    return load_study("quickstart", [*pair, *FEW, *ABLE])
 
 
 @pytest.fixture
@@ -73,6 +75,7 @@ def test_a_sound_study_has_no_line_to_do(study, no_services):
         "tokenizers",
         "coverage",
         "data",
+        "design",
         "disk for teacher data",
         "disk for students",
         "accelerator",
@@ -197,6 +200,15 @@ def test_native_bfloat16_is_told_by_the_processors_instructions(flags, native, m
     """Deterministic, so that a study resumes as what it began: a measurement could fall either way."""
     monkeypatch.setattr("pathlib.Path.read_text", lambda *a, **k: flags)
     assert native_bfloat16(torch.device("cpu")) == native
+
+
+def test_a_design_that_can_give_no_verdict_is_seen_before_it_is_run(study, no_services):
+    """Six seeds cannot reach 0.05 over three contrasts: every question would end undecided, hours later."""
+    assert line(doctor.examine(study), "design").fine
+    few = study.model_copy(update={"sweep": study.sweep.model_copy(update={"seeds": (0, 1, 2, 3, 4, 5)})})
+    found = line(doctor.examine(few), "design")
+    assert not found.fine
+    assert "it takes 7 seeds" in found.says
 
 
 def test_a_dtype_that_the_device_emulates_is_warned_of(study, monkeypatch):
@@ -325,7 +337,7 @@ def test_a_tracker_or_ray_that_does_not_start_is_a_line(study, monkeypatch):
 
 def test_the_command_fails_when_there_is_something_to_do(no_services, tmp_path):
     """Exit code 1 and JSON for a script; the text ends with what to do."""
-    study = ["quickstart", "--set", "student.model=./nowhere"]
+    study = ["quickstart", "--set", "student.model=./nowhere", "--set", ABLE[0]]
     told = CliRunner().invoke(app, ["doctor", *study])
     assert told.exit_code == 1
     assert "todo student: ./nowhere: no such directory" in told.output
@@ -338,7 +350,7 @@ def test_the_command_fails_when_there_is_something_to_do(no_services, tmp_path):
 def test_the_embedded_study_is_sound_on_this_machine(monkeypatch, tmp_path):
     """Nothing put in its place: Ray and the tracker start and stop; no file is left behind."""
     monkeypatch.chdir(tmp_path)
-    told = CliRunner().invoke(app, ["doctor", "quickstart"])
+    told = CliRunner().invoke(app, ["doctor", "quickstart", "--set", ABLE[0], "--set", "sweep.launcher=ray"])
     assert told.exit_code == 0, told.output
     assert "ok   ray: nodes 1" in told.output
     assert "ok   tracker" in told.output

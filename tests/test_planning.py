@@ -6,12 +6,14 @@ import pytest
 import torch
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from scipy.stats import norm
 from typer.testing import CliRunner
 
 from stillroom.cli import app
 from stillroom.config import ModelRef
 from stillroom.errors import UserError
 from stillroom.models.sizes import shape_of
+from stillroom.preflight.design import examine_design
 from stillroom.preflight.planning import _out_of_reach, plan_study
 from stillroom.studies import load_study
 
@@ -114,3 +116,52 @@ def test_every_layer_that_is_kept_is_in_the_plan():
     assert three["hidden"] == pytest.approx(3 * one["hidden"])
     assert "values" not in one
     assert three["values"] == pytest.approx(one["hidden"] / 2)  # 4 of 8 heads of 16, against a state of 128
+
+
+SEVEN = "sweep.seeds=[0, 1, 2, 3, 4, 5, 6]"
+
+
+def test_a_plan_says_what_the_design_can_find_out():
+    """By hand: of seven seeds all must agree over three contrasts, so Φ(d)⁷ is the power; two of 2⁷ signs, times 3."""
+    design = examine_design(load_study("quickstart", [SEVEN, "corpus.validation_share=0.2"]))
+    primary = design["families"]["primary"]
+    assert (primary["contrasts"], primary["seeds_needed"]) == (3, 7)
+    assert primary["smallest_adjusted_p"] == pytest.approx(3 * 2 / 2**7)
+    assert norm.cdf(primary["detectable"]) ** 7 == pytest.approx(0.8, abs=0.02)
+    for own in design["measures"].values():
+        by_hand = primary["detectable"] * (2 * 0.5 * 0.5 / own["validation_examples"]) ** 0.5
+        assert own["detectable_difference"]["primary"] == pytest.approx(by_hand)
+    counts = [own["validation_examples"] for own in design["measures"].values()]
+    assert counts[0] == sum(counts[1:])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warning"),
+    [
+        (["sweep.seeds=[0, 1, 2]"], "with 3 seeds the smallest p over 3 contrasts is 0.75, so no verdict at 0.05"),
+        (["sweep.seeds=[0]"], "with 1 seed the smallest p"),
+        ([SEVEN, "groups=[task_only, black_box]"], "analysis.primary: the study has no two groups that it compares"),
+        ([SEVEN, "corpus.tasks.sentiment.examples=40"], "sentiment has 4 validation examples, of which one is more"),
+        ([SEVEN, "analysis.alpha=0.01"], "it takes 10 seeds"),
+    ],
+)
+def test_a_design_that_cannot_answer_its_questions_is_warned_of(overrides, warning):
+    """Before hours are spent, with what to change."""
+    found = examine_design(load_study("quickstart", overrides))["warnings"]
+    assert any(warning in text for text in found), found
+
+
+def test_a_design_that_can_is_not_warned_of_and_the_command_shows_either():
+    """On the terminal: the smallest difference by task, and the warning where there is one."""
+    able = [SEVEN, "analysis.equivalence_margin=0.05"]
+    assert examine_design(load_study("quickstart", able))["warnings"] == []
+    assert examine_design(load_study("quickstart", [SEVEN, "analysis.primary=[]", *able]))["families"]["primary"] == {
+        "contrasts": 0,
+        "seeds_needed": None,
+        "smallest_adjusted_p": None,
+        "detectable": None,
+    }
+    told = CliRunner().invoke(app, ["plan", "quickstart", "--set", "sweep.seeds=[0, 1]"])
+    assert told.exit_code == 0
+    assert "warning: analysis.primary: with 2 seeds" in told.stderr
+    assert "What 2 seeds can find out" in told.stdout

@@ -11,7 +11,7 @@ from stillroom.cli.options import BEFORE, JsonOption, SetOption, StudyArgument, 
 
 @app.command(rich_help_panel=BEFORE)
 def plan(study: StudyArgument, set_: SetOption = None, json: JsonOption = False) -> None:
-    """Estimate what a study will cost: examples, tokens, bytes, steps, hours. Needs no weights.
+    """Estimate what a study will cost (bytes, steps, hours), and what it can find out. Needs no weights.
 
     Example: stillroom plan paper
     """
@@ -20,7 +20,7 @@ def plan(study: StudyArgument, set_: SetOption = None, json: JsonOption = False)
     from stillroom.studies import load_study
 
     planned = plan_study(load_study(study, set_ or []))
-    for text in planned["warnings"]:
+    for text in (*planned["warnings"], *planned["design"]["warnings"]):
         warn(text)
     print_plan(planned, as_json=json)
     if not json:

@@ -25,6 +25,7 @@ def print_plan(plan: dict[str, Any], as_json: bool = False) -> None:
     models = [(f"{role} {own['model']}", *(f"{own[k]:,}" for k in sizes)) for role, own in plan["models"].items()]
     console.print(_table("Models", ("model", *sizes), models))
     console.print(_table("Corpus", ("task", "examples", "teacher tokens", "student tokens"), _corpus_rows(plan)))
+    _print_design(console, plan["design"])
     console.print(_table("Teacher data", ("signal", "size"), _rows(plan["store_bytes"], _bytes)))
     console.print(_table("Training", ("what", "count"), _rows(plan["training"], "{:,}".format)))
     console.print(_table("Disk for students", ("what", "size"), _rows(plan["disk_bytes"], _bytes)))
@@ -36,6 +37,31 @@ def print_plan(plan: dict[str, Any], as_json: bool = False) -> None:
     console.print("Assumptions")
     for assumption in plan["assumptions"]:
         console.print(f"  - {assumption}", markup=False, highlight=False)
+
+
+def _print_design(console: Any, design: dict[str, Any]) -> None:
+    """What the design can find out: families of contrasts, then the smallest difference by task."""
+    families = {name: own for name, own in design["families"].items() if own["contrasts"]}
+    rows = [
+        (n, *map(_figure, (own["contrasts"], own["smallest_adjusted_p"], own["seeds_needed"])))
+        for n, own in families.items()
+    ]
+    headings = ("contrasts", "number", "smallest p", "seeds needed")
+    console.print(_table(f"What {design['seeds']} seeds can find out", headings, rows))
+    measures = [
+        (name, str(own["validation_examples"]), *(_points(own["detectable_difference"][n]) for n in families))
+        for name, own in design["measures"].items()
+    ]
+    headings = ("accuracy on", "validation examples", *families)
+    console.print(_table("Smallest difference it detects, in points", headings, measures))
+
+
+def _figure(value: float) -> str:
+    return f"{value:.2g}" if isinstance(value, float) else str(value)
+
+
+def _points(difference: float | None) -> str:
+    return "none" if difference is None else f"{100 * difference:.1f}"
 
 
 def _corpus_rows(plan: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -18,6 +18,7 @@ from stillroom.experiment.resources import cores, trial_resources
 from stillroom.models.builtin_pair import materialise
 from stillroom.models.hub import is_local, load_config, load_tokenizer, require_embedded
 from stillroom.models.precision import DTYPES, default_device, products, resolve_precision
+from stillroom.preflight.design import examine_design
 from stillroom.preflight.planning import plan_study
 from stillroom.provenance import hardware, package_versions
 
@@ -51,7 +52,18 @@ def examine(study: Study) -> list[Finding]:
         findings.append(Finding("data", False, str(error)))
     else:
         findings += [*_data(plan), *_disk(study, plan), *_memory(study, plan)]
-    return [*findings, _tracker(study), _launcher(study)]
+    return [*findings, _design(study), _tracker(study), _launcher(study)]
+
+
+def _design(study: Study) -> Finding:
+    """Whether the study's tests can give a verdict at all."""
+    design = examine_design(study)
+    if design["warnings"]:
+        return Finding("design", False, "; ".join(design["warnings"]))
+    found = design["measures"]["all tasks"]["detectable_difference"]
+    listed = " and ".join(f"{100 * d:.1f} points ({name} contrasts)" for name, d in found.items() if d is not None)
+    says = f"{design['seeds']} seeds and {design['measures']['all tasks']['validation_examples']} validation examples"
+    return Finding("design", True, f"{says} detect {listed or 'no difference: the study declares no contrast'}")
 
 
 def _packages() -> Finding:

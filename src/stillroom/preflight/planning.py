@@ -21,6 +21,7 @@ from stillroom.evaluation.generation import prompts_at_once
 from stillroom.models.precision import DTYPES, products, resolve_precision, scored_by_parts
 from stillroom.models.sizes import Shape, shape_of
 from stillroom.models.split_products import PARTS
+from stillroom.preflight.design import examine_design
 from stillroom.signals import signals_of
 from stillroom.signals.signal import Layout, id_dtype
 
@@ -81,8 +82,8 @@ class _Lengths:
 def plan_study(study: Study) -> dict[str, Any]:
     """The plan as nested figures.
 
-    `models`, `corpus`, `store_bytes`, `training`, `disk_bytes`, `memory_bytes`, `hours` of a GPU, `cpu_hours` where
-    there is none here, `assumptions`, and in
+    `models`, `corpus`, `design` (see `examine_design`), `store_bytes`, `training`, `disk_bytes`, `memory_bytes`,
+    `hours` of a GPU, `cpu_hours` where there is none here, `assumptions`, and in
     `warnings` those assumptions that stand for what cannot be reached from here. `UserError` names a field whose model
     or data set is not there or cannot be read.
     """
@@ -100,7 +101,8 @@ def plan_study(study: Study) -> dict[str, Any]:
     training = _training(study, lengths)
     machines = [GPU] if torch.cuda.is_available() else [GPU, this_cpu()]
     hours = [_hours(study, (teacher, student), training, lengths, machine) for machine in machines]
-    assumptions += _how_hours_are_made(study, machines)
+    design = examine_design(study)
+    assumptions += [_how_differences_are_made(design), *_how_hours_are_made(study, machines)]
     disk = _disk(study, student, training["trials"])
     return {
         "study": study.name,
@@ -121,6 +123,7 @@ def plan_study(study: Study) -> dict[str, Any]:
             "teacher_tokens": sum(tokens.values()),
             "student_tokens": sum(student_tokens.values()),
         },
+        "design": design,
         "store_bytes": {**store, "total": sum(store.values())},
         "training": training,
         "disk_bytes": disk,
@@ -373,6 +376,13 @@ def _scoring(study: Study, machine: Machine) -> tuple[float, int]:
     if scored_by_parts(saved, dtype, machine.device):
         return machine.flops[saved] / PARTS[DTYPES[saved]], DTYPES[saved].itemsize
     return machine.flops[dtype], DTYPES[dtype].itemsize
+
+
+def _how_differences_are_made(design: dict[str, Any]) -> str:
+    return (
+        f"differences: found with {design['power']:.0%} power at {design['alpha']:g}, Holm's first step, between "
+        "students that answer half of the examples right and err independently; seeds that vary more need more"
+    )
 
 
 def _how_hours_are_made(study: Study, machines: Sequence[Machine]) -> list[str]:
