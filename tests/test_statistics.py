@@ -8,15 +8,19 @@ import math
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.stats import binomtest
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
 from stillroom.analysis.statistics import (
     bootstrap_interval,
     compare,
+    detectable_by_signs,
     detectable_effect,
     effect_size,
     equivalence_p,
+    equivalence_spread,
+    fewest_seeds,
     holm_adjusted,
     interaction_p,
     mean_interval,
@@ -129,12 +133,41 @@ def test_tost_is_two_one_sided_tests():
     assert math.isnan(equivalence_p(np.zeros(1), 0.02))
 
 
-def test_two_tasks_interaction_is_the_paired_t_test():
-    """With two tasks the interaction is a paired t-test of one task's differences against the other's."""
+def test_two_tasks_interaction_is_the_paired_sign_flip_test():
+    """With two tasks the interaction is the sign-flip test of one task's differences less the other's."""
     rng = np.random.default_rng(1)
     differences = rng.normal([0.0, 0.5], 1, (8, 2))
-    assert interaction_p(differences) == pytest.approx(stats.ttest_rel(differences[:, 0], differences[:, 1]).pvalue)
+    assert interaction_p(differences) == pytest.approx(sign_flip_p(differences[:, 0] - differences[:, 1]))
     assert math.isnan(interaction_p(np.tile(rng.normal(size=(5, 1)), 3)))
+
+
+def test_an_interaction_is_not_found_where_tasks_only_differ_in_size():
+    """20 examples of one task and 400 of two: analysis of variance finds a difference in 9 % of studies without one."""
+    rng, sizes, found = np.random.default_rng(2), np.array([20, 400, 400]), []
+    for _ in range(1000):
+        first, second = (rng.binomial(sizes, [0.5, 0.9, 0.9], (7, 3)) / sizes for _ in "ab")
+        found.append(interaction_p(first - second))
+    assert binomtest(sum(p <= 0.05 for p in found), len(found), 0.05, "greater").pvalue > 0.01
+    assert interaction_p(rng.normal([0.0, 0.0, 3.0], 1, (7, 3))) <= 0.05
+
+
+@pytest.mark.parametrize(("seeds", "contrasts"), [(6, 1), (7, 1), (7, 3), (9, 3)])
+def test_the_planned_effect_is_found_by_the_exact_test_as_often_as_planned(seeds, contrasts):
+    """With other draws than it was computed from; one seed fewer than it takes is no effect at all."""
+    effect = detectable_by_signs(seeds, 0.05, contrasts)
+    draws = np.random.default_rng(6).normal(effect, 1, (3000, seeds))
+    found = np.mean([sign_flip_p(row) <= 0.05 / contrasts for row in draws])
+    assert found == pytest.approx(0.8, abs=0.03)
+    assert effect > detectable_effect(seeds, 0.05 / contrasts) - 0.05
+    assert math.isinf(detectable_by_signs(fewest_seeds(0.05, contrasts) - 1, 0.05, contrasts))
+
+
+def test_equal_groups_are_found_equivalent_up_to_the_planned_spread():
+    """Four times in five where the differences vary as much as said."""
+    spread = equivalence_spread(7, 0.02)
+    draws = np.random.default_rng(7).normal(0, spread, (2000, 7))
+    assert np.mean([equivalence_p(row, 0.02) <= 0.05 for row in draws]) == pytest.approx(0.8, abs=0.03)
+    assert math.isnan(equivalence_spread(1, 0.02))
 
 
 @pytest.mark.slow

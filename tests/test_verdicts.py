@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import binomtest
 
-from stillroom.analysis.statistics import Comparison
+from stillroom.analysis import verdicts as verdicts_module
+from stillroom.analysis.statistics import Comparison, detectable_by_signs
 from stillroom.analysis.verdicts import Evidence, _verdict
 from stillroom.analysis.verdicts import answer_questions as answers_from
 from stillroom.config import Analysis
@@ -209,3 +212,67 @@ def test_a_hypothesis_is_supported_by_all_its_contrasts_or_not_at_all():
     assert {found[group, "hard"] for group in ("hidden", "combined")} == {"improves"}
     assert found["attention", "hard"] == "no evidence of a difference"
     assert answers[4].answer.startswith("Undecided")
+
+
+SIZES = {"easy": 40, "hard": 160}
+
+
+def simulated(rng, effects, analysis=ANALYSIS, spread=0.03):
+    """Verdicts of one study that was never trained: of each seed, groups that share its luck and have their own.
+
+    Each answers so many of a task's examples right, by chance; `effects` are added to an even chance.
+    """
+    trials, counted = [(group, seed) for seed in SEEDS for group in NOTHING], dict.fromkeys(SIZES)
+    for task, size in SIZES.items():
+        luck = rng.normal(0, spread, len(SEEDS))
+        chances = [0.5 + luck[seed] + rng.normal(0, spread) + effects.get(group, 0.0) for group, seed in trials]
+        counted[task] = rng.binomial(size, chances)
+    measures = {task: right / SIZES[task] for task, right in counted.items()}
+    measures = {"all": sum(counted.values()) / sum(SIZES.values()), **measures}
+    table = {name: dict(zip(trials, map(float, values), strict=True)) for name, values in measures.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verdicts_module, "seeds_needed", lambda *a, **k: None)  # words alone, and most of the time
+        return answers_from(Evidence(table, analysis, SEEDS, list(NOTHING), {}))
+
+
+PRIMARY = ANALYSIS.model_copy(update={"secondary": ()})
+
+DIFFERENCE = (2 * 0.25 / sum(SIZES.values()) + 2 * 0.03**2 * sum((n / 200) ** 2 for n in SIZES.values())) ** 0.5
+"""Standard deviation over seeds of the difference of two such groups on all examples, nearly."""
+
+
+def rate_is(hits, studies, expected, alternative):
+    """Whether so many of the studies are compatible with a rate that is `expected` at most, or at least."""
+    return binomtest(hits, studies, expected, alternative).pvalue > 0.005
+
+
+@pytest.mark.slow
+def test_studies_without_an_effect_get_no_verdict_of_one_more_often_than_they_may():
+    """From accuracies to the report's words: a family's false claims, and an interaction's, are 5 % at most."""
+    rng, studies, loud = np.random.default_rng(0), 400, Counter()
+    for _ in range(studies):
+        answers = simulated(rng, {})
+        families = {"primary": answers[0], "hidden or attention": answers[1], "combining": answers[2]}
+        for name, answer in families.items():
+            for measure in ("all", *SIZES):
+                found = {f.verdict for f in answer.findings if f.comparison.measure == measure}
+                loud[name, measure] += bool(found & {"improves", "worse"})
+        loud["interaction"] += answers[3].short.startswith("hidden against black_box: the benefit differs")
+    assert all(rate_is(hits, studies, ANALYSIS.alpha, "greater") for hits in loud.values()), loud
+
+
+@pytest.mark.slow
+def test_studies_with_an_effect_of_the_planned_size_find_it_as_often_as_planned():
+    """What `plan` calls detectable is found, in the right direction, by four studies in five; and margins hold."""
+    rng, studies = np.random.default_rng(1), 200
+    effect = detectable_by_signs(len(SEEDS), ANALYSIS.alpha, 3) * DIFFERENCE
+    for sign, verdict in ((1, "improves"), (-1, "worse")):
+        found = [simulated(rng, {"hidden": sign * effect}, PRIMARY)[0].findings[0] for _ in range(studies)]
+        assert {f.comparison.first for f in found} == {"hidden"}
+        assert np.mean([f.verdict == verdict for f in found]) == pytest.approx(0.8, abs=0.09)
+        assert not any(f.verdict in {"improves", "worse"} - {verdict} for f in found)
+    at_the_margin = dict.fromkeys(("hidden", "attention", "combined"), ANALYSIS.equivalence_margin)
+    alike = sum(
+        simulated(rng, at_the_margin, PRIMARY, 0.0)[0].findings[0].verdict == "equivalent" for _ in range(studies)
+    )
+    assert rate_is(alike, studies, ANALYSIS.alpha, "greater")
