@@ -14,8 +14,6 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 from scipy import stats
-from statsmodels.stats.power import TTestPower
-from statsmodels.stats.weightstats import DescrStatsW
 
 _EXACT_LIMIT = 20
 """Seeds up to which all 2ⁿ sign flips are counted."""
@@ -86,6 +84,8 @@ def effect_size(differences: Float[ndarray, "S"]) -> float:
 @cache
 def detectable_effect(seeds: int, alpha: float = 0.05, power: float = 0.8) -> float:
     """Smallest |d_z| a paired t-test of so many seeds detects with the given power; NaN for fewer than two."""
+    from statsmodels.stats.power import TTestPower  # a second that a plan of few seeds has no need of
+
     return float(TTestPower().solve_power(nobs=seeds, alpha=alpha, power=power)) if seeds > 1 else math.nan
 
 
@@ -140,6 +140,8 @@ def fewest_seeds(alpha: float, contrasts: int) -> int:
 def seeds_needed(effect: float, alpha: float = 0.05, power: float = 0.8, contrasts: int = 1) -> int | None:
     """Seeds a paired t-test needs to detect this d_z, and a family's exact sign-flip tests to reach α; 10,000 at
     most, None if undefined."""
+    from statsmodels.stats.power import TTestPower
+
     if not math.isfinite(effect) or effect == 0:
         return None
     power_of = TTestPower().power
@@ -210,6 +212,8 @@ def equivalence_p(differences: Float[ndarray, "S"], margin: float) -> float:
 
     NaN for fewer than two values or without spread: seeds that all sit at a floor are no evidence of equality.
     """
+    from statsmodels.stats.weightstats import DescrStatsW
+
     values = np.asarray(differences, dtype=np.float64)
     if len(values) < 2 or values.std(ddof=1) == 0:
         return math.nan

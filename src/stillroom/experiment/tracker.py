@@ -102,6 +102,12 @@ class Tracker:
             with self._running():
                 pass
 
+    def check_unopened(self) -> None:
+        """The same of a local file, without its tables, whose making takes seconds: MLflow is here, the file sound."""
+        import mlflow  # noqa: F401 - that it can be
+
+        _require_sound(self.results / "mlflow.db")
+
     def log_snapshot(self, path: Path, fingerprint: str) -> None:
         """The archived store's name and fingerprint, on the parent run."""
         if not self._there():

@@ -275,10 +275,9 @@ def _memory(study: Study, plan: dict[str, Any]) -> Lines:
 def _tracker(study: Study) -> Finding:
     from stillroom.experiment.tracker import Tracker
 
-    server = os.environ.get("MLFLOW_TRACKING_URI")
-    with tempfile.TemporaryDirectory() as folder:
-        # a server gets the study's own run, which it will have anyway; a file of ours is tried elsewhere
-        fine, says = _tried(Tracker(study, study.paths.results if server else Path(folder)).check)
+    server, tracker = os.environ.get("MLFLOW_TRACKING_URI"), Tracker(study, study.paths.results)
+    # a server gets the study's own run, which it will have anyway
+    fine, says = _tried(tracker.check if server else tracker.check_unopened)
     where = f"the server {server}" if server else "a file in the results folder"
     return Finding(
         "tracker", fine, f"MLflow in {where}" if fine else f"{where}: {says}; set or unset MLFLOW_TRACKING_URI"
