@@ -130,13 +130,14 @@ def tost(values, margin):
 
 
 def interaction(values):
-    """p of task within seed, repeated measures, from sums of squares; `values` (seeds, tasks)."""
-    seeds, tasks = values.shape
-    whole = values.mean()
-    between = seeds * ((values.mean(0) - whole) ** 2).sum()
-    error = ((values - values.mean(0) - values.mean(1)[:, None] + whole) ** 2).sum()
-    f = (between / (tasks - 1)) / (error / ((seeds - 1) * (tasks - 1)))
-    return stats.f.sf(f, tasks - 1, (seeds - 1) * (tasks - 1))
+    """Exact p by brute force: seeds flipped whole, each less its mean over tasks; `values` (seeds, tasks)."""
+    rows = [[v - sum(row) / len(row) for v in row] for row in values.tolist()]
+
+    def spread(signs):
+        return sum(sum(s * v for s, v in zip(signs, column, strict=True)) ** 2 for column in zip(*rows, strict=True))
+
+    lengths = [spread(signs) for signs in itertools.product((1, -1), repeat=len(rows))]
+    return sum(length >= lengths[0] - 1e-12 for length in lengths) / len(lengths)
 
 
 def number(text):
