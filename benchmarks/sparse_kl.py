@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ratios import PeakMemory, arguments, begin, finish, in_turn, memory_ratio, ratio, value
 from stillroom.models.output_head import OutputHead
-from stillroom.terms.full_support import FullSupport, HiddenOutcomes
 from stillroom.models.precision import default_device
+from stillroom.terms.full_support import FullSupport, HiddenOutcomes
 from stillroom.terms.output_head import HEAD_CHUNK, HeadTargets, Outcomes, head_losses
 
 

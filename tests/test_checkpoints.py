@@ -6,14 +6,21 @@ import random
 import shutil
 
 import pytest
-import torch
 
 from stillroom.afterwards.export import export_trial
 from stillroom.config import GROUPS, Evaluation, Objective, Training
 from stillroom.errors import UserError
 from stillroom.evaluation.metrics import overall_metrics
 from stillroom.files import read_json, write_json
-from stillroom.training.checkpoints import DIGESTS, STATE, TrainingState, best_epoch, checkpoints, require_whole
+from stillroom.training.checkpoints import (
+    DIGESTS,
+    PROGRESS,
+    STATE,
+    TrainingState,
+    best_epoch,
+    checkpoints,
+    require_whole,
+)
 from stillroom.training.fine_tuning import adapted_teacher
 from stillroom.training.train_student import Trial, train
 
@@ -57,6 +64,36 @@ def test_a_flipped_bit_in_what_a_trial_resumes_from_is_found(unfinished, tmp_pat
         with pytest.raises(UserError, match=rf"{STATE} is damaged.*delete .*checkpoint_1"):
             require_whole(copy)
         (copy / STATE).write_bytes(whole)
+
+
+def test_a_checkpoint_that_is_written_beside_the_evaluation_is_whole_or_absent(unfinished, tmp_path, monkeypatch):
+    """No name of its own before the evaluation is over; what breaks that off takes it along."""
+    _, arguments = unfinished
+    seen = []
+
+    def broken(*given, **options):
+        seen.append([path.name for path in tmp_path.iterdir() if path.name.startswith(("checkpoint", ".checkpoint"))])
+        raise StoppedError
+
+    monkeypatch.setattr("stillroom.training.train_student._validate", broken)
+    with pytest.raises(StoppedError):
+        train(Trial("t", GROUPS["combined"], 0), *arguments, tmp_path)
+    assert len(seen[0]) == 1
+    assert seen[0][0].startswith(".checkpoint_1.")
+    assert not list(tmp_path.glob("*checkpoint*"))
+
+
+def test_what_the_thread_cannot_write_stops_the_trial(unfinished, tmp_path, monkeypatch):
+    """A disk that fills up while the student is evaluated: one message, and no checkpoint."""
+    _, arguments = unfinished
+
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("stillroom.training.checkpoints._write_state", full)
+    with pytest.raises(UserError, match=r"cannot write .*checkpoint_1: No space left on device"):
+        train(Trial("t", GROUPS["combined"], 0), *arguments, tmp_path)
+    assert not list(tmp_path.glob("*checkpoint*"))
 
 
 @pytest.mark.parametrize("damage", ["emptied", "weights", "projector", "digests", "missing"])
@@ -130,8 +167,7 @@ def test_each_epoch_says_which_weights_it_ended_in(unfinished, tmp_path):
     }
     first, second = ([epoch["weights"] for epoch in result["epochs"]] for result in results.values())
     assert len({*first, *second}) == 4
-    saved = torch.load(folder / "checkpoint_1" / STATE, weights_only=True)
-    assert saved["state"]["epochs"][0]["weights"]
+    assert read_json(folder / "checkpoint_1" / PROGRESS)["epochs"][0]["weights"]
     assert read_json(folder / "checkpoint_1" / DIGESTS)[STATE]
 
 

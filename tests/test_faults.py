@@ -197,13 +197,10 @@ def undisturbed(archived, tmp_path_factory):
 
 def test_a_trial_killed_in_mid_epoch_goes_on_from_its_checkpoint(tmp_path, archived, undisturbed):
     """Weights, optimizer, scaler, dropout, place in the data: all metrics are the undisturbed trial's, to the bit."""
-    import torch
-
     path, here = copy_of(archived, tmp_path)
     log, chance, seconds = tmp_path / "log", random.Random(3), []
     for epoch in (1, 2):
         running = stillroom(log, "train", path, *TRIAL, *here)
-        state = trial_folder(tmp_path) / f"checkpoint_{epoch}" / "trainer_state.pt"
 
         def moment(epoch=epoch):
             return (trial_folder(tmp_path) / f"checkpoint_{epoch}" / "trainer_state.pt").is_file()
@@ -212,9 +209,9 @@ def test_a_trial_killed_in_mid_epoch_goes_on_from_its_checkpoint(tmp_path, archi
         time.sleep(0.1 * chance.random())
         running.signal(signal.SIGKILL)
         assert running.end() == -signal.SIGKILL
-        state = trial_folder(tmp_path) / f"checkpoint_{epoch}" / "trainer_state.pt"
+        progress = trial_folder(tmp_path) / f"checkpoint_{epoch}" / "trainer_progress.json"
         assert not (trial_folder(tmp_path) / f"checkpoint_{epoch + 1}").exists()
-        seconds = [e["train_seconds"] for e in torch.load(state, weights_only=True)["state"]["epochs"]]
+        seconds = [e["train_seconds"] for e in read_json(progress)["epochs"]]
     done(log, "train", path, *TRIAL, *here)
     result = read_json(trial_folder(tmp_path) / "result.json")
     assert [e["train_seconds"] for e in result["epochs"]][:2] == seconds  # those epochs were not trained again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections import defaultdict
 from dataclasses import replace
@@ -11,8 +12,9 @@ import torch
 
 from setups import ALL, Setup, changed
 from stillroom.config import GROUPS, Group, Training
+from stillroom.models.hub import load_model
 from stillroom.terms.output_head import head_losses
-from stillroom.training.step import accumulate, losses_of
+from stillroom.training.step import accumulate, losses_of, step_in_one_pass, step_pass_by_pass
 
 
 def same(first, second, tolerance=2e-5):
@@ -167,6 +169,60 @@ def test_the_gradient_is_clipped_at_its_own_norm(student_ref, store, some, scale
     moved = [a - b for a, b in zip(setup.student.parameters(), before, strict=True)]
     assert finite
     assert float(torch.nn.utils.get_total_norm(moved)) == pytest.approx(0.25, rel=1e-4)
+
+
+@pytest.mark.parametrize(("precision", "rounding"), [("float32", 1e-4), ("float16", 1e-4)])
+def test_a_step_in_one_pass_is_the_step_pass_by_pass(student_ref, store, some, precision, rounding):
+    """As a GPU takes it, where nothing may wait: clipped, unscaled and stepped alike, three times over."""
+    ended = []
+    for take in (step_pass_by_pass, step_in_one_pass):
+        setup = Setup(student_ref, store, precision=precision)
+        parameters = list(setup.student.parameters())
+        before = torch.cat([p.detach().flatten() for p in parameters])
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.1, fused=True)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=precision == "float16")
+        items = setup.items(some)
+        for first in (0, 2, 4):
+            optimizer.zero_grad()
+            batch = setup.collate(items[first : first + 2])
+            total, _ = setup.runner.losses(batch, setup.objective.weights, batch.counts)
+            scaler.scale(total).backward()
+            assert take(optimizer, scaler, parameters, limit=0.05)
+            scaler.update()
+        ended.append(torch.cat([p.detach().flatten() for p in parameters]))
+        assert not hasattr(optimizer, "grad_scale")
+    moved = float((ended[0] - before).norm())
+    assert moved > 0
+    assert float((ended[1] - ended[0]).norm()) < rounding * moved
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_step_in_one_pass_that_is_not_finite_changes_nothing(student_ref, scaled):
+    """Neither weights nor moments nor their count; the loss scale falls, and the next step is taken."""
+    model = load_model(student_ref)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+
+    def gradients(value):
+        scaler.scale(torch.ones(()))  # which it starts with
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, value)
+
+    gradients(1.0)
+    assert step_in_one_pass(optimizer, scaler, parameters, 1.0)
+    scaler.update()
+    before = [p.detach().clone() for p in parameters]
+    moments = copy.deepcopy(optimizer.state_dict()["state"])
+    scale = scaler.get_scale()
+    gradients(1.0)
+    parameters[0].grad[0] = torch.inf
+    assert not step_in_one_pass(optimizer, scaler, parameters, 1.0)
+    scaler.update()
+    assert all(torch.equal(a, b) for a, b in zip(parameters, before, strict=True))
+    after = optimizer.state_dict()["state"]
+    assert all(torch.equal(after[n][key], own[key]) for n, own in moments.items() for key in own)
+    assert scaler.get_scale() == (scale / 2 if scaled else scale)
 
 
 def test_a_measured_gradient_is_that_of_the_model_alone(student_ref, store, some):

@@ -21,7 +21,7 @@ from stillroom.evaluation.metrics import Key, by_key
 from stillroom.files import atomic_path
 from stillroom.models.adapters import ADAPTER, write_peft_folder
 from stillroom.models.hub import load_tokenizer
-from stillroom.training.checkpoints import DIGESTS, STATE, checkpoints, require_whole
+from stillroom.training.checkpoints import DIGESTS, RESUMING, checkpoints, require_whole
 from stillroom.training.distillation_student import PROJECTOR
 
 
@@ -50,7 +50,7 @@ def export_trial(trial: Path, target: Path, as_adapter: bool = False) -> Path:
             write_peft_folder(kept[-1] / ADAPTER, building, student["model"], student["revision"])
             load_tokenizer(ModelRef(model=str(kept[-1]))).save_pretrained(building)
         else:
-            shutil.copytree(kept[-1], building, ignore=shutil.ignore_patterns(PROJECTOR, ADAPTER, STATE, DIGESTS))
+            shutil.copytree(kept[-1], building, ignore=shutil.ignore_patterns(PROJECTOR, ADAPTER, *RESUMING, DIGESTS))
             _generation_config(trial, building).save_pretrained(building)
         (building / "README.md").write_text(card, "utf-8")
     return target

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,12 @@ from stillroom.files import atomic_path, file_sha256, read_json, remove_tree, wr
 from stillroom.models.precision import DTYPES
 from stillroom.training.collation import Batch
 from stillroom.training.distillation_student import PROJECTOR, DistillationStudent, save_student
+from stillroom.training.step import Finite
 
 STATE = "trainer_state.pt"
+PROGRESS = "trainer_progress.json"
+RESUMING = (STATE, PROGRESS)
+"""What a trial goes on from: weights and moments in float32, and what it has done and measured."""
 DIGESTS = "digests.json"
 """SHA-256 of every file of a checkpoint, by name: what is read back is checked against it."""
 
@@ -34,10 +41,10 @@ class TrainingState:
     share_norms: list[dict[str, float]] = field(default_factory=list)
     """Of each term's gradient, in the first steps: what the weights of shares are found from."""
 
-    def count_step(self, finite: bool, micro: Sequence[Batch], limit: int) -> None:
+    def count_step(self, finite: Finite | bool, micro: Sequence[Batch], limit: int) -> None:
         """Count skipped steps; stop the trial, naming the examples, when too many follow each other."""
         self.consecutive = 0 if finite else self.consecutive + 1
-        self.skipped += not finite
+        self.skipped += bool(self.consecutive)
         if self.consecutive > limit:
             ids = [example for batch in micro for example in batch.examples]
             raise UserError(f"{self.consecutive} steps in a row had non-finite gradients; the last on examples {ids}")
@@ -58,11 +65,12 @@ def drop_unusable(folder: Path, last: Path | None) -> None:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that a trial can go on from."""
-    whole = [p for p in checkpoints(folder) if (p / STATE).is_file()]
+    whole = [p for p in checkpoints(folder) if all((p / name).is_file() for name in RESUMING)]
     return whole[-1] if whole else None
 
 
-def save_checkpoint(
+@contextmanager
+def saving_checkpoint(
     student: DistillationStudent,
     tokenizer: Any,
     optimizer: torch.optim.Optimizer,
@@ -70,26 +78,41 @@ def save_checkpoint(
     state: TrainingState,
     folder: Path,
     training: Training,
-    final: bool,
-) -> None:
-    """Write `checkpoint_<epoch>`, in one step.
+) -> Iterator[None]:
+    """Write the next epoch's `checkpoint_<epoch>` while the student is evaluated inside; at the end it is there, whole.
 
     The weights lie there in the training precision; `trainer_state.pt` holds them in float32 until the trial is
-    finished, with the optimizer while there is an epoch to come.
+    finished, with the optimizer while there is an epoch to come. A thread writes that, by far the most of it, so the
+    block must leave weights and moments as they are. It must bring `state` to the epoch's end.
     """
-    target = folder / f"checkpoint_{state.epoch}"
-    with atomic_path(target) as building:
+    epoch = state.epoch + 1
+    with atomic_path(folder / f"checkpoint_{epoch}") as building, ThreadPoolExecutor(1, "checkpoint") as thread:
         building.mkdir()
         save_student(student, tokenizer, building, DTYPES[training.precision])
-        digests = _digests(building)
+        whole = {"student": student.state_dict()}
+        if epoch < training.epochs:
+            whole |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        written = thread.submit(_write_state, whole, building, student.model.device)
+        yield
+        digests = written.result()
         weights = sorted(item for item in digests.items() if item[0].endswith(".safetensors") and item[0] != PROJECTOR)
         state.epochs[-1]["weights"] = fingerprint(weights)
-        whole = {"student": student.state_dict(), "state": {**vars(state)}}
-        if not final:
-            whole |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        with (building / STATE).open("wb") as handle:  # a full disk is an OSError only through a handle of ours
-            torch.save(whole, handle)
-        write_json(building / DIGESTS, {**digests, STATE: file_sha256(building / STATE)})
+        write_json(building / PROGRESS, vars(state))
+        write_json(building / DIGESTS, {**digests, PROGRESS: file_sha256(building / PROGRESS)})
+
+
+def _write_state(whole: dict[str, Any], folder: Path, device: torch.device) -> dict[str, str]:
+    """Put the state on the disk; the digests of all that is in the folder then."""
+    beside: Any = nullcontext()
+    if device.type == "cuda":  # copies must not wait behind the kernels of the evaluation
+        copies = torch.cuda.Stream(device)
+        copies.wait_stream(torch.cuda.default_stream(device))
+        beside = torch.cuda.stream(copies)
+    with beside, (folder / STATE).open("wb") as handle:  # a full disk is an OSError only through a handle of ours
+        torch.save(whole, handle)
+        handle.flush()
+        os.fsync(handle.fileno())
+    return _digests(folder)
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -104,7 +127,7 @@ def require_whole(checkpoint: Path) -> None:
     digests = read_json(checkpoint / DIGESTS)
     for name, digest in digests.items() if isinstance(digests, dict) else ():
         path = checkpoint / name
-        if name == STATE and not path.exists():
+        if name in RESUMING and not path.exists():
             continue
         if not path.is_file():
             raise UserError(f"{path} is missing; {_REMEDY.format(checkpoint)}")
@@ -118,7 +141,7 @@ _REMEDY = "delete {} and run the same command: the trial resumes from the checkp
 
 
 def drop_superseded(folder: Path, keep: Retention, epochs: Sequence[dict[str, Any]], finished: bool) -> None:
-    """Drop the checkpoints that `keep` does not ask for, and every `trainer_state.pt` that nothing goes on from.
+    """Drop the checkpoints that `keep` does not ask for, and the state in others that nothing goes on from.
 
     A trial goes on from its newest checkpoint until it is finished: until its result is on disk.
     """
@@ -126,13 +149,18 @@ def drop_superseded(folder: Path, keep: Retention, epochs: Sequence[dict[str, An
     best = folder / f"checkpoint_{best_epoch(epochs)}"
     for old in older:
         if keep == "all" or (keep == "best" and old == best):
-            (old / STATE).unlink(missing_ok=True)
+            _finish(old)
         else:
             remove_tree(old)
     if finished:
-        (newest / STATE).unlink(missing_ok=True)
+        _finish(newest)
         if keep == "best" and newest != best:
             remove_tree(newest)
+
+
+def _finish(checkpoint: Path) -> None:
+    for name in RESUMING:
+        (checkpoint / name).unlink(missing_ok=True)
 
 
 def best_epoch(epochs: Sequence[dict[str, Any]]) -> int:
@@ -154,4 +182,4 @@ def restore_checkpoint(
     if "optimizer" in saved:
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
-    return TrainingState(**saved["state"])
+    return TrainingState(**read_json(checkpoint / PROGRESS))

@@ -19,6 +19,21 @@ from stillroom.training.collation import Batch
 from stillroom.training.distillation_student import DistillationStudent
 
 
+class Finite:
+    """Whether a step's gradient was finite, on its way from a GPU: to ask waits for that step, not for later ones."""
+
+    def __init__(self, finite: Tensor) -> None:
+        self._here = finite.to("cpu", non_blocking=True)  # page-locked, where it comes from a GPU
+        self._arrived = torch.cuda.Event() if finite.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def __bool__(self) -> bool:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return bool(self._here)
+
+
 class StepRunner:
     """Losses of micro-batches, the gradient of a whole step, and each term's share of it."""
 
@@ -65,15 +80,12 @@ class StepRunner:
 
     def update(
         self, micro: Sequence[Batch], optimizer: torch.optim.Optimizer
-    ) -> tuple[dict[str, Tensor], dict[str, int], bool]:
+    ) -> tuple[dict[str, Tensor], dict[str, int], Finite]:
         """One optimizer step, skipped if a gradient is not finite: the terms' sums, counts, and whether it stepped."""
         optimizer.zero_grad(set_to_none=True)
         sums, counts = self._backward(micro, self.objective.weights, self.scaler.scale)
-        self.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.training.max_gradient_norm)
-        finite = bool(torch.isfinite(norm))
-        if finite or self.scaler.is_enabled():
-            self.scaler.step(optimizer)
+        take = step_in_one_pass if self.device.type == "cuda" else step_pass_by_pass
+        finite = take(optimizer, self.scaler, list(self.student.parameters()), self.training.max_gradient_norm)
         self.scaler.update()
         return sums, counts, finite
 
@@ -119,6 +131,41 @@ class StepRunner:
             for name, value in added.items():
                 sums[name] = sums[name] + value if name in sums else value
         return sums, counts
+
+
+def step_pass_by_pass(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, parameters: Sequence[Tensor], limit: float
+) -> Finite:
+    """Unscale the gradient, clip it to a norm, and step if it is finite."""
+    scaler.unscale_(optimizer)
+    finite = torch.isfinite(torch.nn.utils.clip_grad_norm_(parameters, limit))
+    if finite or scaler.is_enabled():
+        scaler.step(optimizer)
+    return Finite(finite)
+
+
+def step_in_one_pass(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, parameters: Sequence[Tensor], limit: float
+) -> Finite:
+    """The same by a fused optimizer, which divides each gradient by one number as it reads it, or changes nothing.
+
+    The host asks nothing, so it does not wait for a GPU. Where a gradient is clipped, its division rounds otherwise
+    than a multiplication does.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    finite = torch.isfinite(norm)
+    scale = scaler.scale(torch.ones((), device=norm.device))
+    clipped = ((norm / scale + 1e-6) / limit).clamp(min=1.0)  # 1e-6: as clip_grad_norm_ has it
+    fused: Any = optimizer
+    fused.grad_scale = clipped
+    if scaler.is_enabled():  # it looks for what is not finite itself, multiplies its scale in, and takes both away
+        scaler.step(optimizer)
+        return Finite(finite)
+    fused.found_inf = (~finite).float()
+    optimizer.step()
+    del fused.grad_scale, fused.found_inf
+    return Finite(finite)
 
 
 def accumulate(totals: dict[str, Any], sums: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:

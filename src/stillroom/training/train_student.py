@@ -48,13 +48,13 @@ from stillroom.training.checkpoints import (
     drop_unusable,
     last_checkpoint,
     restore_checkpoint,
-    save_checkpoint,
+    saving_checkpoint,
 )
 from stillroom.training.collation import Batch, Collator
 from stillroom.training.distillation_student import DistillationStudent
 from stillroom.training.schedules import learning_rate, require_room_to_fall
 from stillroom.training.shares import has_shares, with_found_weights
-from stillroom.training.step import StepRunner, accumulate, losses_of, mean_shares
+from stillroom.training.step import Finite, StepRunner, accumulate, losses_of, mean_shares
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -143,6 +143,7 @@ def train(
     for epoch in range(state.epoch, training.epochs):
         started, tokens = time.perf_counter(), 0
         totals: dict[str, Any] = defaultdict(float)
+        unread: tuple[Finite, list[Batch]] | None = None
         order = epoch_order(lengths, training.batch_size, training.bucket_batches, trial.seed, epoch)
         batches = Prefetched(order, lambda chosen: _micro_batches(parts["train"], chosen, training, collate), workers)
         student.train()
@@ -159,28 +160,34 @@ def train(
             for parameters in optimizer.param_groups:
                 parameters["lr"] = learning_rate(training, step, steps * training.epochs)
             sums, counts, finite = runner.update(micro, optimizer)
-            state.count_step(finite, micro, training.max_skipped_steps)
+            if unread:  # a step late: whether this one was finite is not known before it has run
+                state.count_step(*unread, training.max_skipped_steps)
+            unread = finite, micro
             accumulate(totals, sums, counts)
             tokens += sum(batch.tokens for batch in micro)
             progress(step + 1, steps * training.epochs)
+        if unread:
+            state.count_step(*unread, training.max_skipped_steps)
         _require_every_term(group_objective, totals)
         trained = time.perf_counter()
-        validation, predictions = _validate(
-            student, tokenizer, parts["validation"], examples, runner, collate, training, evaluation
-        )
-        metrics = [*overall_metrics(losses_of(totals, runner.objective), "train"), *validation]
-        facts = {
-            "epoch": epoch + 1,
-            "step": (epoch + 1) * steps,
-            "tokens": tokens,
-            "skipped_steps": state.skipped,
-            "train_seconds": trained - started,
-            "data_wait_seconds": batches.waited,
-            "evaluation_seconds": time.perf_counter() - trained,
-        }
-        state.epoch, state.epochs = epoch + 1, [*state.epochs, {"metrics": metrics, **facts}]
-        save_predictions(predictions, folder / f"predictions_{epoch + 1}.parquet")
-        save_checkpoint(student, tokenizer, optimizer, scaler, state, folder, training, epoch + 1 == training.epochs)
+        optimizer.zero_grad(set_to_none=True)
+        with saving_checkpoint(student, tokenizer, optimizer, scaler, state, folder, training):
+            began = time.perf_counter()
+            validation, predictions = _validate(
+                student, tokenizer, parts["validation"], examples, runner, collate, training, evaluation
+            )
+            metrics = [*overall_metrics(losses_of(totals, runner.objective), "train"), *validation]
+            facts = {
+                "epoch": epoch + 1,
+                "step": (epoch + 1) * steps,
+                "tokens": tokens,
+                "skipped_steps": state.skipped,
+                "train_seconds": trained - started,
+                "data_wait_seconds": batches.waited,
+                "evaluation_seconds": time.perf_counter() - began,
+            }
+            state.epoch, state.epochs = epoch + 1, [*state.epochs, {"metrics": metrics, **facts}]
+            save_predictions(predictions, folder / f"predictions_{epoch + 1}.parquet")
         drop_superseded(folder, keep_checkpoints, state.epochs, finished=False)
         report({**by_column(metrics), **facts})
 
