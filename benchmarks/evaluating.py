@@ -42,13 +42,13 @@ def choices_one_by_one(model: Any, tokenizer: Any, examples: list[Example]) -> l
     return scores
 
 
-def to_the_limit(model: Any, tokenizer: Any, prompts: list[str], limit: int) -> None:
+def to_the_limit(model: Any, tokenizer: Any, prompts: list[Example], limit: int) -> None:
     """Each prompt continued alone by exactly so many tokens."""
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=limit, min_new_tokens=limit, pad_token_id=tokenizer.eos_token_id
     )
     for prompt in prompts:
-        ids = torch.from_numpy(encode(tokenizer, prompt).ids.astype("int64"))[None].to(model.device)
+        ids = torch.from_numpy(encode(tokenizer, prompt.prompt).ids.astype("int64"))[None].to(model.device)
         model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
 
 
@@ -60,7 +60,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, A
     model = load_model(workspace.student_ref, settings.dtype, default_device())
     examples = mixed(workspace.examples.all, len(workspace.examples.all))
     choosing = [e for e in examples if e.choices is not None][: options.examples]
-    prompts = [e.prompt for e in examples if e.choices is None][: options.prompts]
+    prompts = [e for e in examples if e.choices is None][: options.prompts]
     if not choosing or not prompts:
         raise UserError("this benchmark needs a task of choices and one of generation")
     alone = settings.model_copy(update={"generation_batch_size": 1})

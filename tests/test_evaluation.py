@@ -15,12 +15,13 @@ from conftest import SHARED, STUDENT_SHAPE, real_tokenizer, write_model
 from setups import EVALUATION
 from stillroom.analysis.frame import worse_or_equal
 from stillroom.config import Evaluation, ModelRef, TaskData, fingerprint
+from stillroom.data.chat_templates import encode_prompts
 from stillroom.data.corpus import load_rows
-from stillroom.data.encoding import encode, encode_prompts
+from stillroom.data.encoding import encode
 from stillroom.data.tasks import TASKS, Example
 from stillroom.errors import UserError
 from stillroom.evaluation.baselines import Baseline
-from stillroom.evaluation.generation import generate, prompts_at_once
+from stillroom.evaluation.generation import continuations, generate, prompts_at_once
 from stillroom.evaluation.scoring import _prediction, answer_scores, evaluate
 from stillroom.models.forward import padded
 from stillroom.models.hub import load_model
@@ -93,7 +94,7 @@ def test_batch_size_and_padding_change_no_prediction_under_real_tokenizers(tmp_p
 @pytest.mark.parametrize("stretch", [16, 4, 1])
 def test_generation_is_greedy_decoding(student_ref, model, tokenizer, examples, stretch, monkeypatch):
     """Against a loop of argmax over whole forward passes, without a cache, whenever ended texts leave the batch."""
-    prompts = [e.prompt for e in examples.train if not e.choices][:8]
+    prompts = [e for e in examples.train if not e.choices][:8]
     plain = AutoModelForCausalLM.from_pretrained(student_ref.model, attn_implementation="eager").eval()
     monkeypatch.setattr("stillroom.evaluation.generation._STRETCH", stretch)
     free = generate(model, tokenizer, prompts, Evaluation(max_new_tokens=10))
@@ -105,7 +106,7 @@ def test_generation_is_greedy_decoding(student_ref, model, tokenizer, examples, 
     assert len({len(tokenizer(text)["input_ids"]) for text in texts}) > 1
     for own, found in ((tokenizer, free), (ends_early, texts)):
         for prompt, text in zip(prompts, found, strict=True):
-            ids = own(prompt, return_tensors="pt")["input_ids"]
+            ids = own(prompt.prompt, return_tensors="pt")["input_ids"]
             start = ids.shape[1]
             for _ in range(10):
                 with torch.no_grad():
@@ -118,7 +119,7 @@ def test_generation_is_greedy_decoding(student_ref, model, tokenizer, examples, 
 
 def test_a_models_own_generation_settings_do_not_count(model, tokenizer, examples):
     """A checkpoint's sampling or repetition penalty must not leak into greedy evaluation."""
-    prompts = [e.prompt for e in examples.validation if not e.choices]
+    prompts = [e for e in examples.validation if not e.choices]
     plain = generate(model, tokenizer, prompts, Evaluation(max_new_tokens=12))
     model.generation_config.repetition_penalty, model.generation_config.do_sample = 5.0, True
     try:
@@ -130,14 +131,14 @@ def test_a_models_own_generation_settings_do_not_count(model, tokenizer, example
 @pytest.mark.parametrize("stretch", [16, 5, 1])
 def test_a_text_ends_where_another_question_begins_and_not_before(model, tokenizer, examples, stretch, monkeypatch):
     """Whenever texts are looked at, those that go on are the same, and the others are cut at the same place."""
-    prompts, settings = [e.prompt for e in examples.train if not e.choices][:6], Evaluation(max_new_tokens=14)
+    prompts, settings = [e for e in examples.train if not e.choices][:6], Evaluation(max_new_tokens=14)
     free = generate(model, tokenizer, prompts, settings)
     marker = next(text[n : n + 2] for text in free for n in range(6, len(text) - 2) if text.count(text[n : n + 2]) == 1)
-    monkeypatch.setattr("stillroom.evaluation.generation._NEXT_QUESTION", marker)
     monkeypatch.setattr("stillroom.evaluation.generation._STRETCH", stretch)
     expected = [text.split(marker)[0] for text in free]
     assert expected != free
-    assert generate(model, tokenizer, prompts, settings) == expected
+    stop = (marker, "a text that is nowhere")
+    assert [text for text, _ in continuations(model, tokenizer, prompts, settings, stop)] == expected
 
 
 def test_a_gpu_continues_hundreds_of_prompts_at_once_unless_the_study_says_otherwise():
@@ -227,15 +228,19 @@ def appending(tokenizer, content):
 def test_a_tokenizer_that_appends_eos_is_continued_where_the_prompt_ends(model, tokenizer):
     """Generation began after EOS, and said something else."""
     settings = Evaluation(max_new_tokens=8)
-    prompts = ["Review: the film was fresh\nMood:", "Which is a fruit?"]
+    prompts = [Example("gsm8k", prompt, "") for prompt in ("Review: the film was fresh\nMood:", "Which is a fruit?")]
     appended = appending(tokenizer, "<s> $A </s>")
-    assert encode(appended, prompts[0]).ids[-1] == tokenizer.eos_token_id
+    assert encode(appended, prompts[0].text).ids[-1] == tokenizer.eos_token_id
     assert generate(model, appended, prompts, settings) == generate(model, tokenizer, prompts, settings)
 
 
 def test_a_generation_stops_at_every_eos_that_the_model_names(student_ref, tokenizer):
     """` 5` and then `<|eot|>` gave ` 5 7`: only the tokenizer's own EOS ended a text."""
-    model, prompts, settings = load_model(student_ref), ["Which is a fruit?"], Evaluation(max_new_tokens=12)
+    model, prompts, settings = (
+        load_model(student_ref),
+        [Example("gsm8k", "Which is a fruit?", "")],
+        Evaluation(max_new_tokens=12),
+    )
     (plain,) = generate(model, tokenizer, prompts, settings)
     made = tokenizer(plain, add_special_tokens=False)["input_ids"]
     ids, mask = padded(encode_prompts(tokenizer, prompts))
@@ -285,7 +290,7 @@ def test_what_a_model_writes_after_the_next_question_does_not_count(model, token
         return torch.cat([ids, text.expand(len(ids), -1)], 1)
 
     monkeypatch.setattr(model, "generate", write)
-    (text,) = generate(model, tokenizer, ["Question: 3+4?\nAnswer:"], EVALUATION)
+    (text,) = generate(model, tokenizer, [Example("gsm8k", "Question: 3+4?\nAnswer:", "")], EVALUATION)
     assert "#### 7" in text
     assert "Question" not in text
     assert "8" not in text

@@ -169,7 +169,7 @@ def test_a_trial_and_an_inspection_of_a_store_without_a_top_k(tmp_path, student_
     result = train(Trial("t", group, 0), student_ref, training, Objective(), EVALUATION, few, headed.path, tmp_path)
     assert result["gradient_shares"]["kd"] > 0
     example = examples.all[0]
-    facts = describe_example(headed, example.example_id, example.text, student_ref)
+    facts = describe_example(headed, example.example_id, example, student_ref)
     logits = torch.from_numpy(dense(teacher_ref, example.text)["logits"]).softmax(-1)
     for row, token in zip(logits, facts["teacher"], strict=True):
         assert token["predictions"][0]["probability"] == pytest.approx(float(row.max()), rel=1e-3)

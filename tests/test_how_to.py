@@ -28,6 +28,16 @@ def follow(tmp_path, monkeypatch, byte_level, sentencepiece):
     return follow_page
 
 
+def test_chats(follow):
+    """Two templates, one of which trims; trained, scored and compared on every turn."""
+    folder = follow("chats.md")
+    results = [read_json(p) for p in folder.glob("results/knowledge_distillation_experiment/*/result.json")]
+    assert {result["config"]["distill_type"] for result in results} == {"task_only", "combined"}
+    assert all(result["coverage"]["adding"]["token_coverage"] > 0.5 for result in results)
+    counts = read_json(folder / "results" / "corpus" / "corpus.json")["counts"]["adding"]
+    assert (counts["used"], counts["unusable"], counts["trimmed"]) == (20, 0, 0)
+
+
 def test_students(follow):
     """LoRA, a schedule and checkpointing in one trial; merged and adapter are the same model."""
     folder = follow("students.md")

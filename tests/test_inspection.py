@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import pages
 from conftest import STUDENT_SHAPE, make_store, real_tokenizer, write_model
 from stillroom.afterwards.fonts import escaped, fonts_for
-from stillroom.afterwards.inspection import attention_figure, describe_example, describe_store, find_example, text_of
+from stillroom.afterwards.inspection import attention_figure, describe_example, describe_store, example_of, find_example
 from stillroom.cli import app
 from stillroom.config import ModelRef
 from stillroom.data.corpus import Examples, save_corpus
@@ -44,7 +44,7 @@ def test_a_stores_summary_is_what_was_put_in(store, examples):
 
 def test_predictions_and_norms_are_those_of_a_fresh_forward_pass(store, example, teacher_ref):
     """Each token's best next tokens, their probabilities, what is left over, and the length of its state."""
-    facts = describe_example(store, example.example_id, example.text, top=5)
+    facts = describe_example(store, example.example_id, example, top=5)
     ids = torch.tensor([[token["id"] for token in facts["teacher"]]])
     teacher = AutoModelForCausalLM.from_pretrained(teacher_ref.model)
     with torch.no_grad():
@@ -60,7 +60,7 @@ def test_predictions_and_norms_are_those_of_a_fresh_forward_pass(store, example,
 
 def test_marked_ends_are_the_ends_that_both_tokenizers_have(store, example, student_ref, byte_level, sentencepiece):
     """Stretches of text put together give the text; a mark stands where both stop, by offsets alone."""
-    facts = describe_example(store, example.example_id, example.text, student_ref)
+    facts = describe_example(store, example.example_id, example, student_ref)
     for side in ("teacher", "student"):
         assert "".join(t["token"] for t in facts[side] if not t["special"]) == example.text
     ends = [
@@ -84,9 +84,9 @@ def test_the_picture_is_the_models_own_attention(tmp_path, teacher_ref, student_
     store = make_store(tmp_path / "store", teacher_ref, texts)
     shorter = 0
     for example in texts.all:
-        axes = attention_figure(store, example.example_id, example.text, student_ref).axes
+        axes = attention_figure(store, example.example_id, example, student_ref).axes
         left, right = (np.asarray(axis.images[0].get_array()) for axis in axes)
-        tokens = describe_example(store, example.example_id, example.text, student_ref)["teacher"]
+        tokens = describe_example(store, example.example_id, example, student_ref)["teacher"]
         with torch.no_grad():
             ids = torch.tensor([[token["id"] for token in tokens]])
             attention = teacher(ids, output_attentions=True).attentions[-1][0].mean(0)
@@ -127,13 +127,13 @@ def test_text_is_told_from_a_real_tokenizers_tokens_or_refused(tmp_path, name):
     plain = Example("quiz", "Two  spaces,\nlines; 1,234 – 漢字 and 👩‍👩‍👧:", " A")
     rewritten = Example("quiz", "a cafe\u0301, decomposed", " B")
     store = make_store(tmp_path / "store", ref, Examples([plain], [rewritten], {}), top_k=8)
-    assert text_of(store, store.read(plain.example_id, ())) == plain.text
+    assert example_of(store, store.read(plain.example_id, ())).text == plain.text
     stored = store.read(rewritten.example_id, ())
     if "qwen" in name:
         with pytest.raises(UserError, match="--corpus"):
-            text_of(store, stored)
+            example_of(store, stored)
     save_corpus(Examples([plain], [rewritten], {}), tmp_path / "corpus", "x")
-    assert text_of(store, stored, tmp_path / "corpus") == rewritten.text
+    assert example_of(store, stored, tmp_path / "corpus") == rewritten
 
 
 def test_the_command_prints_a_table_or_json_and_writes_a_picture(store, example, student_ref, tmp_path):
@@ -180,7 +180,7 @@ def test_a_student_whose_ids_have_a_gap_loses_no_token(store, example, tmp_path,
     described["model"]["vocab"] = moved
     (gapped / "tokenizer.json").write_text(json.dumps(described), "utf-8")
     others = [
-        [token["other"] for token in describe_example(store, example.example_id, example.text, student)["teacher"]]
+        [token["other"] for token in describe_example(store, example.example_id, example, student)["teacher"]]
         for student in (teacher_ref, ModelRef(model=str(gapped)))
     ]
     assert others[1] == pytest.approx(others[0], abs=1e-6)

@@ -70,7 +70,7 @@ def test_a_model_is_scored_on_them(files, tokenizers, student_ref, monkeypatch):
     examples = build_corpus(corpus_of(files), tokenizers).validation
     said = {example.prompt: f"{example.answer} Or a total of 99." for example in examples}
     monkeypatch.setattr(
-        "stillroom.evaluation.scoring.generate", lambda model, tokenizer, prompts, *rest: [said[p] for p in prompts]
+        "stillroom.evaluation.scoring.generate", lambda model, tokenizer, asked, *rest: [said[e.prompt] for e in asked]
     )
     found = evaluate(load_model(student_ref), tokenizers[1], examples, Evaluation(max_new_tokens=4))
     rows = found.set_index("task")

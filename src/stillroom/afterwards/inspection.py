@@ -15,8 +15,10 @@ from stillroom.afterwards.fonts import escaped, fonts_for
 from stillroom.analysis.escaping import control_free
 from stillroom.config import ModelRef
 from stillroom.data.alignment import Alignment, align_encodings, coverage
+from stillroom.data.chat_templates import encode_examples
 from stillroom.data.corpus import load_corpus
 from stillroom.data.encoding import Encoding, encode
+from stillroom.data.tasks import Example
 from stillroom.data.vocabulary import token_bytes
 from stillroom.errors import UserError
 from stillroom.models.hub import load_tokenizer
@@ -77,8 +79,8 @@ def find_example(store: SignalStore, given: str) -> str:
     raise UserError(f"{store.path}: {len(found)} examples begin with {given!r}; ids are like {some}")
 
 
-def text_of(store: SignalStore, stored: StoredExample, corpus: Path | None = None) -> str:
-    """The text of a stored example: from the study's corpus folder, else decoded and proven by reading it again.
+def example_of(store: SignalStore, stored: StoredExample, corpus: Path | None = None) -> Example:
+    """A stored example: from the study's corpus folder, else decoded and proven by reading it again.
 
     `UserError` where decoding does not give the text back, as under a tokenizer that normalises.
     """
@@ -86,7 +88,7 @@ def text_of(store: SignalStore, stored: StoredExample, corpus: Path | None = Non
         examples, _ = load_corpus(corpus)
         for example in examples.all:
             if example.example_id == stored.example_id:
-                return example.text
+                return example
         raise UserError(f"{corpus}: example {stored.example_id} is not in this corpus")
     tokenizer = store.tokenizer
     text: str = tokenizer.decode(stored.encoding.ids[~stored.encoding.special], clean_up_tokenization_spaces=False)
@@ -96,11 +98,11 @@ def text_of(store: SignalStore, stored: StoredExample, corpus: Path | None = Non
             f"example {stored.example_id}: its text cannot be told from its tokens; name the study's corpus folder, "
             "as in --corpus results/corpus"
         )
-    return text
+    return Example(stored.task, text, "")
 
 
 def describe_example(
-    store: SignalStore, example_id: str, text: str, student: ModelRef | None = None, top: int = 3
+    store: SignalStore, example_id: str, example: Example, student: ModelRef | None = None, top: int = 3
 ) -> dict[str, Any]:
     """One example as a reader can check it: `text`, `teacher`, and with a student `student`, `pairs` and `covered`.
 
@@ -115,17 +117,17 @@ def describe_example(
     words = _words(tokenizer)
     arrays = stored.arrays if store.layout.top_k else _remade(store, stored)
     probabilities = np.exp(arrays["topk_logprobs"].astype(np.float64))
-    teacher = _tokens(stored.encoding, text, words)
+    teacher = _tokens(stored.encoding, example, words)
     for row, token in enumerate(teacher):
         best = zip(arrays["topk_ids"][row, :top].tolist(), probabilities[row, :top].tolist(), strict=True)
         token["predictions"] = [{"token": words.get(i, f"<{i}>"), "probability": p} for i, p in best]
         token["tail"] = float(np.exp(arrays["tail_logprobs"][row]))
         token["hidden_norm"] = float(np.linalg.norm(stored["hidden"][row].astype(np.float64)))
-    facts: dict[str, Any] = {"example_id": example_id, "task": stored.task, "text": text, "teacher": teacher}
+    facts: dict[str, Any] = {"example_id": example_id, "task": stored.task, "text": example.text, "teacher": teacher}
     if "teacher_answers" in store.manifest["made_from"]:
         facts["teacher_answer"] = store.answers[example_id]
     if student is not None:
-        facts |= _beside_student(store, stored, arrays, text, tokenizer, load_tokenizer(student), teacher)
+        facts |= _beside_student(store, stored, arrays, example, tokenizer, load_tokenizer(student), teacher)
     return facts
 
 
@@ -140,15 +142,15 @@ def _beside_student(
     store: SignalStore,
     stored: StoredExample,
     arrays: Mapping[str, ndarray],
-    text: str,
+    example: Example,
     tokenizer: Any,
     student_tokenizer: Any,
     teacher: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    encoding = encode(student_tokenizer, text, add_eos=True)
+    (encoding,) = encode_examples(student_tokenizer, [example], add_eos=True)
     alignment = align_encodings(stored.encoding, encoding)
     pairs, counts = alignment.pairs, coverage(stored.encoding, encoding, alignment, 0)
-    student = _tokens(encoding, text, _words(student_tokenizer))
+    student = _tokens(encoding, example, _words(student_tokenizer))
     for side, column in ((teacher, 0), (student, 1)):
         for position in pairs[:, column]:
             side[position]["shared"] = True
@@ -168,8 +170,10 @@ def _words(tokenizer: Any) -> dict[int, str]:
     return names | spelt
 
 
-def _tokens(encoding: Encoding, text: str, words: dict[int, str]) -> list[dict[str, Any]]:
-    starts = np.concatenate([[0], encoding.ends[:-1]])
+def _tokens(encoding: Encoding, example: Example, words: dict[int, str]) -> list[dict[str, Any]]:
+    text, starts = example.text, np.concatenate([[0], encoding.ends[:-1]])
+    for turn in example.turns:  # what stands between two contents is no token's
+        starts[(encoding.ends > turn.start) & (starts < turn.start)] = turn.start
     rows = zip(encoding.ids.tolist(), starts.tolist(), encoding.ends.tolist(), encoding.special.tolist(), strict=True)
     return [
         {
@@ -184,7 +188,7 @@ def _tokens(encoding: Encoding, text: str, words: dict[int, str]) -> list[dict[s
     ]
 
 
-def attention_figure(store: SignalStore, example_id: str, text: str, student: ModelRef | None = None) -> Any:
+def attention_figure(store: SignalStore, example_id: str, example: Example, student: ModelRef | None = None) -> Any:
     """The teacher's last attention map, mean over heads; with a student also over the segments both share.
 
     The second is what the attention loss compares. Colour goes with the square root, so that small weights show.
@@ -194,10 +198,11 @@ def attention_figure(store: SignalStore, example_id: str, text: str, student: Mo
 
     stored = store.read(example_id, ("attention",))
     tokenizer = store.tokenizer
-    tokens = _tokens(stored.encoding, text, _words(tokenizer))
+    tokens = _tokens(stored.encoding, example, _words(tokenizer))
     maps = [("over the teacher's tokens", *_token_map(stored, [t["token"] for t in tokens]))]
     if student is not None:
-        alignment = align_encodings(stored.encoding, encode(load_tokenizer(student), text, add_eos=True))
+        (encoding,) = encode_examples(load_tokenizer(student), [example], add_eos=True)
+        alignment = align_encodings(stored.encoding, encoding)
         maps.append(("over the segments that both models share", *_segment_map(stored, alignment, tokens)))
     fonts, missing = fonts_for("".join(label for _, _, labels in maps for label in labels))
     side = max(4.0, 0.16 * len(tokens) + 1.5)

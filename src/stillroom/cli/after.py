@@ -36,8 +36,8 @@ def inspect(
         attention_figure,
         describe_example,
         describe_store,
+        example_of,
         find_example,
-        text_of,
     )
     from stillroom.cli.printing import print_example, print_store
     from stillroom.config import ModelRef
@@ -52,12 +52,12 @@ def inspect(
         return
     opened = SignalStore.open(store)
     example_id = find_example(opened, example)
-    text = text_of(opened, opened.read(example_id, ()), corpus)
+    shown = example_of(opened, opened.read(example_id, ()), corpus)
     reference = ModelRef(model=student) if student else None
-    facts = describe_example(opened, example_id, text, reference, top)
+    facts = describe_example(opened, example_id, shown, reference, top)
     target = picture or Path(f"{example_id}.png")
     with atomic_path(target) as temporary:
-        attention_figure(opened, example_id, text, reference).savefig(temporary, format="png")
+        attention_figure(opened, example_id, shown, reference).savefig(temporary, format="png")
     if not json:
         print_example(facts)
     aligned = f"{following('inspect', str(store), None, example_id)} --student MODEL, to see the alignment"

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from stillroom.config.columns import ChatColumns as ChatColumns
 from stillroom.config.columns import ChoiceColumns as ChoiceColumns
 from stillroom.config.columns import GenerationColumns as GenerationColumns
 from stillroom.config.columns import TaskColumns as TaskColumns
@@ -70,6 +71,9 @@ class ModelRef(Section):
     )
     revision: str | None = Field(None, description="commit of the hub id; ignored for a local directory")
     trust_remote_code: bool = Field(False, description="run code that comes with the model; recorded if on")
+    chat_template: Annotated[Path, PossiblePath] | None = later(
+        None, description="file with a Jinja chat template, where the tokenizer has none or is to use another"
+    )
 
 
 class Training(Section):
@@ -402,6 +406,8 @@ class Study(Section):
                         f"group {group.name!r} compares the teacher's {term} layer {missing[0]}, which is not among "
                         f"signals.{field} {list(kept)}"
                     )
+        if self.signals.teacher_answers and self.has_chats:
+            raise ValueError("signals.teacher_answers: the teacher's answers to chats are not kept; leave it out")
         for task in (*self.analysis.simple_tasks, *self.analysis.hard_tasks):
             if task not in self.corpus.tasks:
                 raise ValueError(f"analysis names the task {task!r}, which is not in corpus.tasks")
@@ -414,6 +420,11 @@ class Study(Section):
     def test_splits(self) -> dict[str, TaskData]:
         """The benchmarks' own splits by task, each with its data set."""
         return {name: split.data(self.corpus.tasks[name]) for name, split in self.evaluation.test_splits.items()}
+
+    @property
+    def has_chats(self) -> bool:
+        """Whether a task is of chats, which each model reads under its own template."""
+        return any(data.chat for data in self.corpus.tasks.values())
 
     @property
     def captures_student(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from stillroom.config.section import Section
+from stillroom.config.section import Section, later
 
 
 def fields_of(template: str) -> list[str]:
@@ -30,6 +30,32 @@ def _template(value: str) -> str:
 
 
 Template = Annotated[str, AfterValidator(_template)]
+
+
+def _one_group(value: str | None) -> str | None:
+    if value is None:
+        return None
+    try:
+        groups = re.compile(value).groups
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    if groups != 1:
+        raise ValueError(f"has {groups} groups; put the answer, and nothing else, in ( )")
+    return value
+
+
+Pattern = Annotated[
+    Annotated[str, Field(max_length=1000)] | None,
+    AfterValidator(_one_group),
+    Field(
+        description="regular expression; its one group is the answer. Strict extraction takes the first match, "
+        "flexible extraction the last. Default: the whole answer, strictly but for white space at its ends, flexibly "
+        "without regard to case, white space and punctuation at its ends"
+    ),
+]
+
+
+Stop = tuple[Annotated[str, Field(min_length=1)], ...]
 
 
 class _Columns(Section):
@@ -66,25 +92,31 @@ class ChoiceColumns(_Columns):
 
 
 class GenerationColumns(_Columns):
-    """A generation task: the model writes, and `pattern` reads its answer."""
+    """A generation task: the model writes, and its answer is read."""
 
     answer: Template = Field(description="what the student learns to write: text, with `{column}`")
-    pattern: str = Field(
-        max_length=1000,
-        description="regular expression; its one group is the answer. Strict extraction takes the first match, "
-        "flexible extraction the last",
-    )
+    pattern: Pattern = None
+    stop: Stop = later(("Question:",), description="texts before which a generated answer is cut, besides EOS")
 
-    @field_validator("pattern")
-    @classmethod
-    def _one_group(cls, value: str) -> str:
-        try:
-            groups = re.compile(value).groups
-        except (re.error, RecursionError, OverflowError) as error:
-            raise ValueError(f"not a regular expression: {error}") from None
-        if groups != 1:
-            raise ValueError(f"has {groups} groups; put the answer, and nothing else, in ( )")
-        return value
+
+class ChatColumns(Section):
+    """A task of chats: each model reads them under its own template, the student learns the assistant's turns."""
+
+    messages: str = Field(
+        "messages", min_length=1, description="column that lists the turns: role and content, or from and value"
+    )
+    learn: Literal["assistant", "last"] = Field(
+        "assistant", description="turns that the student learns: all of the assistant's, or the last"
+    )
+    system: Literal["keep", "first_user"] = Field(
+        "keep", description="`first_user`: a system turn's text goes before the first user's, for both models"
+    )
+    pattern: Pattern = None
+    stop: Stop = Field((), description="texts before which a generated answer is cut, besides the turn's end")
+
+
+KINDS = ("choice", "generation", "chat")
+"""Fields of which one at most defines a task."""
 
 
 class TaskColumns(Section):
@@ -94,16 +126,17 @@ class TaskColumns(Section):
     generation: GenerationColumns | None = Field(
         None, description="defines a free-form task from the data set's columns"
     )
+    chat: ChatColumns | None = later(None, description="defines a task of chats from the data set's columns")
 
     @model_validator(mode="after")
     def _one_kind(self) -> TaskColumns:
-        if self.choice and self.generation:
-            raise ValueError("has both choice and generation; give one of them")
+        if len(given := [name for name in KINDS if getattr(self, name)]) > 1:
+            raise ValueError(f"has both {given[0]} and {given[1]}; give one of them")
         return self
 
     @property
     def definition(self) -> str:
         """The definition as JSON, empty for a registered task: part of the identity of every example."""
-        if self.choice is None and self.generation is None:
+        if not any(getattr(self, name) for name in KINDS):
             return ""
-        return self.model_dump_json(include={"choice", "generation"}, exclude_none=True)
+        return self.model_dump_json(include={*KINDS}, exclude_none=True)

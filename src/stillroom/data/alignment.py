@@ -28,6 +28,20 @@ class Alignment:
     teacher: Segments
     student: Segments
     """The segments; a first one of its own for BOS when both models have one."""
+    replies: Int32[ndarray, "K 2"]
+    """Of a chat: (teacher token, student token) that predict the first token of the same learnt turn.
+
+    Both have read the same turns, and have the same to write: a turn before which one template leaves a space to be
+    written, and the other does not, is left out.
+    """
+
+    @property
+    def predictors(self) -> Int32[ndarray, "M 2"]:
+        """(teacher token, student token) whose next tokens are comparable; increasing in both."""
+        if not len(self.replies):
+            return self.pairs
+        both = np.concatenate([self.pairs, self.replies])
+        return both[np.argsort(both[:, 1])]
 
 
 def align(text: str, teacher_tokenizer: Any, student_tokenizer: Any) -> Alignment:
@@ -48,7 +62,14 @@ def align_encodings(teacher: Encoding, student: Encoding) -> Alignment:
         pairs,
         _segments(pairs[:, 0], teacher_bos if own_bos else 0),
         _segments(pairs[:, 1], student_bos if own_bos else 0),
+        _replies(teacher, student),
     )
+
+
+def _replies(teacher: Encoding, student: Encoding) -> Int32[ndarray, "K 2"]:
+    asked = {(ask.turn, ask.before): ask.position for ask in teacher.asks}
+    found = [(asked[a.turn, a.before], a.position) for a in student.asks if (a.turn, a.before) in asked]
+    return np.array(found, dtype=np.int32).reshape(-1, 2)
 
 
 def _leading_specials(encoding: Encoding) -> int:
@@ -70,7 +91,7 @@ def coverage(teacher: Encoding, student: Encoding, alignment: Alignment, prompt_
     student tokens inside the answer, and those whose predecessor is aligned. same_position: aligned pairs j == i.
     """
     answer = np.flatnonzero(in_answer(student, prompt_length))
-    predecessors = np.isin(answer - 1, alignment.pairs[:, 1])
+    predecessors = np.isin(answer - 1, alignment.predictors[:, 1])
     return {
         "tokens": int((~student.special).sum()),
         "aligned": len(alignment.pairs),

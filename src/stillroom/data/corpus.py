@@ -17,8 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stillroom.config import Corpus, TaskData
+from stillroom.data.chat_templates import encode_examples, require_chat_template, settled
 from stillroom.data.encoding import encode_many, ending_tokens, fits, in_answer
 from stillroom.data.tasks import Example, Task, get_task
+from stillroom.data.tasks.example import Turn
 from stillroom.errors import UserError
 from stillroom.files import atomic_path, file_sha256, read_json, read_text, write_json
 
@@ -75,7 +77,8 @@ def _draw(
     dropped = Counter({"source_rows": len(rows), "unusable": 0, "duplicates": 0, "too_long": 0})
     unique = _unique(_usable(task, data, rows, dropped, faults, place), dropped)
     ordered = sorted(unique, key=lambda example: _rank(example.example_id, f"sample{corpus.sample_seed}"))
-    chosen = list(islice(_fitting(ordered, corpus.max_length, tokenizers, dropped), data.examples))
+    settled_ = _settled(ordered, tokenizers, dropped, faults) if data.chat else ordered
+    chosen = list(islice(_fitting(settled_, corpus.max_length, tokenizers, dropped), data.examples))
     if len(chosen) < data.examples:
         raise UserError(
             f"{place}.examples: {data.examples} asked for, but only {len(chosen)} can be used "
@@ -108,7 +111,8 @@ def with_test_splits(
         dropped["in_corpus"] = len(usable) - len(unseen)
         # the word is part of the draw: another one would choose other examples
         ordered = sorted(unseen, key=lambda example: _rank(example.example_id, f"official{corpus.sample_seed}"))
-        chosen = list(islice(_fitting(ordered, max_length, tokenizers, dropped), data.examples))
+        settled_ = _settled(ordered, tokenizers, dropped, faults) if data.chat else ordered
+        chosen = list(islice(_fitting(settled_, max_length, tokenizers, dropped), data.examples))
         if not chosen:
             source = f"{data.dataset}/{data.split}"
             raise UserError(f"{place}: no example of {source} can be used ({dict(dropped)}){_first(task, faults)}")
@@ -290,13 +294,30 @@ def _unique(examples: Iterable[Example], dropped: Counter[str]) -> Iterator[Exam
         yield example
 
 
-def _fitting(
-    examples: Sequence[Example], max_length: int, tokenizers: Sequence[Any], dropped: Counter[str]
+def _settled(
+    examples: Iterable[Example], tokenizers: Sequence[Any], dropped: Counter[str], faults: dict[str, str]
 ) -> Iterator[Example]:
-    for first in range(0, len(examples), 256):
-        part = examples[first : first + 256]
-        texts = [example.text for example in part]
-        encodings = [encode_many(tokenizer, texts, add_eos=True) for tokenizer in tokenizers]
+    """Chats that every template writes as they are, without white space that one of them trims."""
+    for tokenizer in tokenizers:
+        require_chat_template(tokenizer)
+    dropped["trimmed"] = 0
+    for example in examples:
+        try:
+            own = settled(example, tokenizers)
+        except ValueError as error:
+            dropped["unusable"] += 1
+            faults.setdefault(example.task, f"the chat that begins {example.text[:60]!r}: {error}")
+            continue
+        dropped["trimmed"] += own != example
+        yield own
+
+
+def _fitting(
+    examples: Iterable[Example], max_length: int, tokenizers: Sequence[Any], dropped: Counter[str]
+) -> Iterator[Example]:
+    waiting = iter(examples)
+    while part := list(islice(waiting, 256)):
+        encodings = [encode_examples(tokenizer, part, add_eos=True) for tokenizer in tokenizers]
         for example, *encoded in zip(part, *encodings, strict=True):
             if not all(len(ending_tokens(encoding)) for encoding in encoded):
                 name = f"example {example.example_id} ({example.task}), {example.text[:60]!r}"
@@ -336,6 +357,7 @@ _SCHEMA = pa.schema(
         ("choices", pa.list_(pa.string())),
         ("gold", pa.int32()),
         ("definition", pa.string()),
+        ("turns", pa.string()),
     ]
 )
 
@@ -356,6 +378,7 @@ def save_corpus(examples: Examples, folder: Path, fingerprint: str) -> None:
             "choices": e.choices,
             "gold": e.gold,
             "definition": e.definition,
+            "turns": json.dumps(e.turns) if e.turns else None,
         }
         for part in ("train", "validation", "test")
         for e in getattr(examples, part)
@@ -379,7 +402,8 @@ def load_corpus(folder: Path) -> tuple[Examples, str]:
         ) from None
     for row in rows:
         choices = tuple(row["choices"]) if row["choices"] is not None else None
-        example = Example(row["task"], row["prompt"], row["answer"], choices, row["gold"], row.get("definition", ""))
+        turns = tuple(Turn(*turn) for turn in json.loads(row["turns"] or "[]"))
+        example = Example(row["task"], row["prompt"], row["answer"], choices, row["gold"], row["definition"], turns)
         parts[row["split"]].append(example)
     examples = Examples(**parts, **{name: described[name] for name in _DROPPED})
     return examples, described["fingerprint"]

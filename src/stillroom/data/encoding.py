@@ -13,7 +13,7 @@ import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -28,6 +28,15 @@ _TEXTS = 512
 """Texts the tokenizer is given at a time: what it returns is ten times an `Encoding`."""
 
 
+class Ask(NamedTuple):
+    """The template's last token before a learnt turn: it predicts the turn's first."""
+
+    turn: int
+    position: int
+    before: str
+    """What the first token has to write before the content: white space, or nothing."""
+
+
 @dataclass(frozen=True)
 class Encoding:
     """One text under one tokenizer; position t of every array is token t of the sequence."""
@@ -36,7 +45,13 @@ class Encoding:
     ends: Int32[ndarray, "T"]
     """Character of the original text at which the token ends (exclusive); for a special token, the previous one's."""
     special: Bool[ndarray, "T"]
-    """Tokens the tokenizer (or `add_eos`) put there: they stand for no text."""
+    """Tokens the tokenizer (or `add_eos`, or a chat's template) put there: they stand for no text."""
+    learnt: Bool[ndarray, "T"] | None = None
+    """Of a chat: tokens of the turns that are learnt. None: those that end inside the answer."""
+    written: Bool[ndarray, "T"] | None = None
+    """Of a chat: the template's tokens that the model has to write, as the turn's end. None: a final EOS."""
+    asks: tuple[Ask, ...] = ()
+    """Of a chat: where each learnt turn is asked for."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -59,12 +74,14 @@ def encode_many(tokenizer: Any, texts: Sequence[str], *, add_eos: bool = False) 
     return encodings
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> list[Encoding]:
-    """As `encode_many`, to be continued: without what a tokenizer puts after a text, such as EOS."""
-    return [_without_trailing_specials(encoding) for encoding in encode_many(tokenizer, prompts)]
+def read_whole(tokenizer: Any, text: str) -> Encoding:
+    """A text that has its special tokens in it: none is added, and none is taken for one."""
+    read = _untrimmed(tokenizer)(text, add_special_tokens=False, return_offsets_mapping=True)
+    return _encoding(tokenizer, text, read["input_ids"], read["offset_mapping"], [0] * len(read["input_ids"]), False)
 
 
-def _without_trailing_specials(encoding: Encoding) -> Encoding:
+def without_trailing_specials(encoding: Encoding) -> Encoding:
+    """The encoding of a prompt, to be continued: without what a tokenizer puts after a text, such as EOS."""
     text = np.flatnonzero(~encoding.special)
     length = int(text[-1]) + 1 if len(text) else len(encoding)
     return Encoding(encoding.ids[:length], encoding.ends[:length], encoding.special[:length])
@@ -111,13 +128,13 @@ def _encoding(
     is_special = np.array(special, dtype=bool)
     ends = np.array([end for _, end in offsets], dtype=np.int32)
     ends[is_special] = 0
-    if len(first := np.flatnonzero(~is_special)) and _is_invented(tokenizer, ids, first, text):
+    if len(first := np.flatnonzero(~is_special)) and is_invented(tokenizer, ids, first, text):
         ends[first[0]] = 0
     ends = _ends_in_original(tokenizer, text, ends)
     return Encoding(np.array(ids, dtype=np.int32), np.maximum.accumulate(ends), is_special)
 
 
-def _is_invented(tokenizer: Any, ids: list[int], positions: Int32[ndarray, "N"], text: str) -> bool:
+def is_invented(tokenizer: Any, ids: list[int], positions: Int32[ndarray, "N"], text: str) -> bool:
     """Whether the first token of text is a space alone that the tokenizer put before it: `▁` of `▁中文`.
 
     It is where the tokens begin with more spaces than the text does.
@@ -163,17 +180,26 @@ def ending_tokens(encoding: Encoding) -> Int32[ndarray, "N"]:
 
 
 def in_answer(encoding: Encoding, prompt_length: int) -> Bool[ndarray, "T"]:
-    """Tokens that end inside the answer; `prompt_length` in characters. Specials, EOS among them, are not."""
-    return ~encoding.special & (encoding.ends > prompt_length)
+    """Tokens that end inside the answer, or a chat's learnt turns; `prompt_length` in characters. Specials are not."""
+    return in_text(encoding) & (encoding.ends > prompt_length) if encoding.learnt is None else encoding.learnt
+
+
+def in_text(encoding: Encoding) -> Bool[ndarray, "T"]:
+    """Tokens that have read some of the text. Specials are not."""
+    return ~encoding.special & (encoding.ends > 0)
 
 
 def supervised_predictions(encoding: Encoding, prompt_length: int) -> tuple[Int32[ndarray, "N"], Int32[ndarray, "N"]]:
     """The shift: positions whose next token is supervised, and the ids of those next tokens.
 
-    Supervised are the tokens that end inside the answer, and a final EOS. logits[position] predicts target.
+    Supervised are the tokens that end inside the answer, and a final EOS; of a chat, those of its learnt turns, and
+    what the model writes around each itself. logits[position] predicts target.
     """
-    supervised = in_answer(encoding, prompt_length)
-    supervised[-1] |= encoding.special[-1] and len(encoding) > 1
+    supervised = in_answer(encoding, prompt_length).copy()
+    if encoding.written is None:
+        supervised[-1] |= encoding.special[-1] and len(encoding) > 1
+    else:
+        supervised |= encoding.written
     targets = np.flatnonzero(supervised)
     targets = targets[targets > 0]
     return (targets - 1).astype(np.int32), encoding.ids[targets]

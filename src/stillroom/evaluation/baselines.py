@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from stillroom.config import Evaluation, Precision, fingerprint
-from stillroom.data.encoding import encode_many
+from stillroom.data.chat_templates import encode_examples
 from stillroom.data.tasks import Example
 from stillroom.evaluation.metrics import accuracy_metrics, nll_metrics, save_predictions
 from stillroom.evaluation.scoring import evaluate
@@ -60,7 +60,7 @@ class Baseline:
 
     def measure(self, model: PreTrainedModel, tokenizer: Any, progress: Progress = silent) -> dict[str, Any]:
         """Accuracy and answer likelihood; kept in `path`, predictions beside it."""
-        ids, _ = padded(encode_many(tokenizer, [self.examples[0].text]), device=model.device)
+        ids, _ = padded(encode_examples(tokenizer, self.examples[:1]), device=model.device)
         check_model(model, ids)
         predictions = evaluate(model, tokenizer, self.examples, self.settings, progress)
         save_predictions(predictions, self.path.with_suffix(".parquet"))

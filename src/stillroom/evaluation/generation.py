@@ -1,4 +1,4 @@
-"""Greedy continuations of prompts, in batches, as lm-evaluation-harness cuts them."""
+"""Greedy continuations of prompts, in batches, cut where their task says: by default, as lm-evaluation-harness does."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from stillroom.config import Evaluation
-from stillroom.data.encoding import encode_prompts
-from stillroom.data.tasks import Example
+from stillroom.data.chat_templates import encode_prompts, turn_ends
+from stillroom.data.tasks import Example, task_of
 from stillroom.models.forward import padded
 from stillroom.progress import Progress, silent
 
-_NEXT_QUESTION, _NEXT_LINE = "Question:", "\n"
+_NEXT_LINE = "\n"
 _STRETCH = 16
 """Tokens made before texts that have ended leave the batch: nobody looks at a text more often.
 
@@ -37,32 +37,56 @@ def prompts_at_once(settings: Evaluation, device: str) -> int:
 def generate(
     model: PreTrainedModel,
     tokenizer: Any,
-    prompts: Sequence[str],
+    examples: Sequence[Example],
     settings: Evaluation,
     progress: Progress = silent,
     total: int = 0,
 ) -> list[str]:
-    """Greedy continuations, cut where another question would begin; batched by length with a KV cache."""
-    return [text for text, _ in continuations(model, tokenizer, prompts, settings, _NEXT_QUESTION, progress, total)]
+    """Greedy answers, cut where each example's task says; batched by length with a KV cache."""
+    texts, done = [""] * len(examples), total - len(examples)
+    for stop, chosen in _by_stop(examples).items():
+        asked = [examples[n] for n in chosen]
+        found = continuations(model, tokenizer, asked, settings, stop, progress, total, done)
+        for n, (text, _) in zip(chosen, found, strict=True):
+            texts[n] = text
+        done += len(chosen)
+    return texts
+
+
+def _by_stop(examples: Sequence[Example]) -> dict[tuple[str, ...], list[int]]:
+    """Which examples have which texts that end an answer; of a chat, its template says what does."""
+    found: dict[tuple[str, ...], list[int]] = {}
+    for n, example in enumerate(examples):
+        found.setdefault(task_of(example).stop, []).append(n)
+    return found
+
+
+def _begins(text: str, stop: Sequence[str]) -> int | None:
+    """Where the first of some texts begins in another."""
+    return min((place for own in stop if (place := text.find(own)) >= 0), default=None)
 
 
 @torch.no_grad()
 def continuations(
     model: PreTrainedModel,
     tokenizer: Any,
-    prompts: Sequence[str],
+    examples: Sequence[Example],
     settings: Evaluation,
-    stop: str,
+    stop: Sequence[str],
     progress: Progress = silent,
     total: int = 0,
+    done: int = 0,
 ) -> list[tuple[str, bool]]:
-    """Greedy continuations cut where `stop` begins, and whether each has ended: by it, or by an end of text."""
-    encodings = encode_prompts(tokenizer, prompts)
-    order = sorted(range(len(prompts)), key=lambda n: len(encodings[n]))
-    texts = [("", False)] * len(prompts)
+    """Greedy continuations cut where one of `stop` begins, and whether each has ended: by it, or by an end of text.
+
+    Progress is told of `done` others, of `total`.
+    """
+    encodings = encode_prompts(tokenizer, examples)
+    order = sorted(range(len(examples)), key=lambda n: len(encodings[n]))
+    texts = [("", False)] * len(examples)
     size = prompts_at_once(settings, model.device.type)
     before = model.generation_config
-    stops = _stops(model, tokenizer)
+    stops = list(dict.fromkeys([*_stops(model, tokenizer), *turn_ends(tokenizer, examples)]))
     try:
         for first in range(0, len(order), size):
             batch = order[first : first + size]
@@ -71,9 +95,10 @@ def continuations(
             for n, row in zip(batch, rows, strict=True):
                 ended = torch.isin(row, torch.tensor(stops, device=row.device)).nonzero()
                 row = row[: ended[0, 0]] if len(ended) else row
-                text, found, _ = tokenizer.decode(row, skip_special_tokens=True).partition(stop)
-                texts[n] = text, bool(found) or len(ended) > 0
-            progress(total - len(order) + first + len(batch), total)
+                text = tokenizer.decode(row, skip_special_tokens=True)
+                place = _begins(text, stop)
+                texts[n] = text[:place], place is not None or len(ended) > 0
+            progress(done + first + len(batch), total)
     finally:
         model.generation_config = before
     return texts
@@ -93,7 +118,7 @@ def _continued(
     mask: Int[Tensor, "B T"],
     limit: int,
     stops: list[int],
-    text: str,
+    texts: Sequence[str],
 ) -> list[Int[Tensor, "N"]]:
     """What follows each row of left-padded ids, at most `limit` tokens; one that has ended leaves the batch."""
     start, cache = ids.shape[1], DynamicCache(config=model.config)
@@ -112,7 +137,7 @@ def _continued(
         for n, row in zip(rows.tolist(), ids, strict=True):
             found[n] = row[start:]
         ended = torch.isin(ids[:, start:], ending).any(1).cpu()
-        ended |= torch.tensor([text in written for written in tokenizer.batch_decode(ids[:, start:])])
+        ended |= torch.tensor([_begins(own, texts) is not None for own in tokenizer.batch_decode(ids[:, start:])])
         if ended.all():
             break
         if ended.any():
@@ -133,8 +158,9 @@ def teacher_answers(
     found: list[str | None] = [None] * len(examples)
     lines = [n for n, e in enumerate(examples) if e.choices and not any(_NEXT_LINE in choice for choice in e.choices)]
     others = sorted({*range(len(examples))} - {*lines})
-    for chosen, stop in ((lines, _NEXT_LINE), (others, _NEXT_QUESTION)):
-        prompts = [examples[n].prompt for n in chosen]
-        for n, (text, ended) in zip(chosen, continuations(teacher, tokenizer, prompts, settings, stop), strict=True):
+    by_stop = [(stop, [others[n] for n in chosen]) for stop, chosen in _by_stop([examples[n] for n in others]).items()]
+    for stop, chosen in [((_NEXT_LINE,), lines), *by_stop]:
+        asked = [examples[n] for n in chosen]
+        for n, (text, ended) in zip(chosen, continuations(teacher, tokenizer, asked, settings, stop), strict=True):
             found[n] = text.rstrip() if ended else None
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -11,7 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from stillroom.config import Evaluation
-from stillroom.data.encoding import Encoding, encode_many, in_answer
+from stillroom.data.chat_templates import encode_examples
+from stillroom.data.encoding import Encoding, in_answer
 from stillroom.data.tasks import Example, task_of
 from stillroom.errors import UserError
 from stillroom.evaluation.generation import generate
@@ -49,7 +50,7 @@ def evaluate(
     texts = dict(
         zip(
             generating,
-            generate(model, tokenizer, [examples[n].prompt for n in generating], settings, progress, len(examples)),
+            generate(model, tokenizer, [examples[n] for n in generating], settings, progress, len(examples)),
             strict=True,
         )
     )
@@ -126,8 +127,8 @@ def _add_scores(model: PreTrainedModel, picked: torch.Tensor, batch: Sequence[_R
 
 
 def _scoring_rows(tokenizer: Any, examples: Sequence[Example]) -> tuple[list[_Row], list[int]]:
-    texts = [example.prompt + answer for example in examples for answer in example.choices or (example.answer,)]
-    encodings = iter(encode_many(tokenizer, texts))
+    answered = [replace(e, answer=answer) for e in examples for answer in e.choices or (e.answer,)]
+    encodings = iter(encode_examples(tokenizer, answered))
     rows, lengths = [], []
     for number, example in enumerate(examples):
         answers = [next(encodings) for _ in example.choices or (1,)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.config import BASELINES, UNTOUCHED, ModelRef, Study, fingerprint
+from stillroom.data.chat_templates import chat_template_hash, encode_examples, encode_prompts
 from stillroom.data.corpus import (
     Examples,
     build_corpus,
@@ -19,7 +20,7 @@ from stillroom.data.corpus import (
     source_digest,
     with_test_splits,
 )
-from stillroom.data.encoding import encode, encode_many
+from stillroom.data.encoding import encode
 from stillroom.data.tasks import Example
 from stillroom.data.vocabulary import largest_id
 from stillroom.errors import UserError
@@ -113,6 +114,7 @@ class Sources:
             longest,
             [tokenizer_hash(t) for t in self.tokenizers],
             digests,
+            *([chat_template_hash(t) for t in self.tokenizers] if self.study.has_chats else []),
         )
         if (examples := _known_corpus(folder, digest)) is None:
             # the processes of a divided capture start together
@@ -131,13 +133,12 @@ class Sources:
         """`UserError` where a text has a token that its model has no embedding for."""
         for ref, tokenizer in zip((self.teacher_ref, self.student_ref), self.tokenizers, strict=True):
             if largest_id(tokenizer) >= (getattr(load_config(ref).get_text_config(), "vocab_size", None) or 0):
-                for encoding in encode_many(tokenizer, [example.text for example in examples]):
+                for encoding in encode_examples(tokenizer, examples):
                     require_embedded(ref, tokenizer, encoding.ids.tolist())
 
     def _require_room(self, examples: Sequence[Example], room: int) -> None:
         """`UserError` unless after every prompt both models can still read what they generate."""
-        prompts = [example.prompt for example in examples]
-        found = max((len(encoded) for t in self.tokenizers for encoded in encode_many(t, prompts)), default=0)
+        found = max((len(encoded) for t in self.tokenizers for encoded in encode_prompts(t, examples)), default=0)
         if found > room:
             raise UserError(
                 f"evaluation.max_new_tokens={self.study.evaluation.max_new_tokens}: with a prompt of {found} tokens "

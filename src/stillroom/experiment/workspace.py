@@ -16,6 +16,7 @@ from stillroom import offline_teacher_data as otd
 from stillroom.analysis.frame import PLANNED, worse_or_equal, write_summary
 from stillroom.analysis.report import write_report
 from stillroom.config import EXPERIMENT, UNTOUCHED, Group, ModelRef, fingerprint
+from stillroom.data.chat_templates import chat_template_hash
 from stillroom.data.corpus import examples_digest
 from stillroom.errors import UserError
 from stillroom.evaluation.baselines import Baseline
@@ -256,6 +257,7 @@ class Workspace(Sources):
             group.name,
             seed,
             *([self.study.student.lora] if self.study.student.lora else []),
+            *([chat_template_hash(self.tokenizers[1])] if self.study.has_chats else []),
         )[:8]
 
     def train_one(self, group: str, seed: int) -> dict[str, Any]:

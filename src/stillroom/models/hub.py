@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from stillroom.config import ModelRef, Precision
 from stillroom.errors import UserError
-from stillroom.files import file_sha256
+from stillroom.files import file_sha256, read_text
 from stillroom.models.precision import DTYPES, default_device
 
 transformers_logging.set_verbosity_error()
@@ -29,7 +29,9 @@ transformers_logging.disable_progress_bar()
 
 def absolute(ref: ModelRef) -> ModelRef:
     """A local directory by its whole path, for processes that start elsewhere."""
-    return ref.model_copy(update={"model": str(Path(ref.model).resolve())}) if is_local(ref) else ref
+    paths = {"model": str(Path(ref.model).resolve())} if is_local(ref) else {}
+    template = {"chat_template": ref.chat_template.resolve()} if ref.chat_template else {}
+    return ref.model_copy(update={**paths, **template})
 
 
 def is_local(ref: ModelRef) -> bool:
@@ -44,6 +46,8 @@ def load_tokenizer(ref: ModelRef) -> Any:
         raise UserError(f"{ref.model}: its tokenizer gives no character offsets; a fast tokenizer is needed")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{ref.model}: its tokenizer has no EOS token, which ends every student sequence")
+    if ref.chat_template is not None:
+        tokenizer.chat_template = read_text(ref.chat_template)
     return tokenizer
 
 

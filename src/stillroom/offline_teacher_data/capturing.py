@@ -14,8 +14,9 @@ import torch
 from transformers import PreTrainedModel
 
 from stillroom.config import Precision, Signals, fingerprint
+from stillroom.data.chat_templates import chat_template_hash, encode_examples
 from stillroom.data.corpus import examples_digest
-from stillroom.data.encoding import Encoding, encode_many
+from stillroom.data.encoding import Encoding
 from stillroom.data.tasks import Example
 from stillroom.errors import UserError
 from stillroom.files import atomic_path, exclusive, file_sha256, read_json, write_json
@@ -72,6 +73,7 @@ def made_from(
         },
         **({"teacher_head": True} if signals.teacher_head else {}),
         **({"teacher_answers": max_new_tokens} if signals.teacher_answers else {}),
+        **({"chat_template": chat_template_hash(tokenizer)} if any(e.turns for e in examples) else {}),
     }
 
 
@@ -113,7 +115,7 @@ def capture_share(
     attention cannot be captured.
     """
     layout = _layout(model, signals)
-    encodings = encode_many(tokenizer, [example.text for example in examples])
+    encodings = encode_examples(tokenizer, examples)
     capture_fingerprint = fingerprint(origin)
     shards = plan_shards(encodings, signals.shard_examples)
 

@@ -303,7 +303,8 @@ class SignalStore:
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
 
-        encoding = Encoding(*(array(column.name) for column in _ENCODING))
+        ids, ends, special = (array(column.name) for column in _ENCODING)
+        encoding = Encoding(ids, ends, special)
         return StoredExample(example_id, task, encoding, {name: array(name) for name in wanted})
 
     def _file(self, name: str) -> pq.ParquetFile:

@@ -187,8 +187,8 @@ def _vocabularies(teacher: Any, student: Any) -> Finding:
 
 def _coverage(study: Study, teacher: Any, student: Any) -> Finding:
     from stillroom.data.alignment import align_encodings, coverage
+    from stillroom.data.chat_templates import encode_examples
     from stillroom.data.corpus import build_corpus
-    from stillroom.data.encoding import encode_many
     from stillroom.training.batches import coverage_by_task
 
     sampled = {n: d.model_copy(update={"examples": min(d.examples, SAMPLE)}) for n, d in study.corpus.tasks.items()}
@@ -196,8 +196,9 @@ def _coverage(study: Study, teacher: Any, student: Any) -> Finding:
         examples = build_corpus(study.corpus.model_copy(update={"tasks": sampled}), [teacher, student])
     except UserError as error:
         return Finding("coverage", False, str(error))
-    texts = [example.text for example in examples.all]
-    pairs = zip(encode_many(teacher, texts), encode_many(student, texts, add_eos=True), strict=True)
+    pairs = zip(
+        encode_examples(teacher, examples.all), encode_examples(student, examples.all, add_eos=True), strict=True
+    )
     counted = (
         (example.task, coverage(*pair, align_encodings(*pair), len(example.prompt)))
         for example, pair in zip(examples.all, pairs, strict=True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from stillroom.config import Lora, ModelRef, Precision, Signals, Study, Training
-from stillroom.data.encoding import encode_many
+from stillroom.data.chat_templates import encode_examples
 from stillroom.data.tasks import get_task
 from stillroom.errors import UserError
 from stillroom.evaluation.generation import prompts_at_once
@@ -240,9 +240,9 @@ def _count(study: Study, tokenizers: list[Any]) -> dict[str, _Lengths]:
     examples = build_corpus(study.corpus, tokenizers)
     result = {}
     for name in study.corpus.tasks:
-        texts = [example.text for example in examples.all if example.task == name]
-        teacher = np.array([len(e) for e in encode_many(tokenizers[0], texts)])
-        student = np.array([len(e) for e in encode_many(tokenizers[1], texts, add_eos=True)])
+        own = [example for example in examples.all if example.task == name]
+        teacher = np.array([len(e) for e in encode_examples(tokenizers[0], own)])
+        student = np.array([len(e) for e in encode_examples(tokenizers[1], own, add_eos=True)])
         result[name] = _Lengths(teacher, student, float((teacher * (teacher + 1) / 2).mean()))
     return result
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from stillroom.config import Objective
-from stillroom.data.encoding import in_answer
+from stillroom.data.encoding import in_answer, in_text
 from stillroom.data.prepared import Prepared
 from stillroom.data.vocabulary import map_vocabulary, same_vocabulary
 from stillroom.models.forward import Forward
@@ -86,11 +86,13 @@ class NextToken:
     def compared(self, item: Prepared) -> Int32[ndarray, "M 2"]:
         """(teacher, student) positions whose next-token distributions are compared."""
         assert item.alignment is not None
-        answer = in_answer(item.encoding, len(item.example.prompt) if self.settings.positions == "answer" else 0)
-        following = item.alignment.pairs[:, 1] + 1
+        everywhere = self.settings.positions != "answer"
+        answer = in_text(item.encoding) if everywhere else in_answer(item.encoding, len(item.example.prompt))
+        predictors = item.alignment.predictors
+        following = predictors[:, 1] + 1
         inside = following < len(item.encoding)
         inside[inside] = answer[following[inside]]
-        pairs: Int32[ndarray, "M 2"] = item.alignment.pairs[inside]
+        pairs: Int32[ndarray, "M 2"] = predictors[inside]
         return pairs
 
     def _outcomes(

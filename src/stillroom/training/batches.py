@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from stillroom.data.alignment import align_encodings, coverage
+from stillroom.data.chat_templates import encode_examples
 from stillroom.data.encoding import Encoding, encode_many, supervised_predictions
 from stillroom.data.prepared import Prepared
 from stillroom.data.tasks import Example, task_of
@@ -24,7 +25,7 @@ T = TypeVar("T")
 
 def prepare(examples: Sequence[Example], tokenizer: Any, store: SignalStore | None) -> list[Prepared]:
     """Tokenise for the student and align with the store; without a store, for the task loss alone."""
-    encodings = encode_many(tokenizer, [example.text for example in examples], add_eos=True)
+    encodings = encode_examples(tokenizer, examples, add_eos=True)
     return [_prepare(*row, store) for row in zip(examples, encodings, strict=True)]
 
 
@@ -32,7 +33,7 @@ def _prepare(example: Example, encoding: Encoding, store: SignalStore | None) ->
     positions, targets = supervised_predictions(encoding, len(example.prompt))
     if store is None:
         return Prepared(example, encoding, positions, targets)
-    alignment = align_encodings(store.read(example.example_id, ()).encoding, encoding)
+    alignment = align_encodings(_as_teacher_read(example, store), encoding)
     if not len(alignment.pairs):
         raise UserError(
             f"example {example.example_id} ({example.task}): no teacher token ends where a student token does; "
@@ -75,6 +76,20 @@ def _is_right(example: Example, answer: str) -> bool:
     if example.choices is not None or strict is None:
         return answer.strip() == example.answer.strip()
     return strict(answer) is not None and strict(answer) == strict(example.answer)
+
+
+def _as_teacher_read(example: Example, store: SignalStore) -> Encoding:
+    """The teacher's encoding; of a chat made again, since which tokens ask for a turn is not stored."""
+    stored = store.read(example.example_id, ()).encoding
+    if not example.turns:
+        return stored
+    (again,) = encode_examples(store.tokenizer, [example])
+    if not np.array_equal(again.ids, stored.ids):
+        raise UserError(
+            f"example {example.example_id} ({example.task}): the store's tokenizer and chat template read it otherwise "
+            "than when it was captured; capture again"
+        )
+    return again
 
 
 def measure_coverage(prepared: Iterable[Prepared], store: SignalStore) -> dict[str, dict[str, float]]:

@@ -21,8 +21,8 @@ def get_task(name: str, columns: TaskColumns | None = None) -> Task:
         return columns_task(name, columns.definition)
     if name not in TASKS:
         raise UserError(
-            f"corpus.tasks.{name}: unknown task; registered: {', '.join(TASKS)}; or define it there with choice or "
-            "generation"
+            f"corpus.tasks.{name}: unknown task; registered: {', '.join(TASKS)}; or define it there with choice, "
+            "generation or chat"
         )
     return TASKS[name]
 

@@ -1,15 +1,16 @@
-"""Tasks that a study file makes of columns: `corpus.tasks.<name>.choice` or `.generation`."""
+"""Tasks that a study file makes of columns: `corpus.tasks.<name>.choice`, `.generation` or `.chat`."""
 
 from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable
 from functools import lru_cache
 
 from stillroom.config import ChoiceColumns, GenerationColumns, TaskColumns
 from stillroom.config.columns import fields_of
+from stillroom.data.tasks.chats import chat_task
 from stillroom.data.tasks.example import Example, Row, Task, shown, whole_number, written
+from stillroom.data.tasks.reading import readers
 from stillroom.errors import UserError
 
 
@@ -19,6 +20,8 @@ def columns_task(name: str, definition: str) -> Task:
     columns = TaskColumns.model_validate_json(definition)
     if columns.choice is not None:
         return _choice_task(name, definition, columns.choice)
+    if columns.chat is not None:
+        return chat_task(name, definition, columns.chat)
     assert columns.generation is not None
     return _generation_task(name, definition, columns.generation)
 
@@ -97,7 +100,7 @@ def _by_index(label: object, choices: tuple[str, ...], label_is: str | None) -> 
 
 
 def _generation_task(name: str, definition: str, columns: GenerationColumns) -> Task:
-    first, last = _reader(columns.pattern, 0), _reader(columns.pattern, -1)
+    first, last = readers(columns.pattern)
 
     def build(row: Row) -> Example:
         answer = after_prompt(render(columns.answer, row))
@@ -106,17 +109,7 @@ def _generation_task(name: str, definition: str, columns: GenerationColumns) -> 
         return Example(name, render(columns.prompt, row), answer, definition=definition)
 
     used = dict.fromkeys([*fields_of(columns.prompt), *fields_of(columns.answer)])
-    return Task(name, "generation", tuple(used), build, first, last)
-
-
-def _reader(pattern: str, which: int) -> Callable[[str], str | None]:
-    compiled = re.compile(pattern)
-
-    def read(text: str) -> str | None:
-        found: list[str] = compiled.findall(text)
-        return found[which].strip() if found else None
-
-    return read
+    return Task(name, "generation", tuple(used), build, first, last, stop=columns.stop)
 
 
 def render(template: str, row: Row) -> str:

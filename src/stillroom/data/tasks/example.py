@@ -9,7 +9,16 @@ import re
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+
+class Turn(NamedTuple):
+    """One turn of a chat: where its content stands in the example's text."""
+
+    role: str
+    start: int
+    stop: int
+    learnt: bool
 
 
 @dataclass(frozen=True)
@@ -27,19 +36,27 @@ class Example:
     gold: int | None = None
     definition: str = ""
     """The study file's own definition of the task (`TaskColumns.definition`); empty for a registered one."""
+    turns: tuple[Turn, ...] = ()
+    """Of a chat: its turns, whose contents alone are the text; roles stand between them for who reads it."""
+
+    @property
+    def contents(self) -> tuple[str, ...]:
+        """Of a chat: each turn's content."""
+        return tuple(self.text[turn.start : turn.stop] for turn in self.turns)
 
     @property
     def text(self) -> str:
-        """What is tokenised: prompt and answer as one."""
+        """What is tokenised: prompt and answer as one. Of a chat, each model's template stands around the contents."""
         return self.prompt + self.answer
 
     @property
     def example_id(self) -> str:
         """Stable name of the example: 16 hex digits of a hash of task, prompt and answer.
 
-        Of a task that the study file defines, the choices and the definition too.
+        Of a task that the study file defines, the choices and the definition too; of a chat, its turns.
         """
-        defined = [self.choices, self.definition] if self.definition else []
+        defined: list[Any] = [self.choices, self.definition] if self.definition else []
+        defined += [self.turns] if self.turns else []
         whole = json.dumps([self.task, self.prompt, self.answer, *defined], ensure_ascii=False)
         return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
@@ -61,7 +78,7 @@ def text_of(row: Row, column: str) -> str:
     value = row[column]
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"column {column!r} is empty or no text: {shown(value)}")
-    return _whole(value, column)
+    return whole_text(value, f"column {column!r}")
 
 
 def texts_of(row: Row, column: str) -> list[str]:
@@ -69,7 +86,7 @@ def texts_of(row: Row, column: str) -> list[str]:
     values = row[column]
     if not isinstance(values, list | tuple) or not all(isinstance(value, str) for value in values):
         raise ValueError(f"column {column!r}: every one must be a text: {shown(values)}")
-    return [_whole(value, column) for value in values]
+    return [whole_text(value, f"column {column!r}") for value in values]
 
 
 def written(value: object, column: str) -> str:
@@ -77,13 +94,14 @@ def written(value: object, column: str) -> str:
     if isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool)):
         text = value if isinstance(value, str) else str(value)
         if text.strip() and (isinstance(value, str | int) or math.isfinite(value)):
-            return _whole(text, column)
+            return whole_text(text, f"column {column!r}")
     raise ValueError(f"column {column!r} is empty or no text: {shown(value)}")
 
 
-def _whole(text: str, column: str) -> str:
+def whole_text(text: str, place: str) -> str:
+    """The text; ValueError where it holds half of a surrogate pair."""
     if _SURROGATE.search(text):  # no tokenizer and no file can take it
-        raise ValueError(f"column {column!r} holds half of a surrogate pair: {shown(text)}")
+        raise ValueError(f"{place} holds half of a surrogate pair: {shown(text)}")
     return text
 
 
@@ -117,3 +135,5 @@ class Task:
     """The answer that a lenient reader would take from a generated text, or None."""
     generate_rows: Callable[[int, int], list[dict[str, Any]]] | None = None
     """(seed, count) to rows, for a built-in task."""
+    stop: tuple[str, ...] = ("Question:",)
+    """Texts before which a generated answer is cut; the default is lm-evaluation-harness' for GSM8K."""
