@@ -9,6 +9,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import warm_start
+
 ROOT = Path(__file__).resolve().parents[1]
 _FENCE = re.compile(r"(?:<!-- not run: (?P<reason>[^>]+) -->\n+)?```(?P<info>[^\n]*)\n(?P<text>.*?)^```", re.S | re.M)
 
@@ -76,9 +78,9 @@ def shell(folder: Path, source: Path) -> dict[str, str]:
     """An environment whose `stillroom` and `python` are those under test, with the package at `source`."""
     programs = folder / ".bin"
     programs.mkdir()
-    starters = {"python": "", "stillroom": ' -c "from stillroom.cli import main; main()"'}
-    for name, code in starters.items():
-        (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable}{code} "$@"\n')
+    starters = {"python": f'#!/bin/sh\nexec {sys.executable} "$@"\n', "stillroom": warm_start.client()[0]}
+    for name, text in starters.items():
+        (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     kept = {name: value for name, value in os.environ.items() if name != "OFFLINE_DATA_PATH"}
     return {**kept, "PYTHONPATH": str(source), "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}

@@ -199,7 +199,6 @@ def test_a_tokenizer_of_a_newer_library_is_one_message(tmp_path, student_ref):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 def test_every_architecture_is_right_or_refused_and_the_table_says_which():
     """Over all that Transformers' Auto class knows: what the checks accept is causal, with the model's own logits."""
     found = verdicts()

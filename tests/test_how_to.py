@@ -10,7 +10,7 @@ import pages
 from conftest import STUDENT_SHAPE, TEACHER_SHAPE, write_model
 from stillroom.files import read_json
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

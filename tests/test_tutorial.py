@@ -13,7 +13,7 @@ import pages
 from conftest import STUDENT_SHAPE, TEACHER_SHAPE, write_model
 from stillroom.files import read_json
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
