@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 
 from conftest import STUDENT_SHAPE
 from stillroom.cli import app
+from stillroom.cli.printing import print_findings
 from stillroom.config import ModelRef, fingerprint
 from stillroom.errors import UserError
 from stillroom.experiment.workspace import Workspace
@@ -62,7 +63,7 @@ def line(findings, subject):
 def test_a_sound_study_has_no_line_to_do(study, no_services):
     """Every subject of the issue is there."""
     findings = doctor.examine(study)
-    assert [finding for finding in findings if not finding.fine] == []
+    assert [finding for finding in findings if not finding.fine or finding.warning] == []
     assert {finding.subject for finding in findings} == {
         "packages",
         "precision",
@@ -202,13 +203,18 @@ def test_native_bfloat16_is_told_by_the_processors_instructions(flags, native, m
     assert native_bfloat16(torch.device("cpu")) == native
 
 
-def test_a_design_that_can_give_no_verdict_is_seen_before_it_is_run(study, no_services):
-    """Six seeds cannot reach 0.05 over three contrasts: every question would end undecided, hours later."""
-    assert line(doctor.examine(study), "design").fine
+def test_a_design_that_can_give_no_verdict_is_seen_before_it_is_run(study, no_services, capsys):
+    """Six seeds cannot reach 0.05 over three contrasts: every question would end undecided, hours later.
+
+    It is a warning: a pilot may run all the same.
+    """
+    assert not line(doctor.examine(study), "design").warning
     few = study.model_copy(update={"sweep": study.sweep.model_copy(update={"seeds": (0, 1, 2, 3, 4, 5)})})
     found = line(doctor.examine(few), "design")
-    assert not found.fine
+    assert (found.fine, found.warning) == (True, True)
     assert "it takes 7 seeds" in found.says
+    print_findings([found])
+    assert capsys.readouterr().out.startswith("warn design: ")
 
 
 def test_a_dtype_that_the_device_emulates_is_warned_of(study, monkeypatch):
@@ -346,7 +352,7 @@ def test_a_damaged_file_of_the_tracker_is_seen_by_the_doctor(study, tmp_path):
 
 def test_the_command_fails_when_there_is_something_to_do(no_services, tmp_path):
     """Exit code 1 and JSON for a script; the text ends with what to do."""
-    study = ["quickstart", "--set", "student.model=./nowhere", "--set", ABLE[0]]
+    study = ["quickstart", "--set", "student.model=./nowhere"]
     told = CliRunner().invoke(app, ["doctor", *study])
     assert told.exit_code == 1
     assert "todo student: ./nowhere: no such directory" in told.output
@@ -359,7 +365,7 @@ def test_the_command_fails_when_there_is_something_to_do(no_services, tmp_path):
 def test_the_embedded_study_is_sound_on_this_machine(monkeypatch, tmp_path):
     """Nothing put in its place: Ray and the tracker start and stop; no file is left behind."""
     monkeypatch.chdir(tmp_path)
-    told = CliRunner().invoke(app, ["doctor", "quickstart", "--set", ABLE[0], "--set", "sweep.launcher=ray"])
+    told = CliRunner().invoke(app, ["doctor", "quickstart", "--set", "sweep.launcher=ray"])
     assert told.exit_code == 0, told.output
     assert "ok   ray: nodes 1" in told.output
     assert "ok   tracker" in told.output

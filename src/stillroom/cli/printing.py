@@ -98,7 +98,8 @@ def print_findings(findings: list[Finding]) -> None:
 
     console = Console()
     for finding in findings:
-        line = f"{'ok  ' if finding.fine else 'todo'} {finding.subject}: {finding.says}"
+        mark = "todo" if not finding.fine else "warn" if finding.warning else "ok  "
+        line = f"{mark} {finding.subject}: {finding.says}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -39,6 +39,8 @@ class Finding:
     subject: str
     fine: bool
     says: str
+    warning: bool = False
+    """The study runs all the same, but the reader should know beforehand."""
 
 
 def examine(study: Study) -> list[Finding]:
@@ -59,7 +61,7 @@ def _design(study: Study) -> Finding:
     """Whether the study's tests can give a verdict at all."""
     design = examine_design(study)
     if design["warnings"]:
-        return Finding("design", False, "; ".join(design["warnings"]))
+        return Finding("design", True, "; ".join(design["warnings"]), warning=True)
     found = design["measures"]["all tasks"]["detectable_difference"]
     listed = " and ".join(f"{100 * d:.1f} points ({name} contrasts)" for name, d in found.items() if d is not None)
     says = f"{design['seeds']} seeds and {design['measures']['all tasks']['validation_examples']} validation examples"
