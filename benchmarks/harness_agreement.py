@@ -24,8 +24,8 @@ import pandas as pd
 import yaml
 
 from stillroom.config import ModelRef, Precision, Study
-from stillroom.data.corpus import load_rows
 from stillroom.data.encoding import encode, fits
+from stillroom.data.rows import load_rows
 from stillroom.data.tasks import Example, get_task, task_of
 from stillroom.data.tasks.gsm8k import normalise
 from stillroom.errors import UserError

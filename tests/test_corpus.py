@@ -17,7 +17,6 @@ from tokenizers import normalizers
 from stillroom.config import BenchmarkSplit, ChoiceColumns, Corpus, TaskColumns, TaskData
 from stillroom.data.corpus import (
     Examples,
-    _read_lines,
     build_corpus,
     check_leaks,
     folded,
@@ -27,6 +26,7 @@ from stillroom.data.corpus import (
     with_test_splits,
 )
 from stillroom.data.encoding import encode, encode_many
+from stillroom.data.rows import read_lines
 from stillroom.data.tasks import TASKS, Example, get_task
 from stillroom.data.tasks.gsm8k import extract_flexible, extract_strict
 from stillroom.errors import UserError
@@ -198,27 +198,26 @@ def test_unknown_sources_are_named(tasks, message, tokenizers):
 @pytest.mark.parametrize(
     "name",
     [
-        "data.csv",
-        "there.csv",
+        "data.xlsx",
+        "there.yaml",
         "there.txt",
         "there",
-        "sub/data.parquet",
+        "sub/data.feather",
         "/no/rows",
         "./rows",
         "../rows",
         "~/rows",
-        "r.JSONL",
     ],
 )
 def test_a_file_that_is_not_read_is_never_looked_up(tmp_path, tokenizers, monkeypatch, name):
     """What can only be a file, or is one of another kind, is no name on the hub; the message says what is read."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datasets.load_dataset", None)
-    for there in ("there.csv", "there.txt", "there", "r.JSONL"):
+    for there in ("there.yaml", "there.txt", "there"):
         (tmp_path / there).write_text("sentence,label")
     settings = Corpus(tasks={"sst2": TaskData(dataset=name, examples=5)})
     with pytest.raises(
-        UserError, match=r"corpus.tasks.sst2.dataset: .* give a `.jsonl` file, a folder of `<split>.par"
+        UserError, match=r"corpus.tasks.sst2.dataset: .* give a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet`"
     ):
         build_corpus(settings, tokenizers)
 
@@ -364,7 +363,7 @@ def test_a_line_ends_at_a_newline_and_nowhere_else(tmp_path):
     rows = [{"question": "one\u2028two\u0085three", "answer": "x"}, {"question": "plain", "answer": "y"}]
     file = tmp_path / "rows.jsonl"
     file.write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows), newline="")
-    assert _read_lines(file) == rows
+    assert read_lines(file) == rows
 
 
 def test_processes_that_start_together_build_one_corpus(tmp_path, monkeypatch):

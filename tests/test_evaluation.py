@@ -16,8 +16,8 @@ from setups import EVALUATION
 from stillroom.analysis.frame import worse_or_equal
 from stillroom.config import Evaluation, ModelRef, TaskData, fingerprint
 from stillroom.data.chat_templates import encode_prompts
-from stillroom.data.corpus import load_rows
 from stillroom.data.encoding import encode
+from stillroom.data.rows import load_rows
 from stillroom.data.tasks import TASKS, Example
 from stillroom.errors import UserError
 from stillroom.evaluation.baselines import Baseline

@@ -38,6 +38,11 @@ def test_chats(follow):
     assert (counts["used"], counts["unusable"], counts["trimmed"]) == (20, 0, 0)
 
 
+def test_data(follow):
+    """The CSV and the compressed file are read; the plan counts their tokens."""
+    follow("data.md")
+
+
 def test_students(follow):
     """LoRA, a schedule and checkpointing in one trial; merged and adapter are the same model."""
     folder = follow("students.md")

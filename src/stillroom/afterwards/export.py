@@ -16,6 +16,7 @@ from stillroom.analysis.frame import accuracy_keys
 from stillroom.analysis.reading import read_baselines, read_planned, read_result
 from stillroom.config import RESULT, ModelRef
 from stillroom.data.corpus import load_corpus
+from stillroom.data.rows import names_a_file
 from stillroom.errors import UserError
 from stillroom.evaluation.metrics import Key, by_key
 from stillroom.files import atomic_path
@@ -130,7 +131,7 @@ def _of_epoch(trial: Path, result: dict[str, Any], epoch: int) -> dict[str, Any]
 
 
 def _is_file(name: str) -> bool:
-    return name == "builtin" or Path(name).suffix == ".jsonl" or Path(name).exists()
+    return name == "builtin" or names_a_file(name) or Path(name).exists()
 
 
 def _is_local(ref: dict[str, Any]) -> bool:

@@ -161,7 +161,8 @@ class TaskData(TaskColumns):
 
     dataset: Annotated[str, PossiblePath] = Field(
         min_length=1,
-        description="hub id, local directory of `<split>.parquet`, a `.jsonl` file, or `builtin`",
+        description="a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file (text ones may be compressed: `.gz`, "
+        "`.bz2`, `.xz`, `.zst`), a folder of `<split>` files or of `datasets.save_to_disk`, a hub id, or `builtin`",
     )
     subset: str | None = Field(None, description="the hub data set's configuration")
     revision: str | None = Field(None, description="commit of the hub data set")
@@ -169,7 +170,7 @@ class TaskData(TaskColumns):
         "train",
         pattern=r"^[^/\\]+$",
         max_length=64,
-        description="split of the data set; ignored for a `.jsonl` file, which has only one",
+        description="split of the data set; ignored for a file, which has only one",
     )
     examples: int = Field(ge=2, description="examples used, training and validation together")
 

@@ -60,6 +60,9 @@ Stop = tuple[Annotated[str, Field(min_length=1)], ...]
 
 class _Columns(Section):
     prompt: Template = Field(description="what comes before the answer: text, with `{column}` where a row's text goes")
+    optional: tuple[str, ...] = later(
+        (), description="columns that may be empty, and then leave nothing in their place"
+    )
 
     @field_validator("prompt")
     @classmethod

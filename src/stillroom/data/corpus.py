@@ -19,10 +19,11 @@ import pyarrow.parquet as pq
 from stillroom.config import Corpus, TaskData
 from stillroom.data.chat_templates import encode_examples, require_chat_template, settled
 from stillroom.data.encoding import encode_many, ending_tokens, fits, in_answer
+from stillroom.data.rows import load_rows
 from stillroom.data.tasks import Example, Task, get_task
 from stillroom.data.tasks.example import Turn
 from stillroom.errors import UserError
-from stillroom.files import atomic_path, file_sha256, read_json, read_text, write_json
+from stillroom.files import atomic_path, read_json, write_json
 
 Split = Literal["train", "validation"]
 
@@ -120,118 +121,6 @@ def with_test_splits(
         counts[name] = {"used": len(chosen), **dropped}
         test += chosen
     return replace(examples, test=test, test_counts=counts, test_faults=faults)
-
-
-def load_rows(task: Task, data: TaskData, seed: int, place: str) -> Sequence[dict[str, Any]]:
-    """A task's rows: generated (`builtin`), or from a `.jsonl` file, a directory or the hub; errors name `place`."""
-    if data.dataset == "builtin":
-        if task.generate_rows is None:
-            raise UserError(f"{place}.dataset: this task has no built-in rows")
-        return task.generate_rows(seed, 2 * data.examples + 200)
-    local = Path(data.dataset)
-    if local.suffix == ".jsonl":
-        read = _read_lines(local)
-        _require_columns(task, data, list(dict.fromkeys(name for row in read for name in row)), place)
-        return [{column: row.get(column) for column in task.columns} for row in read]
-    if local.is_dir():
-        return _read_table(task, data, place)
-    if local.exists() or data.dataset.startswith(("/", ".", "~")) or local.suffix.lower() in _FILE_KINDS:
-        what = "is of a kind that is not read" if local.exists() else "is not there"
-        raise UserError(
-            f"{place}.dataset: {data.dataset!r} {what}; give a `.jsonl` file, a folder of `<split>.parquet`, "
-            "the id of a data set on the hub, or `builtin`"
-        )
-    return _load_from_hub(task, data, place)
-
-
-_FILE_KINDS = {
-    *(".csv", ".tsv", ".json", ".ndjson", ".parquet", ".pq", ".arrow", ".feather", ".avro", ".orc", ".txt", ".xml"),
-    *(".xls", ".xlsx", ".ods", ".db", ".sqlite", ".npy", ".npz", ".pkl", ".pickle", ".h5", ".yaml", ".yml"),
-    *(".zip", ".gz", ".bz2", ".xz", ".zst", ".tar", ".tgz"),
-}
-"""Ends of names that are a file's, and of no data set on the hub."""
-
-
-def _read_table(task: Task, data: TaskData, place: str) -> list[dict[str, Any]]:
-    """The file itself, its task's columns alone: the data set library would give older rows from its cache."""
-    file = Path(data.dataset) / f"{data.split}.parquet"
-    if not file.is_file():
-        raise UserError(f"{place}: {file} is missing; splits there: {_splits(file.parent)}")
-    try:
-        with pq.ParquetFile(file, page_checksum_verification=True) as table:
-            _require_columns(task, data, table.schema_arrow.names, place)
-            rows = table.read(columns=list(task.columns)).select(list(task.columns)).to_pylist()
-    except (OSError, KeyError, pa.ArrowException, ValueError, OverflowError) as error:
-        raise UserError(f"{place}.dataset: {file} cannot be loaded: {_reason(error)}") from error
-    if not rows:
-        raise UserError(f"{place}.dataset: {file} cannot be loaded: it has no rows")
-    listed: list[dict[str, Any]] = rows
-    return listed
-
-
-def _reason(error: BaseException) -> str:
-    return next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
-
-
-def _load_from_hub(task: Task, data: TaskData, place: str) -> list[dict[str, Any]]:
-    from datasets import disable_progress_bars, load_dataset
-    from datasets.exceptions import DatasetsError
-    from datasets.utils.logging import CRITICAL, set_verbosity
-
-    disable_progress_bars()
-    set_verbosity(CRITICAL)  # what goes wrong is in the exception
-    try:
-        rows = load_dataset(data.dataset, data.subset, revision=data.revision, split=data.split)
-    except (DatasetsError, ValueError, OSError) as error:
-        raise UserError(f"{place}.dataset: {data.dataset!r} cannot be loaded: {_reason(error)}") from error
-    _require_columns(task, data, rows.column_names, place)
-    listed: list[dict[str, Any]] = rows.select_columns(list(task.columns)).to_list()
-    return listed
-
-
-def _require_columns(task: Task, data: TaskData, present: Sequence[str], place: str) -> None:
-    missing = [column for column in task.columns if column not in present]
-    if missing:
-        raise UserError(f"{place}: {data.dataset} lacks the columns {missing}; it has {present}")
-
-
-def _read_lines(file: Path) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(read_text(file).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file}, line {number}: not valid JSON: {error}") from None
-        except RecursionError:
-            raise UserError(f"{file}, line {number}: nested too deep to be read; take the line out") from None
-        except ValueError:  # Python's limit, which is no fault of the JSON
-            raise UserError(f"{file}, line {number}: a number has too many digits; write it as a text") from None
-        if not isinstance(row, dict):
-            raise UserError(f'{file}, line {number}: expected an object, one a line, as in {{"question": "…"}}')
-        rows.append(row)
-    if not rows:
-        raise UserError(f"{file} has no rows")
-    return rows
-
-
-def source_digest(data: TaskData) -> str | None:
-    """SHA-256 of a local source, whose rows can change under the same name; None for any other."""
-    local = Path(data.dataset)
-    file = local / f"{data.split}.parquet" if local.is_dir() else local
-    return file_sha256(file) if file.is_file() else None
-
-
-def require_unchanged(sources: Sequence[TaskData], digests: Sequence[str | None]) -> None:
-    """`UserError` unless every source still has its digest, so that it is of the rows that were read since."""
-    for data, digest in zip(sources, digests, strict=True):
-        if source_digest(data) != digest:
-            raise UserError(f"{data.dataset}: changed while it was read; run the command again when it is complete")
-
-
-def _splits(folder: Path) -> str:
-    return ", ".join(sorted(p.stem for p in folder.iterdir() if p.suffix == ".parquet")) or "none"
 
 
 def _usable(

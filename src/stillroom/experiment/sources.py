@@ -15,12 +15,11 @@ from stillroom.data.corpus import (
     build_corpus,
     examples_digest,
     load_corpus,
-    require_unchanged,
     save_corpus,
-    source_digest,
     with_test_splits,
 )
 from stillroom.data.encoding import encode
+from stillroom.data.rows import require_unchanged, source_digest
 from stillroom.data.tasks import Example
 from stillroom.data.vocabulary import largest_id
 from stillroom.errors import UserError

@@ -162,7 +162,7 @@ def _require_data(study: Study, unreached: list[str]) -> None:
 
     The hub is asked no more once it did not answer: its client tries for half a minute each time.
     """
-    from stillroom.data.corpus import load_rows
+    from stillroom.data.rows import load_rows
 
     places = {f"corpus.tasks.{name}": (name, data) for name, data in study.corpus.tasks.items()}
     places |= {f"evaluation.test_splits.{name}": (name, data) for name, data in study.test_splits.items()}

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 import string
+from collections.abc import Sequence
 from functools import lru_cache
 
 from stillroom.config import ChoiceColumns, GenerationColumns, TaskColumns
 from stillroom.config.columns import fields_of
 from stillroom.data.tasks.chats import chat_task
-from stillroom.data.tasks.example import Example, Row, Task, shown, whole_number, written
+from stillroom.data.tasks.example import Example, Row, Task, is_empty, shown, whole_number, written
 from stillroom.data.tasks.reading import readers
 from stillroom.errors import UserError
 
@@ -30,7 +32,7 @@ def _choice_task(name: str, definition: str, columns: ChoiceColumns) -> Task:
     def build(row: Row) -> Example:
         choices = _choices(columns.choices, row)
         gold = _gold(name, columns, row[columns.label], choices)
-        prompt = render(columns.prompt, row)
+        prompt = _prompt(columns, row)
         return Example(name, prompt, choices[gold], choices, gold, definition)
 
     listed = [columns.choices] if isinstance(columns.choices, str) else []
@@ -43,6 +45,11 @@ def _choices(given: str | tuple[str, ...], row: Row) -> tuple[str, ...]:
     if isinstance(given, tuple):
         return tuple(after_prompt(choice) for choice in given)
     listed = row[given]
+    if isinstance(listed, str) and listed.lstrip().startswith("["):  # a cell of a text file
+        try:
+            listed = json.loads(listed)
+        except ValueError as error:
+            raise ValueError(f"column {given!r} begins as a list, but is no JSON: {error}") from None
     if isinstance(listed, list | tuple):
         choices = tuple(after_prompt(written(choice, given)) for choice in listed)
         if len(choices) > 1 and len({choice.lstrip() for choice in choices}) == len(choices):
@@ -103,20 +110,25 @@ def _generation_task(name: str, definition: str, columns: GenerationColumns) -> 
     first, last = readers(columns.pattern)
 
     def build(row: Row) -> Example:
-        answer = after_prompt(render(columns.answer, row))
+        answer = after_prompt(render(columns.answer, row, columns.optional))
         if first(answer) is None:
             raise ValueError(f"the pattern {columns.pattern!r} finds nothing in the answer {shown(answer)}")
-        return Example(name, render(columns.prompt, row), answer, definition=definition)
+        return Example(name, _prompt(columns, row), answer, definition=definition)
 
     used = dict.fromkeys([*fields_of(columns.prompt), *fields_of(columns.answer)])
     return Task(name, "generation", tuple(used), build, first, last, stop=columns.stop)
 
 
-def render(template: str, row: Row) -> str:
-    """The template with each `{column}` replaced by the row's text; ValueError for a column that has none."""
+def _prompt(columns: ChoiceColumns | GenerationColumns, row: Row) -> str:
+    prompt = render(columns.prompt, row, columns.optional)
+    return prompt.rstrip() if columns.optional else prompt  # what is left around an empty column is none of the prompt
+
+
+def render(template: str, row: Row, optional: Sequence[str] = ()) -> str:
+    """The template with each `{column}` replaced by the row's text; ValueError for one that has none and has to."""
     parts = []
     for text, column, _, _ in string.Formatter().parse(template):
         parts.append(text)
-        if column is not None:
+        if column is not None and not (column in optional and is_empty(row[column])):
             parts.append(written(row[column], column))
     return "".join(parts)

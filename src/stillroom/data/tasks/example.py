@@ -89,6 +89,11 @@ def texts_of(row: Row, column: str) -> list[str]:
     return [whole_text(value, f"column {column!r}") for value in values]
 
 
+def is_empty(value: object) -> bool:
+    """Whether a cell has nothing in it: a null, a NaN or white space."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
 def written(value: object, column: str) -> str:
     """A text or finite number as text; ValueError for what is neither, which only Python would write so."""
     if isinstance(value, str) or (isinstance(value, int | float) and not isinstance(value, bool)):

@@ -1,0 +1,289 @@
+"""A task's rows, from wherever they are: a file of any usual kind, a folder, the hub, or a generator."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stillroom.config import TaskData
+from stillroom.data.tasks import Task
+from stillroom.errors import UserError
+from stillroom.files import file_sha256
+
+Rows = list[dict[str, Any]]
+
+_NOT_READ = {
+    *(".ndjson", ".pq", ".arrow", ".feather", ".avro", ".orc", ".txt", ".xml", ".zip", ".tar", ".tgz"),
+    *(".xls", ".xlsx", ".ods", ".db", ".sqlite", ".npy", ".npz", ".pkl", ".pickle", ".h5", ".yaml", ".yml"),
+}
+"""Ends of names that are a file's, and of no data set on the hub."""
+
+
+def load_rows(task: Task, data: TaskData, seed: int, place: str) -> Sequence[dict[str, Any]]:
+    """A task's rows, its own columns alone; errors name `place`.
+
+    Generated (`builtin`), or from a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file, a folder of `<split>` files
+    or of `datasets.save_to_disk`, or the hub.
+    """
+    if data.dataset == "builtin":
+        if task.generate_rows is None:
+            raise UserError(f"{place}.dataset: this task has no built-in rows")
+        return task.generate_rows(seed, 2 * data.examples + 200)
+    local = Path(data.dataset)
+    if local.is_dir():
+        return _of_folder(task, data, place)
+    if _kind(local) is not None:
+        return _of_file(task, data, local, place)
+    if local.exists() or data.dataset.startswith(("/", ".", "~")) or local.suffix.lower() in {*_NOT_READ, *_OPENERS}:
+        what = "is of a kind that is not read" if local.exists() else "is not there"
+        raise UserError(
+            f"{place}.dataset: {data.dataset!r} {what}; give a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file, a "
+            "folder of `<split>.parquet`, the id of a data set on the hub, or `builtin`"
+        )
+    return _of_hub(task, data, place)
+
+
+def names_a_file(dataset: str) -> bool:
+    """Whether a data set is a file by its name, wherever it is now."""
+    return _kind(Path(dataset)) is not None
+
+
+def _kind(path: Path) -> str | None:
+    """How a file is read, by the end of its name; what it is compressed with left out."""
+    compressed = path.suffix.lower() in _OPENERS
+    kind = Path(path.stem if compressed else path.name).suffix.lower()
+    return kind if kind in _READERS or (kind == ".parquet" and not compressed) else None
+
+
+def _of_file(task: Task, data: TaskData, file: Path, place: str) -> Rows:
+    """The task's columns of each row."""
+    kind = str(_kind(file))
+    if kind == ".parquet":
+        return _read_parquet(task, data, file, place)
+    rows = _READERS[kind](file)
+    named = _columns(task, data, list(dict.fromkeys(name for row in rows for name in row)), place)
+    return [{column: row.get(name) for column, name in named.items()} for row in rows]
+
+
+def _columns(task: Task, data: TaskData, present: Sequence[str], place: str) -> dict[str, str]:
+    """What each of the task's columns is called there: itself, or the one name that is it but for its case."""
+    found = {}
+    for column in task.columns:
+        alike = [name for name in present if name.casefold().strip() == column.casefold()]
+        if column in present or len(alike) == 1:
+            found[column] = column if column in present else alike[0]
+    if missing := [column for column in task.columns if column not in found]:
+        raise UserError(f"{place}: {data.dataset} lacks the columns {missing}; it has {list(present)}")
+    return found
+
+
+def _zstd(path: Path) -> IO[bytes]:
+    return io.BytesIO(pa.input_stream(str(path), compression="zstd").read())
+
+
+_OPENERS: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _zstd,
+}
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """A text file's lines, whatever it is compressed with, without a byte order mark, line ends as they stand."""
+    opener = _OPENERS.get(path.suffix.lower(), lambda plain: plain.open("rb"))
+    try:
+        with opener(path) as raw:
+            yield from io.TextIOWrapper(raw, "utf-8-sig", newline="")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not text in UTF-8: {error.reason}; save it in UTF-8") from None
+    except (OSError, EOFError, lzma.LZMAError, pa.ArrowException) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def read_lines(path: Path) -> Rows:
+    """Objects of a JSON Lines file."""
+    rows = []
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        row = _json(line, f"{path}, line {number}")
+        if not isinstance(row, dict):
+            raise UserError(f'{path}, line {number}: expected an object, one a line, as in {{"question": "…"}}')
+        rows.append(row)
+    return _some(rows, path)
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON: {error}") from None
+    except RecursionError:
+        raise UserError(f"{where}: nested too deep to be read; take the line out") from None
+    except ValueError:  # Python's limit, which is no fault of the JSON
+        raise UserError(f"{where}: a number has too many digits; write it as a text") from None
+
+
+def _some(rows: Rows, path: Path) -> Rows:
+    if not rows:
+        raise UserError(f"{path} has no rows")
+    return rows
+
+
+def _read_json(path: Path) -> Rows:
+    """A list of objects, alone or as the one list in an object."""
+    whole = _json("".join(_lines(path)), str(path))
+    if isinstance(whole, dict):
+        lists = [value for value in whole.values() if isinstance(value, list)]
+        whole = lists[0] if len(lists) == 1 else whole
+    if not isinstance(whole, list):
+        raise UserError(f"{path}: expected a list of objects; one object a line is a `.jsonl` file")
+    for number, row in enumerate(whole, 1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, row {number}: expected an object, not {str(row)[:60]!r}")
+    return _some(whole, path)
+
+
+def _read_csv(path: Path) -> Rows:
+    """Rows under a header; every cell is a text. Commas, semicolons or tabs, whichever the header has most of."""
+    csv.field_size_limit(2**31 - 1)
+    lines = _lines(path)
+    header = next(lines, "")
+    mark = "\t" if _kind(path) == ".tsv" else max(",;\t", key=header.count)
+    reader = csv.reader(_again(header, lines), delimiter=mark, strict=True)
+    try:
+        names = [name.strip() for name in next(reader, [])]
+        if len(set(names)) < len(names) or not all(names):
+            raise UserError(f"{path}, line 1: columns need different names, none of them empty; the header is {names}")
+        rows = []
+        for row in reader:
+            if len(row) != len(names) and any(row):
+                raise UserError(
+                    f"{path}, line {reader.line_num}: {len(row)} cells, but the header names {len(names)} columns; "
+                    "a cell that holds the separator or a line break needs double quotes around it"
+                )
+            if any(row):
+                rows.append(dict(zip(names, row, strict=True)))
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: not valid CSV: {error}") from None
+    return _some(rows, path)
+
+
+def _again(first: str, lines: Iterator[str]) -> Iterator[str]:
+    yield first
+    yield from lines
+
+
+def _read_parquet(task: Task, data: TaskData, path: Path, place: str) -> Rows:
+    """The file itself: the data set library would give older rows from its cache."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as table:
+            named = _columns(task, data, table.schema_arrow.names, place)
+            rows = table.read(columns=list(named.values())).select(list(named.values())).to_pylist()
+    except (OSError, KeyError, pa.ArrowException, ValueError, OverflowError) as error:
+        raise UserError(f"{place}.dataset: {path} cannot be loaded: {_reason(error)}") from error
+    if not rows:
+        raise UserError(f"{place}.dataset: {path} cannot be loaded: it has no rows")
+    return [{column: row[name] for column, name in named.items()} for row in rows]
+
+
+_READERS: dict[str, Callable[[Path], Rows]] = {
+    ".jsonl": read_lines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+}
+"""How text files are read, by the end of their names; Parquet is read by column."""
+
+
+def _of_folder(task: Task, data: TaskData, place: str) -> Rows:
+    """A split's file, or what `datasets.save_to_disk` wrote."""
+    folder = Path(data.dataset)
+    if _saved_by_datasets(folder):
+        return _saved(task, data, place)
+    if (file := _split_file(folder, data.split)) is None:
+        raise UserError(f"{place}: {folder / data.split}.parquet is missing; splits there: {_splits(folder)}")
+    return _of_file(task, data, file, place)
+
+
+def _split_file(folder: Path, split: str) -> Path | None:
+    """The file of a split; Parquet before others."""
+    found = [p for p in folder.iterdir() if p.name.partition(".")[0] == split and _kind(p) and p.is_file()]
+    return min(found, key=lambda p: (_kind(p) != ".parquet", p.name), default=None)
+
+
+def _splits(folder: Path) -> str:
+    return ", ".join(sorted({p.name.partition(".")[0] for p in folder.iterdir() if _kind(p)})) or "none"
+
+
+def _saved_by_datasets(folder: Path) -> bool:
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def _saved(task: Task, data: TaskData, place: str) -> Rows:
+    from datasets import DatasetDict, load_from_disk
+
+    try:
+        rows = load_from_disk(data.dataset)
+    except Exception as error:  # of Arrow, of JSON, or of the library's own
+        raise UserError(f"{place}.dataset: {data.dataset} cannot be loaded: {_reason(error)}") from error
+    if isinstance(rows, DatasetDict):
+        if data.split not in rows:
+            raise UserError(f"{place}: {data.dataset} has no split {data.split!r}; splits there: {', '.join(rows)}")
+        rows = rows[data.split]
+    return _of_dataset(task, data, rows, place)
+
+
+def _of_dataset(task: Task, data: TaskData, rows: Any, place: str) -> Rows:
+    named = _columns(task, data, rows.column_names, place)
+    listed = rows.select_columns(list(named.values())).to_list()
+    return [{column: row[name] for column, name in named.items()} for row in listed]
+
+
+def _of_hub(task: Task, data: TaskData, place: str) -> Rows:
+    from datasets import disable_progress_bars, load_dataset
+    from datasets.exceptions import DatasetsError
+    from datasets.utils.logging import CRITICAL, set_verbosity
+
+    disable_progress_bars()
+    set_verbosity(CRITICAL)  # what goes wrong is in the exception
+    try:
+        rows = load_dataset(data.dataset, data.subset, revision=data.revision, split=data.split)
+    except (DatasetsError, ValueError, OSError) as error:
+        raise UserError(f"{place}.dataset: {data.dataset!r} cannot be loaded: {_reason(error)}") from error
+    return _of_dataset(task, data, rows, place)
+
+
+def _reason(error: BaseException) -> str:
+    return next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
+
+
+def source_digest(data: TaskData) -> str | None:
+    """SHA-256 of a local source, whose rows can change under the same name; None for any other."""
+    local = Path(data.dataset)
+    if not local.is_dir():
+        return file_sha256(local) if local.is_file() else None
+    if _saved_by_datasets(local):
+        return "+".join(file_sha256(path) for path in sorted(local.rglob("*")) if path.is_file())
+    file = _split_file(local, data.split)
+    return file_sha256(file) if file else None
+
+
+def require_unchanged(sources: Sequence[TaskData], digests: Sequence[str | None]) -> None:
+    """`UserError` unless every source still has its digest, so that it is of the rows that were read since."""
+    for data, digest in zip(sources, digests, strict=True):
+        if source_digest(data) != digest:
+            raise UserError(f"{data.dataset}: changed while it was read; run the command again when it is complete")

@@ -1,0 +1,151 @@
+"""Rows as users have them: every usual kind of file gives the same ones, or says which line to fix."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stillroom.config import TaskColumns, TaskData
+from stillroom.data.corpus import build_corpus
+from stillroom.data.rows import load_rows, source_digest
+from stillroom.data.tasks import get_task
+from stillroom.errors import UserError
+
+ROWS = [{"Question": f"What is {n}, doubled?", "answer": f'{2 * n}, or "{n} + {n}"\nin two lines'} for n in range(6)]
+TASK = {"generation": {"prompt": "{question}", "answer": "{answer}"}}
+
+
+def as_csv(mark=",", end="\r\n"):
+    """The rows as a spreadsheet saves them."""
+    cells = [["Question", "answer"], *([row["Question"], row["answer"]] for row in ROWS)]
+    quoted = [['"' + cell.replace('"', '""') + '"' for cell in row] for row in cells]
+    return end.join(mark.join(row) for row in quoted) + end
+
+
+LINES = "".join(json.dumps(row) + "\r\n" for row in ROWS)
+FILES = {
+    "rows.jsonl": LINES.encode(),
+    "bom.jsonl": ("\ufeff" + LINES + "\n\n").encode(),
+    "rows.json": json.dumps(ROWS).encode(),
+    "inside.json": json.dumps({"version": 1, "data": ROWS}).encode(),
+    "rows.csv": ("\ufeff" + as_csv()).encode(),
+    "semicolons.csv": as_csv(";", "\n").encode(),
+    "rows.tsv": as_csv("\t").encode(),
+    "rows.jsonl.gz": gzip.compress(LINES.encode()),
+    "rows.csv.bz2": bz2.compress(as_csv().encode()),
+    "rows.json.xz": lzma.compress(json.dumps(ROWS).encode()),
+    "rows.jsonl.zst": pa.compress(LINES.encode(), "zstd", asbytes=True),
+}
+
+
+def task_and_data(path, task=TASK, split="train"):
+    """A task of those columns, and where its rows are."""
+    data = TaskData(dataset=str(path), examples=4, split=split, **task)
+    return get_task("own", data), data
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
+    """Byte order marks, line ends, quotes, separators and columns in another case are no part of a row."""
+    (tmp_path / name).write_bytes(FILES[name])
+    rows = load_rows(*task_and_data(tmp_path / name), 0, "corpus.tasks.own")
+    assert rows == [{"question": row["Question"], "answer": row["answer"]} for row in ROWS]
+
+
+def test_a_folder_gives_a_split_by_its_file_or_as_datasets_saved_it(tmp_path):
+    """Parquet alone or in a folder, another kind in a folder, and `save_to_disk` with splits or without."""
+    from datasets import Dataset, DatasetDict
+
+    expected = [{"question": row["Question"], "answer": row["answer"]} for row in ROWS]
+    for folder in ("parquet", "csv"):
+        (tmp_path / folder).mkdir()
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "parquet" / "dev.parquet")
+    (tmp_path / "csv" / "dev.csv").write_text(as_csv(), newline="")
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "alone")
+    DatasetDict(dev=Dataset.from_list(ROWS)).save_to_disk(tmp_path / "splits")
+    for place in ("parquet/dev.parquet", "parquet", "csv", "alone", "splits"):
+        task, data = task_and_data(tmp_path / place, split="dev")
+        assert load_rows(task, data, 0, "own") == expected, place
+        assert source_digest(data), place
+    before = source_digest(data)
+    Dataset.from_list(ROWS[1:]).save_to_disk(tmp_path / "splits" / "dev")
+    assert source_digest(data) != before
+    for place, there in (("parquet", "dev"), ("splits", "dev")):
+        with pytest.raises(UserError, match=f"splits there: {there}"):
+            load_rows(*task_and_data(tmp_path / place, split="test"), 0, "own")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "question,answer\nx,y,z\n", "a.csv, line 2: 3 cells, but the header names 2 columns"),
+        ("a.csv", "question,question\nx,y\n", "a.csv, line 1: columns need different names"),
+        ("a.csv", 'question,answer\n"x\n', r"a.csv, line 2: not valid CSV: unexpected end of data"),
+        ("a.csv", "question,answer\n", "a.csv has no rows"),
+        ("a.csv", "frage,antwort\nx,y\n", r"lacks the columns \['question', 'answer'\]; it has \['frage', 'antwort'\]"),
+        ("a.json", '{"a": 1}', "a.json: expected a list of objects; one object a line is a `.jsonl` file"),
+        ("a.json", '[{"question": 1}, 2]', "a.json, row 2: expected an object, not '2'"),
+        ("a.json", '[{"question": 1},', "a.json: not valid JSON"),
+        ("a.jsonl.gz", "no gzip", "a.jsonl.gz cannot be read: Not a gzipped file"),
+        ("a.jsonl.zst", "no zstd", "a.jsonl.zst cannot be read"),
+        ("a.parquet", "no parquet", "a.parquet cannot be loaded"),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_read_says_where(tmp_path, name, content, message):
+    """The line, and what to do."""
+    (tmp_path / name).write_text(content, newline="")
+    with pytest.raises(UserError, match=message):
+        load_rows(*task_and_data(tmp_path / name), 0, "corpus.tasks.own")
+
+
+def test_a_row_that_cannot_be_used_is_counted_and_the_first_is_told(tmp_path, tokenizers):
+    """NaN and nulls are no text; numbers are, and numbers as texts; an optional column may be any of the former."""
+    rows = [{"instruction": f"Add {n}", "input": own, "output": out} for n, (own, out) in enumerate(
+        [("1 and 2", 3), (None, "4.5"), ("", "5"), (float("nan"), "6"), ("x", None), ("y", float("nan"))]
+    )]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"prompt": "{instruction}\n{input}", "optional": ["input"], "answer": "{output}"}
+    _, data = task_and_data(tmp_path / "a.jsonl", {"generation": columns})
+    from stillroom.config import Corpus
+
+    examples = build_corpus(Corpus(tasks={"own": data}), tokenizers)
+    assert {e.prompt: e.answer for e in examples.all} == {
+        "Add 0\n1 and 2": " 3",
+        "Add 1": " 4.5",
+        "Add 2": " 5",
+        "Add 3": " 6",
+    }
+    assert examples.counts["own"]["unusable"] == 2
+    assert examples.faults["own"].startswith("row 4 of ")
+    assert "column 'output' is empty or no text: None" in examples.faults["own"]
+
+
+def test_an_answer_without_a_pattern_is_the_whole_text():
+    """Strictly but for white space around it; flexibly without case, other white space and punctuation at its ends."""
+    task = get_task("own", TaskColumns(**TASK))
+    assert [task.extract_strict(text) for text in (" Paris.\n", "paris", " ")] == ["Paris.", "paris", None]
+    assert task.extract_flexible("  PARIS,\n France. ") == task.extract_flexible("paris, france") == "paris, france"
+    assert task.extract_flexible(" ... ") == "..."
+    assert task.stop == ("Question:",)
+    own = {**TASK["generation"], "stop": ["\n", "Q:"]}
+    assert get_task("own", TaskColumns(generation=own)).stop == ("\n", "Q:")
+
+
+def test_choices_in_a_cell_are_read_as_the_list_that_they_spell():
+    """A CSV has no lists; a label there is a text, and `label_is` says if it is an index."""
+    columns = {"prompt": "{q}", "choices": "options", "label": "gold", "label_is": "index"}
+    task = get_task("own", TaskColumns(choice=columns))
+    example = task.build({"q": "Which?", "options": '["red", "blue"]', "gold": "1"})
+    assert (example.choices, example.gold) == ((" red", " blue"), 1)
+    with pytest.raises(ValueError, match="begins as a list, but is no JSON"):
+        task.build({"q": "Which?", "options": "[red]", "gold": "1"})
+    with pytest.raises(ValueError, match="set label_is: index"):
+        get_task("own", TaskColumns(choice={**columns, "label_is": None})).build(
+            {"q": "Which?", "options": '["red", "blue"]', "gold": "1"}
+        )
