@@ -3,10 +3,54 @@
 from __future__ import annotations
 
 import json as json_format
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from stillroom.cli.options import BEFORE, JsonOption, SetOption, StudyArgument, app, following, say, warn
+from stillroom.cli.options import BEFORE, JsonOption, SetOption, StudyArgument, app, finish, following, say, warn
+
+
+@app.command(rich_help_panel=BEFORE)
+def init(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="a file of rows: .jsonl, .json, .csv, .tsv or .parquet")],
+    teacher: Annotated[str, typer.Option(metavar="MODEL", help="directory or hub id")],
+    student: Annotated[str, typer.Option(metavar="MODEL", help="directory or hub id")],
+    study: Annotated[Path, typer.Option(metavar="FILE.yaml", help="file to write")] = Path("study.yaml"),
+    json: JsonOption = False,
+) -> None:
+    """Write a first study for your rows and models; guess which columns ask and answer, and say what was guessed.
+
+    Example: stillroom init rows.csv --teacher models/teacher --student models/student
+    """
+    from stillroom.preflight.starting import write_study
+
+    start = write_study(data, teacher, student, study)
+    if not json:
+        for guess in start.guesses:
+            say(f"Guessed: {guess}.")
+    finish(json, start.__dict__, f"{start.path}.", f"read it, then {following('plan', str(start.path), None)}")
+
+
+@app.command(rich_help_panel=BEFORE)
+def fields(
+    section: Annotated[
+        str, typer.Argument(metavar="[SECTION]", help="such as training, corpus.tasks or sweep.seeds")
+    ] = "",
+    json: JsonOption = False,
+) -> None:
+    """List what a study file can say: every field of a section with its type, default and meaning.
+
+    Example: stillroom fields training
+    """
+    from stillroom.cli.printing import print_fields
+    from stillroom.studies.fields import fields_of
+
+    found = fields_of(section)
+    if json:
+        typer.echo(json_format.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        print_fields(found)
 
 
 @app.command(rich_help_panel=BEFORE)

@@ -39,6 +39,26 @@ def print_plan(plan: dict[str, Any], as_json: bool = False) -> None:
         console.print(f"  - {assumption}", markup=False, highlight=False)
 
 
+def print_fields(found: dict[str, list[dict[str, str]]]) -> None:
+    """Sections of a study: a line for each field, its meaning below it."""
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console = Console()
+    for section, rows in found.items():
+        if not rows:
+            continue
+        console.print(Text(section or "the study", style="bold"))
+        for row in rows:
+            default = "" if row["default"] == "required" else f", default {row['default'].strip('`')}"
+            required = ", required" if row["default"] == "required" else ""
+            console.print(
+                Padding(Text(f"{row['name']}: {row['type'].replace('`', '')}{required}{default}"), (0, 0, 0, 2))
+            )
+            console.print(Padding(Text(row["meaning"].replace("`", ""), style="dim"), (0, 0, 0, 6)))
+
+
 def _print_design(console: Any, design: dict[str, Any]) -> None:
     """What the design can find out: families of contrasts, then the smallest difference by task."""
     families = {name: own for name, own in design["families"].items() if own["contrasts"]}

@@ -53,6 +53,19 @@ def load_rows(task: Task, data: TaskData, seed: int, place: str) -> Sequence[dic
     return _of_hub(task, data, place)
 
 
+def all_rows(file: Path) -> Rows:
+    """Every row of a file with all its columns, for who has yet to choose some."""
+    kind = _kind(file)
+    if kind is None:
+        raise UserError(f"{file}: give a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file")
+    if kind != ".parquet":
+        return _READERS[kind](file)
+    try:
+        return _some(pq.read_table(file).to_pylist(), file)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{file} cannot be loaded: {_reason(error)}") from None
+
+
 def names_a_file(dataset: str) -> bool:
     """Whether a data set is a file by its name, wherever it is now."""
     return _kind(Path(dataset)) is not None

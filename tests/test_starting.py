@@ -1,0 +1,82 @@
+"""A start without a study: `init` writes one that loads, and says its guesses; `fields` lists what can stand in one."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from stillroom.cli import app
+from stillroom.data.corpus import build_corpus
+from stillroom.errors import UserError
+from stillroom.preflight.starting import write_study
+from stillroom.studies import load_study
+from stillroom.studies.fields import fields_of, sections
+
+N = range(20)
+TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+DATA = {
+    "question": ([{"id": n, "Question": f"What is {n}?", "Answer": f"It is {n}"} for n in N], "generation"),
+    "instruction": (
+        [{"instruction": f"Add 1 to {n}", "input": "" if n % 2 else "now", "output": n + 1} for n in N],
+        "generation",
+    ),
+    "labels": ([{"sentence": f"Film {n} was fine", "label": n % 3} for n in N], "choice"),
+    "choices": ([{"question": f"Which {n}?", "choices": ["a", "b"], "answer": n % 2} for n in N], "choice"),
+    "chats": ([{"messages": [{"role": "user", "content": f"{n}"}, *TURNS[1:]]} for n in N], "chat"),
+}
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_a_study_is_written_for_the_usual_columns(tmp_path, name, tokenizers):
+    """It loads, its task is of the kind that the rows are, and its examples can be drawn of them."""
+    rows, kind = DATA[name]
+    (tmp_path / "my rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    start = write_study(tmp_path / "my rows.jsonl", "a/teacher", "a/student", tmp_path / "study.yaml")
+    study = load_study(str(tmp_path / "study.yaml"))
+    assert (start.rows, start.usable) == (20, 20)
+    ((task, data),) = study.corpus.tasks.items()
+    assert task == "my-rows"
+    assert [own for own in ("choice", "generation", "chat") if getattr(data, own)] == [kind]
+    if kind != "chat":  # which needs templates
+        assert len(build_corpus(study.corpus, tokenizers).all) == 18
+    with pytest.raises(UserError, match=r"study.yaml exists; name another file"):
+        write_study(tmp_path / "my rows.jsonl", "a/teacher", "a/student", tmp_path / "study.yaml")
+
+
+def test_what_cannot_be_guessed_is_said(tmp_path):
+    """No question, or too few rows that can be used."""
+    (tmp_path / "a.csv").write_text("colour,size\n" + "red,1\n" * 9)
+    with pytest.raises(UserError, match=r"columns \['colour', 'size'\]: none looks like a question and an answer"):
+        write_study(tmp_path / "a.csv", "t", "s", tmp_path / "study.yaml")
+    with (tmp_path / "b.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["question", "answer"], ["same", "1"], ["same", "2"], ["other", ""]])
+    with pytest.raises(UserError, match=r"b.csv: 1 of 3 rows can be used .*row 2: column 'answer' is empty"):
+        write_study(tmp_path / "b.csv", "t", "s", tmp_path / "study.yaml")
+    assert not (tmp_path / "study.yaml").exists()
+
+
+def test_the_command_says_its_guesses_and_what_to_do_next(tmp_path):
+    """On a terminal; brackets and quotes of a row's names are no markup."""
+    (tmp_path / "a.csv").write_text("question,answer\n" + "".join(f"q{n},a{n}\n" for n in N))
+    command = ["init", str(tmp_path / "a.csv"), "--teacher", "t", "--student", "s", "--study", str(tmp_path / "s.yaml")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "Guessed: 'question' is the question, 'answer' its answer, which counts as a whole." in done.output
+    assert "Guessed: 20 of 20 rows can be used." in done.output
+    assert f"stillroom plan {tmp_path / 's.yaml'}" in done.output
+
+
+def test_fields_lists_sections_and_single_fields():
+    """By path, with or without what stands for a name; a misspelt one is asked about."""
+    assert [*fields_of("")] == [name for name, _ in sections()]
+    assert [*fields_of("corpus.tasks.chat")] == ["corpus.tasks.<name>.chat"]
+    assert fields_of("training.schedule")["training"][0]["default"] == "`constant`"
+    assert {"teacher", "teacher.adapt", "teacher.adapt.training"} == {*fields_of("teacher")}
+    with pytest.raises(UserError, match=r"no section or field 'trainng'; did you mean training\?"):
+        fields_of("trainng")
+    done = CliRunner().invoke(app, ["fields", "sweep.seeds"])
+    assert done.exit_code == 0, done.output
+    assert "seeds: list of integer, required" in done.output
