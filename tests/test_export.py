@@ -144,3 +144,31 @@ def test_the_command_says_what_it_made(trial, tmp_path):
     facts = json.loads(done.stdout)
     assert "model.safetensors" in facts["files"]
     assert Path(facts["folder"]) == tmp_path / "student"
+
+
+def test_it_is_pushed_with_its_card_or_says_how_to_do_it_by_hand(trial, tmp_path, monkeypatch):
+    """A private repository unless asked otherwise; where the hub refuses, the folder stays and the message names it."""
+    calls = []
+
+    class Hub:
+        def create_repo(self, name, private, exist_ok):
+            calls.append((name, private, exist_ok))
+            return type("Made", (), {"repo_id": name, "__str__": lambda self: f"https://hub/{name}"})()
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            if "refused" in repo_id:
+                raise OSError("403 Forbidden")
+            calls.append((repo_id, {p.name for p in folder_path.iterdir()} >= {"README.md", "model.safetensors"}))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    done = CliRunner().invoke(app, ["export", str(trial), str(tmp_path / "a"), "--push", "me/student", "--json"])
+    assert done.exit_code == 0, done.output
+    assert calls == [("me/student", True, True), ("me/student", True)]
+    assert json.loads(done.stdout)["pushed"] == "https://hub/me/student"
+    done = CliRunner().invoke(app, ["export", str(trial), str(tmp_path / "b"), "--push", "me/refused", "--public"])
+    assert isinstance(done.exception, UserError)
+    assert calls[-1] == ("me/refused", False, True)
+    assert re.search(
+        r"me/refused: cannot be written on the hub: 403 Forbidden; .*hf upload me/refused", str(done.exception)
+    )
+    assert (tmp_path / "b" / "README.md").is_file()

@@ -57,6 +57,27 @@ def export_trial(trial: Path, target: Path, as_adapter: bool = False) -> Path:
     return target
 
 
+def push(folder: Path, repository: str, private: bool = True) -> str:
+    """Upload an exported folder to the hub, model card and all; returns its address.
+
+    `UserError` if there is no login, no network, or no right to write there.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    api = HfApi()
+    try:
+        made = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message="Student exported by stillroom")
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"{repository}: cannot be written on the hub: {said}; log in with `hf auth login` as someone who may write "
+            f"there, and upload {folder}, which is complete, with `hf upload {repository} {folder}`"
+        ) from None
+    return str(made)
+
+
 def _generation_config(trial: Path, folder: Path) -> GenerationConfig:
     """Greedy, as the model was measured."""
     tokenizer = load_tokenizer(ModelRef(model=str(folder)))

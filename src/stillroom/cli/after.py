@@ -70,6 +70,11 @@ def export(
     trial: Annotated[Path, typer.Argument(metavar="TRIAL", help="folder of a finished trial")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a new folder")],
     adapter: Annotated[bool, typer.Option("--adapter", help="the LoRA layers alone, for peft")] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="USER/NAME", help="upload it to this model repository on the hub, made if absent"),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="with --push: a new repository is public")] = False,
     json: JsonOption = False,
 ) -> None:
     """Write a trained student as a Hugging Face model directory: weights, tokenizer, generation config, model card.
@@ -77,7 +82,13 @@ def export(
     Example: stillroom export results/knowledge_distillation_experiment/TRIAL my-student
     """
     from stillroom.afterwards.export import export_trial
+    from stillroom.afterwards.export import push as push_folder
 
     path = export_trial(trial, folder, adapter)
+    facts = {"folder": path, "files": sorted(p.name for p in path.iterdir())}
     then = f"read {path / 'README.md'}; AutoModelForCausalLM.from_pretrained({str(path)!r})"
-    finish(json, {"folder": path, "files": sorted(p.name for p in path.iterdir())}, f"{path}.", then)
+    if push is None:
+        finish(json, facts, f"{path}.", then)
+        return
+    address = push_folder(path, push, private=not public)
+    finish(json, {**facts, "pushed": address}, f"{path}, uploaded to {address}.", then)
