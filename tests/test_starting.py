@@ -25,6 +25,7 @@ DATA = {
     ),
     "labels": ([{"sentence": f"Film {n} was fine", "label": n % 3} for n in N], "choice"),
     "choices": ([{"question": f"Which {n}?", "choices": ["a", "b"], "answer": n % 2} for n in N], "choice"),
+    "two others": ([{"Country": f"Country {n}", "Capital": f"City {n}"} for n in N], "generation"),
     "chats": ([{"messages": [{"role": "user", "content": f"{n}"}, *TURNS[1:]]} for n in N], "chat"),
 }
 
@@ -48,13 +49,18 @@ def test_a_study_is_written_for_the_usual_columns(tmp_path, name, tokenizers):
 
 def test_what_cannot_be_guessed_is_said(tmp_path):
     """No question, or too few rows that can be used."""
-    (tmp_path / "a.csv").write_text("colour,size\n" + "red,1\n" * 9)
-    with pytest.raises(UserError, match=r"columns \['colour', 'size'\]: none looks like a question and an answer"):
+    (tmp_path / "a.csv").write_text("colour,size,weight\n" + "red,1,2\n" * 9)
+    with pytest.raises(
+        UserError, match=r"columns \['colour', 'size', 'weight'\]: none looks like a question and an answer"
+    ):
         write_study(tmp_path / "a.csv", "t", "s", tmp_path / "study.yaml")
     with (tmp_path / "b.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["question", "answer"], ["same", "1"], ["same", "2"], ["other", ""]])
     with pytest.raises(UserError, match=r"b.csv: 1 of 3 rows can be used .*row 2: column 'answer' is empty"):
         write_study(tmp_path / "b.csv", "t", "s", tmp_path / "study.yaml")
+    (tmp_path / "c.jsonl").write_text('{"a.b": "x", "c": "y"}\n' * 4)
+    with pytest.raises(UserError, match="columns cannot stand in a template: .*rename them"):
+        write_study(tmp_path / "c.jsonl", "t", "s", tmp_path / "study.yaml")
     assert not (tmp_path / "study.yaml").exists()
 
 

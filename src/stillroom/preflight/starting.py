@@ -78,6 +78,8 @@ def _guess(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
     said = first(_SAID, asked)
     if asked and said:
         return _question(rows, asked, said, first(("input", "context"), asked, said))
+    if len(columns) == 2:
+        return _question(rows, columns[0], columns[1], None)
     known = f"{', '.join(_ASKED[:4])}, …; {', '.join(_SAID[:4])}, …"
     raise UserError(
         f"columns {columns}: none looks like a question and an answer ({known}), "
@@ -106,6 +108,10 @@ def _few(rows: Sequence[dict[str, Any]], column: str) -> list[str]:
 
 def _usable(name: str, data: Path, columns: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[int, str]:
     """How many different examples the rows give, and what is wrong with the first that gives none."""
+    try:
+        TaskColumns(**columns)
+    except ValueError as error:  # a name with a brace, a dot or a bracket in it
+        raise UserError(f"{data}: its columns cannot stand in a template: {error}; rename them") from None
     task = get_task(
         name, TaskData(dataset=str(data), examples=2, **TaskColumns(**columns).model_dump(exclude_none=True))
     )
