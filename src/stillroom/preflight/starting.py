@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from stillroom.config import TaskColumns, TaskData
 from stillroom.data.corpus import folded
 from stillroom.data.rows import all_rows
@@ -110,8 +112,9 @@ def _usable(name: str, data: Path, columns: dict[str, Any], rows: Sequence[dict[
     """How many different examples the rows give, and what is wrong with the first that gives none."""
     try:
         TaskColumns(**columns)
-    except ValueError as error:  # a name with a brace, a dot or a bracket in it
-        raise UserError(f"{data}: its columns cannot stand in a template: {error}; rename them") from None
+    except ValidationError as error:  # a name with a brace, a dot or a bracket in it
+        said = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"{data}: its columns cannot stand in a template: {said}; rename them") from None
     task = get_task(
         name, TaskData(dataset=str(data), examples=2, **TaskColumns(**columns).model_dump(exclude_none=True))
     )
