@@ -11,11 +11,13 @@ from mistakes import MISTAKES
 from stillroom.config import GROUPS, Objective, fingerprint
 from stillroom.errors import UserError
 from stillroom.studies import load_study, shipped_studies
+from stillroom.terms.distances import DISTANCES
+from stillroom.terms.divergences import DIVERGENCES
 
 
 def test_the_shipped_studies_load():
-    """The three studies are there and valid."""
-    assert shipped_studies() == ["paper", "quickstart", "small"]
+    """They are there and valid."""
+    assert shipped_studies() == ["paper", "paper-llama2", "quickstart", "signals", "small"]
     for name in shipped_studies():
         assert load_study(name).name == name
 
@@ -44,6 +46,33 @@ def test_paper_is_the_study_as_given():
     assert (study.sweep.gpus_per_trial, study.sweep.cpus_per_trial) == (1, 4)
     assert study.teacher.adapt.method == "none"
     assert study.signals.top_k == 256
+
+
+def test_papers_twin_differs_by_its_teacher_alone():
+    """One tokenizer in place of two: a sanity check is one only if nothing else differs."""
+    paper, twin = (load_study(name).model_dump() for name in ("paper", "paper-llama2"))
+    assert {key for key in paper if paper[key] != twin[key]} == {"name", "teacher", "paths"}
+    assert {key for key in paper["teacher"] if paper["teacher"][key] != twin["teacher"][key]} == {"model", "revision"}
+    assert (twin["teacher"]["model"], len(twin["teacher"]["revision"])) == ("meta-llama/Llama-2-7b-hf", 40)
+
+
+def test_the_signals_study_has_every_option_of_the_loss_and_every_placebo():
+    """It is the demonstration that all of them run: a new option belongs in it."""
+    study = load_study("signals")
+    objectives = [group.objective(study.objective) for group in study.groups]
+    for term, field, values in (
+        ("task", "targets", {"gold", "teacher"}),
+        ("kd", "divergence", {*DIVERGENCES}),
+        ("kd", "support", {"top_k", "full"}),
+        ("hidden", "distance", {*DISTANCES}),
+        ("attention", "distance", {"mse", "kl"}),
+    ):
+        assert {getattr(getattr(o, term), field) for o in objectives} == values
+    assert {term for group in study.groups for term in group.placebo} == {"kd", "hidden", "attention", "values"}
+    assert any(group.share for group in study.groups)
+    assert any(len(o.hidden.layers) > 1 for o in objectives)
+    named = [group.model_dump(exclude={"name"}) for group in study.groups]
+    assert all(named.count(group) == 1 for group in named)
 
 
 def test_the_test_splits_are_those_of_the_published_figures():
@@ -188,7 +217,7 @@ sweep: {seeds: [0]}
 
 def test_an_absent_study_lists_those_there_are():
     """A misspelt name."""
-    with pytest.raises(UserError, match="paper, quickstart, small"):
+    with pytest.raises(UserError, match="paper, paper-llama2, quickstart, signals, small"):
         load_study("quickstar")
 
 

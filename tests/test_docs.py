@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import pages
 from stillroom.cli import app
 from stillroom.errors import UserError
-from stillroom.studies import load_study
+from stillroom.studies import load_study, shipped_studies
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -30,7 +30,7 @@ def test_commands_in_the_docs_exist(page):
         assert command in COMMANDS, command
         study = rest.split()[0] if rest.split() else "quickstart"
         overrides = re.findall(r"--set (\S+)", rest)
-        if study in ("quickstart", "small", "paper"):
+        if study in shipped_studies():
             load_study(study, overrides)
 
 
@@ -65,7 +65,7 @@ def test_help_of_every_command_has_an_example(command):
     [
         ("stillroom sw", ["sweep"]),
         ("stillroom run --j", ["--json"]),
-        ("stillroom run s", ["small", "study.yaml", "sub/"]),
+        ("stillroom run s", ["signals", "small", "study.yaml", "sub/"]),
         ("stillroom plan sub/", ["sub/other.yaml"]),
         ("stillroom report q", ["quickstart"]),
     ],

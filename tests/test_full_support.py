@@ -180,7 +180,7 @@ def test_what_has_no_distribution_to_compare_is_refused():
     """By the field, before the teacher runs."""
     none = ["analysis.primary=[]", "analysis.secondary=[]"]
     for given, message in (
-        (["signals.top_k=0"], "signals: .*top_k 0 keeps nothing of the next-token distribution"),
+        (["signals.top_k=0"], "signals.top_k: .*0 keeps nothing of the next-token distribution"),
         (["objective.kd.support=full"], r"group 'black_box' has kd.support full: set signals.teacher_head: true"),
         (["signals.top_k=0", "signals.teacher_head=true"], r"group 'black_box' compares the top k, but signals.top_k"),
     ):

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from stillroom.config.columns import ChatColumns as ChatColumns
 from stillroom.config.columns import ChoiceColumns as ChoiceColumns
@@ -188,24 +188,25 @@ class Corpus(Section):
 class Signals(Section):
     """What is stored of the teacher."""
 
+    teacher_head: bool = later(
+        False, description="keep the teacher's output head, for the whole distribution (objective.kd.support: full)"
+    )
     top_k: int = Field(
         256,
         ge=0,
         description="number of highest next-token log-probabilities kept per token; 0, with teacher_head: none",
-    )
-    teacher_head: bool = later(
-        False, description="keep the teacher's output head, for the whole distribution (objective.kd.support: full)"
     )
     hidden_layers: tuple[Layer, ...] = Field(("last",), min_length=1, description="layers whose hidden state is kept")
     attention_layers: tuple[Layer, ...] = Field(("last",), min_length=1, description="layers whose attention is kept")
     value_layers: tuple[Layer, ...] = Field((), description="layers whose value vectors are kept, for value relations")
     teacher_answers: bool = later(False, description="generate and keep the teacher's greedy answer to every prompt")
 
-    @model_validator(mode="after")
-    def _has_a_distribution(self) -> Signals:
-        if not self.top_k and not self.teacher_head:
-            raise ValueError("top_k 0 keeps nothing of the next-token distribution: set teacher_head: true, too")
-        return self
+    @field_validator("top_k")
+    @classmethod
+    def _has_a_distribution(cls, top_k: int, info: ValidationInfo) -> int:
+        if not top_k and not info.data.get("teacher_head"):
+            raise ValueError("0 keeps nothing of the next-token distribution: set signals.teacher_head: true, too")
+        return top_k
 
     @field_validator("hidden_layers", "attention_layers")
     @classmethod
