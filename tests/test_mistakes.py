@@ -87,7 +87,7 @@ def test_a_broken_study_file(mistaken, tmp_path, content, message):
 def test_a_study_that_is_a_folder_or_absent(mistaken, tmp_path):
     """The shipped ones are listed."""
     for path in (tmp_path, tmp_path / "absent.yaml"):
-        assert "paper, quickstart, small" in mistaken("plan", path)
+        assert "paper, paper-llama2, quickstart, signals, small" in mistaken("plan", path)
 
 
 SENTIMENT = [{"sentence": f"the film number {n} was fine", "label": n % 2} for n in range(30)]
