@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
+import threading
 from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
@@ -31,10 +34,11 @@ from stillroom.offline_teacher_data import (
     snapshots_of,
     verify_saved_data,
 )
+from stillroom.offline_teacher_data.capturing import _write_beside
 from stillroom.offline_teacher_data.cells import cell_bytes, parquet_cell
 from stillroom.offline_teacher_data.recomputation import check_with_head, recompute, sample_ids
 from stillroom.offline_teacher_data.shards import token_batches
-from stillroom.offline_teacher_data.store import SignalStore, columns_of
+from stillroom.offline_teacher_data.store import SignalStore, columns_of, write_shard
 from stillroom.signals import Layout, compute_signals
 from stillroom.signals.next_token import distribution_error
 
@@ -208,6 +212,56 @@ def test_a_store_made_anew_is_verified_anew(copy):
     write_manifest(copy, {**manifest, "created": "2020-01-01T00:00:00Z"})
     with pytest.raises(UserError, match="changed after verification"):
         require_verified(SignalStore.open(copy))
+
+
+def rows_of(store, count):
+    """Batches of one row each, as the teacher gives them."""
+    for example in list(store)[:count]:
+        arrays = {name: torch.tensor(array) for name, array in example.arrays.items()}
+        yield [(example.example_id, example.task, example.encoding, arrays)]
+
+
+def test_a_shard_is_written_while_the_next_batch_is_made(store, tmp_path):
+    """The file is the one that is written row after row; a batch and its neighbours are in memory, no more."""
+    batches = list(rows_of(store, 6))
+    write_shard(tmp_path / "plain.parquet", "x", store.layout, (row for batch in batches for row in batch))
+    _write_beside(iter(batches), tmp_path / "beside.parquet", "x", store.layout, None)
+    plain, beside = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("plain", "beside"))
+    assert plain.equals(beside)
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, UserError])
+def test_a_teacher_that_stops_in_a_shard_leaves_none_and_no_thread(store, tmp_path, failure):
+    """Ctrl-C, or a value that is not finite, in the third batch."""
+    threads = threading.active_count()
+
+    def broken():
+        yield from rows_of(store, 2)
+        raise failure("in the third batch")
+
+    with pytest.raises(failure, match="third batch"):
+        _write_beside(broken(), tmp_path / "part.parquet", "x", store.layout, None)
+    assert not list(tmp_path.iterdir())
+    assert threading.active_count() == threads
+
+
+def test_a_shard_that_cannot_be_written_stops_the_teacher(store, tmp_path, monkeypatch):
+    """A full disk is told at once, not when the teacher has read the rest."""
+    made = []
+
+    def full(path, fingerprint, layout, rows, answers=None):
+        next(iter(rows))
+        raise UserError("no space left")
+
+    def batches():
+        for batch in itertools.cycle(rows_of(store, 1)):
+            made.append(batch)
+            yield batch
+
+    monkeypatch.setattr("stillroom.offline_teacher_data.capturing.write_shard", full)
+    with pytest.raises(UserError, match="no space left"):
+        _write_beside(batches(), tmp_path / "part.parquet", "x", store.layout, None)
+    assert len(made) < 10
 
 
 def test_a_store_of_something_else_is_refused_with_both_sides(store, examples):

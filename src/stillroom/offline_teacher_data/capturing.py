@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from queue import Empty, Full, Queue
 from typing import Any
 
 import torch
@@ -44,6 +47,9 @@ from stillroom.progress import Progress, silent
 from stillroom.provenance import package_versions, utc_now
 from stillroom.signals import compute_signals
 from stillroom.signals.signal import Layout, id_dtype
+
+_Row = tuple[str, str, Encoding, dict[str, torch.Tensor]]
+"""An example's id, task and encoding, and its signals by column."""
 
 
 def made_from(
@@ -136,10 +142,10 @@ def capture_share(
             check_capture(model, probe)
         progress(done, total)
         for number in (n for n in mine if n in absent):
-            rows = _signals_of(model, examples, encodings, shards[number], signals, layout)
-            counted = _counted(rows, lambda n, base=done: progress(base + n, total))  # type: ignore[misc]
+            batches = _signals_of(model, examples, encodings, shards[number], signals, layout)
+            counted = _counted(batches, lambda n, base=done: progress(base + n, total))  # type: ignore[misc]
             answers = answer([examples[i] for i in shards[number]]) if answer else None
-            write_shard(store / shard_name(number), capture_fingerprint, layout, counted, answers)
+            _write_beside(counted, store / shard_name(number), capture_fingerprint, layout, answers)
             done += len(shards[number])
     with exclusive(store, "capture", ".merging", wait=-1):
         if finished := not missing():
@@ -200,21 +206,62 @@ def _signals_of(
     rows: Sequence[int],
     signals: Signals,
     layout: Layout,
-) -> Iterator[tuple[str, str, Encoding, dict[str, torch.Tensor]]]:
+) -> Iterator[list[_Row]]:
     dtype = {"float16": torch.float16, "float32": torch.float32}[signals.dtype]
     for batch in token_batches(rows, encodings, signals.batch_tokens):
         try:
             results = compute_signals(model, [encodings[i] for i in batch], layout, dtype)
         except UserError as error:
             raise UserError(f"examples {[examples[i].example_id for i in batch]}: {error}") from None
-        for i, result in zip(batch, results, strict=True):
-            yield examples[i].example_id, examples[i].task, encodings[i], result
+        made = zip(batch, results, strict=True)
+        yield [(examples[i].example_id, examples[i].task, encodings[i], result) for i, result in made]
 
 
-def _counted(rows: Iterator[Any], report: Callable[[int], None]) -> Iterator[Any]:
-    for number, row in enumerate(rows, 1):
-        yield row
-        report(number)
+def _counted(batches: Iterator[list[_Row]], report: Callable[[int], None]) -> Iterator[list[_Row]]:
+    done = 0
+    for batch in batches:
+        yield batch
+        done += len(batch)
+        report(done)
+
+
+class _AbandonedError(Exception):
+    """The rows of a shard end before it is whole."""
+
+
+def _write_beside(batches: Iterator[list[_Row]], path: Path, *shard: Any) -> None:
+    """`write_shard` by a thread, while the teacher reads the next batch; what either raises ends the other."""
+    made: Queue[list[_Row] | None] = Queue(maxsize=1)
+    whole = ended = False
+
+    def rows() -> Iterator[_Row]:
+        # an interruption can strike anywhere, also between a batch and its notice: so nobody waits without an end
+        while not (ended and made.empty()):
+            with suppress(Empty):
+                if (batch := made.get(timeout=0.2)) is None:
+                    break
+                yield from batch
+        if not whole:
+            raise _AbandonedError
+
+    fingerprint, layout, answers = shard
+    with ThreadPoolExecutor(1, "shard") as thread:
+        try:
+            written = thread.submit(write_shard, path, fingerprint, layout, rows(), answers)
+
+            def give(batch: list[_Row] | None) -> bool:
+                """Whether the thread still takes what is made."""
+                while not written.done():
+                    with suppress(Full):
+                        made.put(batch, timeout=0.2)
+                        return True
+                return False
+
+            whole = all(map(give, batches))
+            give(None)
+        finally:
+            ended = True
+        written.result()
 
 
 def _finish(
@@ -248,6 +295,7 @@ def _finish(
         "vocabulary": vocabulary_size(model),
         **kept,
         "prompts": prompts,
-        "shards": [shard_entry(store / shard_name(n)) for n in range(shards)],
     }
+    with ThreadPoolExecutor(4, "digests") as threads:
+        manifest["shards"] = list(threads.map(shard_entry, [store / shard_name(n) for n in range(shards)]))
     write_manifest(store, manifest)

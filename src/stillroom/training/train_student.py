@@ -145,7 +145,9 @@ def train(
         totals: dict[str, Any] = defaultdict(float)
         unread: tuple[Finite, list[Batch]] | None = None
         order = epoch_order(lengths, training.batch_size, training.bucket_batches, trial.seed, epoch)
-        batches = Prefetched(order, lambda chosen: _micro_batches(parts["train"], chosen, training, collate), workers)
+        batches = Prefetched(
+            order, lambda chosen: _micro_batches(parts["train"], chosen, training, collate), workers, 2 * workers + 2
+        )
         student.train()
         for number, micro in enumerate(batches):
             step = epoch * steps + number
@@ -266,8 +268,9 @@ def _validate(
     student.eval()
     totals: dict[str, Any] = defaultdict(float)
     order = sorted(range(len(items)), key=lambda i: len(items[i].encoding))
-    for first in range(0, len(order), training.batch_size):
-        for batch in _micro_batches(items, order[first : first + training.batch_size], training, collate):
+    steps = [order[first : first + training.batch_size] for first in range(0, len(order), training.batch_size)]
+    for micro in Prefetched(steps, lambda chosen: _micro_batches(items, chosen, training, collate)):
+        for batch in micro:
             _, sums = runner.losses(batch.to(runner.device), runner.objective.weights, batch.counts)
             accumulate(totals, sums, batch.counts)
     losses = overall_metrics(losses_of(totals, runner.objective), "validation")
