@@ -33,7 +33,7 @@ from stillroom.errors import UserError
 from stillroom.experiment.workspace import Workspace
 from stillroom.models import architecture
 from stillroom.models.precision import native_bfloat16
-from stillroom.preflight import doctor
+from stillroom.preflight import accelerator, doctor
 from stillroom.preflight.planning import plan_study
 from stillroom.studies import load_study
 
@@ -370,3 +370,53 @@ def test_the_embedded_study_is_sound_on_this_machine(monkeypatch, tmp_path):
     assert "ok   ray: nodes 1" in told.output
     assert "ok   tracker" in told.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gpu_is_tried_and_each_failure_is_a_line(study, monkeypatch):
+    """Memory, kernels, a capture and a step. This CPU stands in for the card, and fakes for what only one can say."""
+    here, plan = torch.device("cpu"), {"memory_bytes": {"trial": 1000}}
+    study = study.model_copy(update={"evaluation": study.evaluation.model_copy(update={"dtype": "float32"})})
+    kernels, rehearse = accelerator.run_kernels, accelerator.rehearse
+    monkeypatch.setattr(doctor, "default_device", lambda: SimpleNamespace(type="cuda"))
+    monkeypatch.setattr(accelerator, "driver", lambda _: "a card")
+    monkeypatch.setattr(accelerator, "allocate", lambda _, needed: None)
+    monkeypatch.setattr(accelerator, "run_kernels", lambda _, dtypes: kernels(here, dtypes))
+    monkeypatch.setattr(accelerator, "rehearse", lambda config, _, dtype: rehearse(config, here, dtype))
+    found = {finding.subject: finding for finding in doctor._gpu(study, plan)}
+    assert list(found) == ["GPU driver", "GPU memory", "GPU kernels", "teacher on the GPU", "student on the GPU"]
+    assert all(finding.fine for finding in found.values()), found
+    assert found["GPU driver"].says == "a card"
+    assert found["student on the GPU"].says == "two layers captured and trained in float32"
+
+    def refused(*_):
+        raise UserError("bfloat16: no kernel image is available; set another dtype")
+
+    monkeypatch.setattr(accelerator, "run_kernels", refused)
+    told = line(list(doctor._gpu(study, plan)), "GPU kernels")
+    assert not told.fine
+    assert told.says == "bfloat16: no kernel image is available; set another dtype"
+
+
+def test_memory_that_others_hold_and_a_build_without_the_cards_kernels_are_told(monkeypatch):
+    """A real allocation fails where the card's size alone would do; an old build fails at its first kernel."""
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    card = SimpleNamespace(major=9, minor=0, name="H100")
+    monkeypatch.setattr("torch.empty", full)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (3e9, 80e9))
+    with pytest.raises(UserError, match=r"29.2 GB cannot be allocated: 3.0 of 80.0 GB are free; end what else"):
+        accelerator.allocate(torch.device("cpu"), int(29.2e9))
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: card)
+    monkeypatch.setattr("torch.cuda.get_arch_list", lambda: ["sm_70", "sm_80"])
+    with pytest.raises(UserError, match=r"H100 \(sm_90\): this build has kernels for sm_70, sm_80 only"):
+        accelerator.driver(torch.device("cpu"))
+    monkeypatch.setattr("torch.cuda.get_arch_list", lambda: ["sm_80", "sm_90a"])
+    assert "H100" in accelerator.driver(torch.device("cpu"))
+
+
+def test_a_machine_without_a_gpu_has_no_line_about_one(study):
+    """Nothing is tried, and nothing is said."""
+    if not torch.cuda.is_available():
+        assert not list(doctor._gpu(study, {}))

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def examine(study: Study) -> list[Finding]:
     except UserError as error:
         findings.append(Finding("data", False, str(error)))
     else:
-        findings += [*_data(plan), *_disk(study, plan), *_memory(study, plan)]
+        findings += [*_data(plan), *_disk(study, plan), *_memory(study, plan), *_gpu(study, plan)]
     return [*findings, _design(study), _tracker(study), _launcher(study)]
 
 
@@ -273,6 +274,36 @@ def _memory(study: Study, plan: dict[str, Any]) -> Lines:
         says = f"about {_size(needed)} needed, {_size(room[stage])} {where}"
         fine = needed < room[stage]
         yield Finding(f"memory for a {stage}", fine, says if fine else f"{says}; {remedies[stage]}")
+
+
+def _gpu(study: Study, plan: dict[str, Any]) -> Lines:
+    """What the first GPU does when it is tried; without one, nothing."""
+    device = default_device()
+    if device.type == "cpu":
+        return
+    from stillroom.preflight import accelerator
+
+    yield _trial_run("GPU driver", lambda: accelerator.driver(device), "")
+    needed = int(plan["memory_bytes"]["trial"])
+    yield _trial_run("GPU memory", lambda: accelerator.allocate(device, needed), f"{_size(needed)} could be allocated")
+    dtypes = sorted({study.teacher.dtype, study.training.precision, study.evaluation.dtype})
+    kernels = f"products and attention, forward and backward: {', '.join(dtypes)}"
+    yield _trial_run("GPU kernels", lambda: accelerator.run_kernels(device, dtypes), kernels)
+    for role, ref, dtype in (
+        ("teacher", study.teacher, study.teacher.dtype),
+        ("student", study.student, study.training.precision),
+    ):
+        if not ref.model.startswith("builtin:"):
+            says = f"two layers captured and trained in {dtype}"
+            rehearsed = partial(lambda r, d: accelerator.rehearse(load_config(r), device, d), ref, dtype)
+            yield _trial_run(f"{role} on the GPU", rehearsed, says)
+
+
+def _trial_run(subject: str, action: Callable[[], Any], says: str) -> Finding:
+    """What the action returns, or `says`, if it can be done; else why it cannot."""
+    found: list[Any] = []
+    fine, reason = _tried(lambda: found.append(action()))
+    return Finding(subject, fine, (found[0] or says) if fine else reason)
 
 
 def _tracker(study: Study) -> Finding:
