@@ -16,6 +16,7 @@ from stillroom.config import GROUPS, Group, Objective
 from stillroom.errors import UserError
 from stillroom.studies import load_study
 from stillroom.terms.placebo import Placebo, aligned_rows, without_fixed_point
+from stillroom.training import train_student
 from stillroom.training.collation import Collator
 from stillroom.training.train_student import Trial, train
 
@@ -183,3 +184,11 @@ def test_a_placebo_is_a_groups_and_of_a_term_that_is_on():
     assert group.objective(Objective()).model_dump()["hidden"]["placebo"] is True
     assert "placebo" not in GROUPS["hidden"].objective(Objective()).model_dump()["hidden"]
     assert Group.model_validate(group.model_dump(mode="json")) == group
+
+
+def test_training_hands_the_whole_step_to_each_micro_batch():
+    """Else a placebo's values would be moved within a micro-batch alone, and depend on how a step is cut."""
+    seen = []
+    training = TRAINING.model_copy(update={"micro_batch_size": 2})
+    train_student._micro_batches([*"abcde"], [4, 0, 2], training, lambda items, step: seen.append((items, step)))
+    assert seen == [(["e", "a"], ["e", "a", "c"]), (["c"], ["e", "a", "c"])]
