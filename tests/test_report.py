@@ -268,7 +268,7 @@ def test_tables_for_a_paper_are_tidy_and_escaped(results):
     whole = accuracy[accuracy["task"] == "all"].groupby("group")["accuracy"].mean()
     summary = pd.read_csv(results / "results_summary.csv").groupby("config/distill_type")["validation_accuracy"].mean()
     assert whole[summary.index].to_numpy() == pytest.approx(summary.to_numpy())
-    assert len(pd.read_csv(results / "tables" / "comparisons.csv")) == 6 * 4
+    assert len(pd.read_csv(results / "tables" / "comparisons.csv")) == (6 + 1 + 5) * 4
     for name in ("accuracy", "contrasts"):
         text = (results / "paper" / f"{name}.tex").read_text()
         assert text.count(r"\toprule") == text.count(r"\midrule") == text.count(r"\bottomrule") == 1

@@ -11,10 +11,11 @@ import pytest
 from scipy.stats import binomtest
 
 from stillroom.analysis import verdicts as verdicts_module
+from stillroom.analysis.questions import HELPS, PLACEBO, WHITE_BOX, Recipe, question_of
 from stillroom.analysis.statistics import Comparison, detectable_by_signs
-from stillroom.analysis.verdicts import Evidence, _verdict
+from stillroom.analysis.verdicts import Evidence, _verdict, what_it_takes
 from stillroom.analysis.verdicts import answer_questions as answers_from
-from stillroom.config import Analysis
+from stillroom.config import GROUPS, Analysis
 
 SEEDS = tuple(range(7))
 ANALYSIS = Analysis(simple_tasks=("easy",), hard_tasks=("hard",), equivalence_margin=0.02)
@@ -46,10 +47,27 @@ def accuracies(table):
 NOTHING = dict.fromkeys(("black_box", "hidden", "attention", "combined"), (0.0, 0.0))
 
 
-def answer_questions(table, analysis, seeds, groups=None):
-    """The answers from a table alone, all its groups planned."""
-    planned = groups or list(dict.fromkeys(table["config/distill_type"]))
-    return answers_from(Evidence(accuracies(table), analysis, tuple(seeds), planned, {}))
+def recipe(*terms, **settings):
+    """A group of these terms with plain settings."""
+    return Recipe({term: settings.get(term, {}) for term in terms})
+
+
+RECIPES = {name: recipe(*group.terms) for name, group in GROUPS.items()}
+COMBINED = "Does combining the signals help?"
+WHICH = "Hidden states or attention: which is worth more?"
+TASKS = "Does the benefit depend on the task?"
+HYPOTHESIS = "The hypothesis: alike on simple tasks, white-box better on hard ones"
+
+
+def evidence(table, analysis, seeds, groups=None, **more):
+    """The evidence of a table alone, all its groups planned."""
+    planned = groups or {name: RECIPES[name] for name in dict.fromkeys(table["config/distill_type"])}
+    return Evidence(accuracies(table), analysis, tuple(seeds), planned, {}, **more)
+
+
+def answer_questions(table, analysis, seeds, groups=None, **more):
+    """The answers from a table alone, by question."""
+    return {answer.question: answer for answer in answers_from(evidence(table, analysis, seeds, groups, **more))}
 
 
 def verdicts(answers, question):
@@ -61,94 +79,174 @@ def test_a_hypothesis_that_holds_is_said_to_hold():
     """Alike on the simple task, better on the hard one."""
     effects = {**NOTHING, "hidden": (0, 0.1), "attention": (0, 0.1), "combined": (0, 0.2)}
     answers = answer_questions(frame(effects), ANALYSIS, SEEDS)
-    assert set(verdicts(answers, 0).values()) == {"improves"}
-    assert verdicts(answers, 2)["combined", "all"] == "improves"
-    assert verdicts(answers, 2)["combined", "easy"] == "equivalent"
-    assert answers[0].short.startswith("hidden against black_box: improves; attention")
-    assert verdicts(answers, 3)["hidden", "easy"] == "equivalent"
-    assert verdicts(answers, 3)["hidden", "hard"] == "improves"
-    assert "the benefit differs between tasks" in answers[3].answer
-    assert answers[4].answer.startswith("Supported")
+    white = verdicts(answers, WHITE_BOX)
+    assert {white[group, "all"] for group in ("hidden", "attention", "combined")} == {"improves"}
+    assert (white["hidden", "easy"], white["hidden", "hard"]) == ("equivalent", "improves")
+    assert verdicts(answers, COMBINED)["combined", "all"] == "improves"
+    assert verdicts(answers, COMBINED)["combined", "easy"] == "equivalent"
+    says = "Yes: hidden (+5.0 points), attention (+5.0 points) and combined (+10.0 points) beat black_box."
+    assert answers[WHITE_BOX].short == says
+    assert "the benefit differs between tasks" in answers[TASKS].sentences[0]
+    assert answers[HYPOTHESIS].short.startswith("Supported")
 
 
 def test_a_hypothesis_that_fails_is_said_to_fail():
     """A white-box group that is worse on a hard task contradicts it."""
     answers = answer_questions(frame({**NOTHING, "hidden": (0, -0.1)}), ANALYSIS, SEEDS)
-    assert verdicts(answers, 0)["hidden", "all"] == "worse"
-    assert answers[4].answer.startswith("Contradicted")
+    assert verdicts(answers, WHITE_BOX)["hidden", "all"] == "worse"
+    says = "No: hidden (−5.0 points) is worse than black_box; attention ("
+    assert answers[WHITE_BOX].short.startswith(says)
+    assert answers[HYPOTHESIS].short.startswith("Contradicted by hidden on hard (worse), attention on hard")
 
 
 def test_no_difference_is_not_called_equality_without_a_test():
     """Equivalent only within the declared margin; otherwise no evidence, with the seeds it would take."""
     answers = answer_questions(frame(NOTHING), ANALYSIS, SEEDS)
-    assert set(verdicts(answers, 0).values()) == {"equivalent"}
+    assert set(verdicts(answers, WHITE_BOX).values()) == {"equivalent"}
+    assert answers[WHITE_BOX].short.startswith("No: ")
     strict = ANALYSIS.model_copy(update={"equivalence_margin": 0.0001})
     noisy = answer_questions(frame(NOTHING), strict, SEEDS)
-    assert set(verdicts(noisy, 0).values()) == {"no evidence of a difference"}
+    assert set(verdicts(noisy, WHITE_BOX).values()) == {"no evidence of a difference"}
+    assert noisy[WHITE_BOX].short.startswith("Not shown: there is no evidence that hidden")
 
 
 @pytest.mark.parametrize("seeds", [(0,), (0, 1), (0, 1, 2, 3, 4), (0, 1, 2, 3, 4, 5)])
 def test_too_few_seeds_give_no_verdict_and_say_how_many_it_takes(seeds):
     """Adjusted over three contrasts fewer than seven seeds cannot reach 0.05, however large the effect; seven can."""
     effects = {**NOTHING, "hidden": (0.3, 0.3)}
-    answer = answer_questions(frame(effects, seeds), ANALYSIS, seeds)[0]
+    answer = answer_questions(frame(effects, seeds), ANALYSIS, seeds)[WHITE_BOX]
     hidden = answer.findings[0]
     assert hidden.verdict == "undecided"
     assert f"with {len(seeds)} seed" in hidden.sentence
     assert "adjusted over 3 contrasts, cannot reach 0.05 with fewer than 7" in hidden.sentence
-    enough = answer_questions(frame(effects, range(7)), ANALYSIS, range(7))[0].findings[0]
-    assert enough.verdict == "improves"
+    assert answer.short.startswith("Not known: ")
+    assert "these runs cannot tell hidden (" in answer.short
+    open_ = evidence(frame(effects, seeds), ANALYSIS, seeds)
+    needed = what_it_takes(open_, answers_from(open_))
+    assert needed.seeds == tuple(range(7))
+    assert needed.says[0].endswith(
+        "no result could reach p ≤ 0.05 after Holm's adjustment over 3 contrasts: that takes 7 seeds."
+    )
+    whole = evidence(frame(effects, range(7)), ANALYSIS, range(7))
+    answers = answers_from(whole)
+    assert answers[0].findings[0].verdict == "improves"
+    assert not any("no result could reach" in said for said in what_it_takes(whole, answers).says)
 
 
 def test_a_missing_trial_stops_verdicts_unless_the_study_declares_otherwise():
     """Never dropped in silence: no verdict by default; with the declared rule, said beside it."""
     effects = {**NOTHING, "hidden": (0.1, 0.1), "attention": (0.1, 0.1), "combined": (0.1, 0.1)}
     table = frame(effects, range(8), drop={("hidden", 3)})
-    refused = answer_questions(table, ANALYSIS, range(8))[0]
+    refused = answer_questions(table, ANALYSIS, range(8))[WHITE_BOX]
     assert {f.verdict for f in refused.findings} == {"undecided"}
-    assert "hidden seed 3" in refused.answer
+    assert "hidden seed 3" in refused.sentences[0]
+    refusing = evidence(table, ANALYSIS, range(8))
+    says = what_it_takes(refusing, answers_from(refusing))
+    assert says.says[0].startswith("6 contrasts wait for trials that are missing")
+    assert says.seeds == ()
     common = ANALYSIS.model_copy(update={"incomplete": "common_seeds"})
-    given = answer_questions(table, common, range(8))[0]
+    given = answer_questions(table, common, range(8))[WHITE_BOX]
     assert given.findings[0].comparison.seeds == 7
-    assert "over 7 seeds, since trials are missing" in given.answer
+    assert "over 7 seeds, since trials are missing" in given.sentences[0]
 
 
 def test_a_diverged_trial_is_a_missing_one():
     """A NaN accuracy is not averaged away."""
     table = frame(NOTHING)
     table.loc[0, "validation_accuracy"] = np.nan
-    assert {f.verdict for f in answer_questions(table, ANALYSIS, SEEDS)[0].findings} == {"undecided"}
+    found = verdicts(answer_questions(table, ANALYSIS, SEEDS), WHITE_BOX)
+    assert {verdict for (_, measure), verdict in found.items() if measure == "all"} == {"undecided"}
 
 
-def test_combining_is_known_by_what_a_group_has_and_not_by_its_name():
-    """A group of one's own that has both signals answers the third question, whatever it is called."""
-    table = frame({"black_box": (0, 0), "hidden": (0, 0), "attention": (0, 0), "everything": (0, 0)})
-    pairs = (("hidden", "attention"), ("everything", "hidden"))
-    analysis = ANALYSIS.model_copy(update={"secondary": pairs})
-    planned = ["black_box", "hidden", "attention", "everything"]
-    evidence = Evidence(accuracies(table), analysis, tuple(SEEDS), planned, {})
-    for combining, second, third in (
-        ({"everything"}, {"hidden"}, {"everything"}),
-        (set(), {"hidden", "everything"}, set()),
-    ):
-        answers = answers_from(replace(evidence, combining=combining))
-        assert {first for first, _ in verdicts(answers, 1)} == second
-        assert {first for first, _ in verdicts(answers, 2)} == third
+ONE = {"task": {"weight": 1.0}, "kd": {"divergence": "forward_kl"}, "hidden": {"layers": [["last", "last"]]}}
 
 
-def test_questions_without_their_groups_say_so():
+@pytest.mark.parametrize(
+    ("first", "second", "question", "yes"),
+    [
+        (recipe("task", "kd"), recipe("task"), HELPS, 1),
+        (recipe("task"), recipe("task", "hidden"), HELPS, -1),
+        (recipe("task"), None, HELPS, 1),
+        (recipe("task", "kd", "values"), recipe("task", "kd"), WHITE_BOX, 1),
+        (recipe("task", "kd"), recipe("task", "hidden"), WHITE_BOX, -1),
+        (recipe("task", "kd", "hidden"), recipe("task", "kd", "attention"), WHICH, 0),
+        (recipe("task", "kd", "attention"), recipe("task", "hidden"), WHICH, 0),
+        (recipe("task", "values"), recipe("task", "hidden"), "Hidden states or value relations: which", 0),
+        (recipe("kd", "hidden", "values"), recipe("kd", "hidden"), COMBINED, 1),
+        (recipe("kd", "hidden"), recipe("kd", "attention", "hidden"), COMBINED, -1),
+        (recipe("task", "kd", "hidden"), recipe("task", "hidden"), "Do the teacher's predictions help beside", 1),
+        (recipe("task", "kd"), recipe("kd"), "Do the labels help beside the other signals?", 1),
+        (recipe("task", "kd", kd={"divergence": "reverse_kl"}), recipe("task", "kd", kd={"divergence": "forward_kl"}),
+         "Does it matter how a signal is used: kd.divergence?", 0),
+        (Recipe(ONE), Recipe({**ONE, "hidden": {"layers": [[8, 4]]}}), "Does it matter how", 0),
+        (Recipe(ONE), Recipe(ONE, frozenset({"hidden"})), PLACEBO, 1),
+        (Recipe(ONE, frozenset({"hidden"})), recipe("task", "kd"), PLACEBO, 0),
+    ],
+)  # fmt: skip
+def test_a_contrast_is_filed_by_what_its_groups_are_trained_with(first, second, question, yes):
+    """Whatever they are called: no contrast without a white-box term stands under the white-box question."""
+    found = question_of(first, second)
+    assert found.text.startswith(question)
+    assert found.yes == yes
+
+
+def test_a_study_of_other_signals_is_asked_its_own_questions():
+    """Groups named as one likes: the questions are those of their terms, and what none asks is not on the page."""
+    plain, other = recipe("task", "kd"), recipe("task", "kd", kd={"divergence": "reverse_kl"})
+    groups = {"labels": recipe("task"), "a": plain, "b": other, "v": recipe("task", "kd", "values")}
+    analysis = ANALYSIS.model_copy(update={"primary": (("v", "a"), ("b", "a")), "secondary": ()})
+    effects = {"labels": (-0.1, -0.1), "a": (0, 0), "b": (0, 0), "v": (0.1, 0.1)}
+    answers = answer_questions(frame(effects), analysis, SEEDS, groups)
+    assert list(answers) == [
+        HELPS, WHITE_BOX, "Does it matter how a signal is used: kd.divergence?", TASKS, HYPOTHESIS
+    ]  # fmt: skip
+    assert {first for first, _ in verdicts(answers, WHITE_BOX)} == {"v"}
+    assert {first for first, _ in verdicts(answers, HELPS)} == {"a", "b"}  # both are compared with by the study
+    undeclared = ANALYSIS.model_copy(update={"primary": (("v", "a"),), "secondary": ()})
+    assert {first for first, _ in verdicts(answer_questions(frame(effects), undeclared, SEEDS, groups), HELPS)} == {"a"}
+
+
+def test_whether_distilling_helps_is_asked_of_every_study():
+    """Black box against labels alone is a family of one, each group against the student before training another."""
+    effects = {"task_only": (0, 0), **NOTHING, "black_box": (0.1, 0.1), "hidden": (-0.2, -0.2)}
+    table = frame(effects)
+    before = pd.DataFrame(
+        [{**row, "config/distill_type": "before"} for row in frame({"before": (-0.1, -0.1)}).to_dict("records")]
+    )
+    for column in [name for name in before if name.startswith("validation")]:
+        before[column] = 0.4
+    both = pd.concat([table, before])
+    groups = {name: RECIPES[name] for name in effects}
+    answers = answer_questions(both, ANALYSIS, SEEDS, groups, student="before")
+    found = {
+        (f.comparison.first, f.comparison.second): f for f in answers[HELPS].findings if f.comparison.measure == "all"
+    }
+    assert set(found) == {("black_box", "task_only"), *((group, "before") for group in effects)}
+    assert {f.family for f in found.values()} == {1}
+    assert found["black_box", "task_only"].verdict == "improves"
+    assert found["hidden", "before"].verdict == "worse"
+    assert found["hidden", "before"].comparison.difference == pytest.approx(-0.1)
+    assert answers[HELPS].short.startswith(
+        "Yes: black_box (+10.0 points) beats task_only; task_only (+10.0 points), bla"
+    )
+    assert answers[HELPS].short.endswith("hidden (−10.0 points) is worse than the before.")
+    primary = [f for f in answers[WHITE_BOX].findings if f.comparison.measure == "all"]
+    assert {f.family for f in primary} == {3}
+
+
+def test_questions_without_their_groups_are_not_asked():
     """A study of other groups still has a report."""
-    answers = answer_questions(frame({"black_box": (0, 0)}), ANALYSIS, SEEDS)
-    assert all("no contrast of its groups" in answer.answer for answer in answers)
+    assert answer_questions(frame({"black_box": (0, 0)}), ANALYSIS, SEEDS) == {}
 
 
 def test_a_group_without_a_finished_trial_is_missing_not_absent():
     """No contrast is left out because nothing of a planned group is there yet."""
     table = frame({group: NOTHING[group] for group in ("black_box", "hidden", "attention")})
-    answer = answer_questions(table, ANALYSIS, SEEDS, list(NOTHING))[0]
-    assert [f.comparison.first for f in answer.findings] == ["hidden", "attention", "combined"]
+    planned = {name: RECIPES[name] for name in NOTHING}
+    answer = answer_questions(table, ANALYSIS, SEEDS, planned)[WHITE_BOX]
+    assert [f.comparison.first for f in answer.findings[:3]] == ["hidden", "attention", "combined"]
     assert {f.verdict for f in answer.findings} == {"undecided"}
-    assert "combined seed 0" in answer.answer
+    assert "combined seed 0" in answer.sentences[0]
 
 
 def test_findings_carry_their_differences_and_a_bootstrap_over_examples():
@@ -170,9 +268,9 @@ def test_findings_carry_their_differences_and_a_bootstrap_over_examples():
                 }
             )
     table = pd.DataFrame(rows)
-    evidence = Evidence(accuracies(table), ANALYSIS, SEEDS, ["black_box", "hidden"], predictions)
+    own = Evidence(accuracies(table), ANALYSIS, SEEDS, {n: RECIPES[n] for n in ("black_box", "hidden")}, predictions)
     for measure, chosen in (("all", slice(None)), ("easy", slice(30)), ("hard", slice(30, None))):
-        (finding,) = evidence.findings([("hidden", "black_box")], measure)
+        (finding,) = own.findings([[("hidden", "black_box")]], measure)
         means = {
             seed: predictions["hidden", seed]["correct"][chosen].mean()
             - predictions["black_box", seed]["correct"][chosen].mean()
@@ -207,11 +305,11 @@ def test_a_hypothesis_is_supported_by_all_its_contrasts_or_not_at_all():
     """One hard contrast without a verdict leaves it undecided, however the others are."""
     analysis = ANALYSIS.model_copy(update={"equivalence_margin": 0.0025})
     answers = answer_questions(frame({**NOTHING, "hidden": (0, 0.1), "combined": (0, 0.1)}), analysis, SEEDS)
-    found = verdicts(answers, 4)
+    found = verdicts(answers, WHITE_BOX)
     assert {found[group, "easy"] for group in ("hidden", "attention", "combined")} == {"equivalent"}
     assert {found[group, "hard"] for group in ("hidden", "combined")} == {"improves"}
     assert found["attention", "hard"] == "no evidence of a difference"
-    assert answers[4].answer.startswith("Undecided")
+    assert answers[HYPOTHESIS].short.startswith("Not known: 5 of 6 declared contrasts are as it predicts")
 
 
 SIZES = {"easy": 40, "hard": 160}
@@ -232,7 +330,8 @@ def simulated(rng, effects, analysis=ANALYSIS, spread=0.03):
     table = {name: dict(zip(trials, map(float, values), strict=True)) for name, values in measures.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verdicts_module, "seeds_needed", lambda *a, **k: None)  # words alone, and most of the time
-        return answers_from(Evidence(table, analysis, SEEDS, list(NOTHING), {}))
+        found = answers_from(Evidence(table, analysis, SEEDS, {name: RECIPES[name] for name in NOTHING}, {}))
+    return {answer.question: answer for answer in found}
 
 
 PRIMARY = ANALYSIS.model_copy(update={"secondary": ()})
@@ -252,12 +351,12 @@ def test_studies_without_an_effect_get_no_verdict_of_one_more_often_than_they_ma
     rng, studies, loud = np.random.default_rng(0), 400, Counter()
     for _ in range(studies):
         answers = simulated(rng, {})
-        families = {"primary": answers[0], "hidden or attention": answers[1], "combining": answers[2]}
+        families = {question: answers[question] for question in (WHITE_BOX, WHICH, COMBINED)}
         for name, answer in families.items():
             for measure in ("all", *SIZES):
                 found = {f.verdict for f in answer.findings if f.comparison.measure == measure}
                 loud[name, measure] += bool(found & {"improves", "worse"})
-        loud["interaction"] += answers[3].short.startswith("hidden against black_box: the benefit differs")
+        loud["interaction"] += answers[TASKS].sentences[0].startswith("hidden against black_box: the benefit differs")
     assert all(rate_is(hits, studies, ANALYSIS.alpha, "greater") for hits in loud.values()), loud
 
 
@@ -267,12 +366,12 @@ def test_studies_with_an_effect_of_the_planned_size_find_it_as_often_as_planned(
     rng, studies = np.random.default_rng(1), 200
     effect = detectable_by_signs(len(SEEDS), ANALYSIS.alpha, 3) * DIFFERENCE
     for sign, verdict in ((1, "improves"), (-1, "worse")):
-        found = [simulated(rng, {"hidden": sign * effect}, PRIMARY)[0].findings[0] for _ in range(studies)]
+        found = [simulated(rng, {"hidden": sign * effect}, PRIMARY)[WHITE_BOX].findings[0] for _ in range(studies)]
         assert {f.comparison.first for f in found} == {"hidden"}
         assert np.mean([f.verdict == verdict for f in found]) == pytest.approx(0.8, abs=0.09)
         assert not any(f.verdict in {"improves", "worse"} - {verdict} for f in found)
     at_the_margin = dict.fromkeys(("hidden", "attention", "combined"), ANALYSIS.equivalence_margin)
     alike = sum(
-        simulated(rng, at_the_margin, PRIMARY, 0.0)[0].findings[0].verdict == "equivalent" for _ in range(studies)
+        simulated(rng, at_the_margin, PRIMARY, 0.0)[WHITE_BOX].findings[0].verdict == "equivalent" for _ in range(studies)
     )
     assert rate_is(alike, studies, ANALYSIS.alpha, "greater")

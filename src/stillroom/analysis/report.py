@@ -13,20 +13,37 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from stillroom.analysis.figures import save_figure, study_figures
 from stillroom.analysis.frame import group_table, worse_or_equal
 from stillroom.analysis.paper import study_tables, write_paper
+from stillroom.analysis.questions import recipes
 from stillroom.analysis.results import StudyResults
+from stillroom.analysis.tables import contrast_table
 from stillroom.analysis.verdicts import Answer, Evidence, answer_questions
 from stillroom.config import TERMS, WEAK_SIGNAL
-from stillroom.evaluation.metrics import Key
+from stillroom.evaluation.metrics import Key, by_key
 from stillroom.files import write_text
 
 
 def answers_of(results: StudyResults, bootstrap: bool = True) -> list[Answer]:
     """The questions' answers from a results folder; the bootstrap reads every trial's predictions."""
-    predictions = results.predictions if bootstrap else {}
-    seeds = results.study["sweep"]["seeds"]
-    both = {group["name"] for group in results.study["groups"] if {"hidden", "attention"} <= set(group["terms"])}
-    return answer_questions(
-        Evidence(results.accuracies, results.analysis, seeds, results.groups, predictions, both, results.identical)
+    return answer_questions(evidence_of(results, bootstrap))
+
+
+def evidence_of(results: StudyResults, bootstrap: bool = True) -> Evidence:
+    """What the verdicts are made from; with `bootstrap` every trial's predictions, too."""
+    seeds, student = results.study["sweep"]["seeds"], results.labels["student"]
+    accuracies, predictions = dict(results.accuracies), dict(results.predictions) if bootstrap else {}
+    if measured := by_key(results.baseline_metrics.get(student, [])):
+        for name, key in results.accuracy_keys.items():
+            accuracies[name] = accuracies[name] | {(student, seed): measured[key] for seed in seeds}
+    if bootstrap and student in results.baseline_predictions:
+        predictions |= {(student, seed): results.baseline_predictions[student] for seed in seeds}
+    return Evidence(
+        accuracies=accuracies,
+        analysis=results.analysis,
+        seeds=seeds,
+        groups=recipes(results.study),
+        predictions=predictions,
+        student=student if measured else None,
+        identical=results.identical,
     )
 
 
@@ -189,6 +206,7 @@ def write_report(folder: Path) -> Path:
             results=results,
             study=results.study,
             answers=answers,
+            contrast_tables={answer.question: contrast_table(answer.findings) for answer in answers},
             analysis=analysis,
             errors=errors_of(results),
             warnings=warnings_of(results),

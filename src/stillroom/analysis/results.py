@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
@@ -27,6 +28,8 @@ from stillroom.config import BASELINES, EXPERIMENT, Analysis
 from stillroom.data.corpus import folded
 from stillroom.errors import UserError
 from stillroom.evaluation.metrics import Key, Metric, agreement, by_key, column_names
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class StudyResults:
 
     @cached_property
     def tasks(self) -> list[str]:
-        """Names of the tasks, sorted."""
+        """Names of the tasks, in the study's order."""
         return list(self.accuracy_keys)[1:]
 
     @cached_property
@@ -92,7 +95,7 @@ class StudyResults:
     @cached_property
     def accuracy_keys(self) -> dict[str, Key]:
         """Where accuracy on the validation part is among a trial's numbers, by what tables call it."""
-        return accuracy_keys(self.measured[0].values)
+        return self._overall_first(accuracy_keys(self.measured[0].values))
 
     @cached_property
     def measured(self) -> list[Measured]:
@@ -165,7 +168,16 @@ class StudyResults:
     def test_keys(self) -> dict[str, Key]:
         """Where accuracy on the test splits is among a trial's numbers; empty if nothing was measured there."""
         keys = dict.fromkeys(key for trial in self.measured for key in trial.values)
-        return accuracy_keys(keys, "test") if ("test", None, "accuracy") in keys else {}
+        return self._overall_first(accuracy_keys(keys, "test")) if ("test", None, "accuracy") in keys else {}
+
+    def _overall_first(self, keys: Mapping[str, Key]) -> dict[str, Key]:
+        overall, *_ = keys
+        return {overall: keys[overall], **self._in_order({k: v for k, v in keys.items() if k != overall})}
+
+    def _in_order(self, by_task: Mapping[str, T]) -> dict[str, T]:
+        """In the study's order of tasks; what this folder has of another study comes last."""
+        order = {task: place for place, task in enumerate(self.study["corpus"]["tasks"])}
+        return dict(sorted(by_task.items(), key=lambda item: order.get(item[0], len(order))))
 
     @cached_property
     def identical(self) -> dict[tuple[str, str], list[int]]:
@@ -229,7 +241,7 @@ class StudyResults:
     def corpus(self) -> dict[str, dict[str, int]]:
         """By task: rows in the source, examples of either part, what was dropped and why."""
         counts: dict[str, dict[str, int]] = self._corpus["counts"]
-        return counts
+        return self._in_order(counts)
 
     @cached_property
     def faults(self) -> dict[str, str]:
@@ -241,7 +253,7 @@ class StudyResults:
     def test_counts(self) -> dict[str, dict[str, int]]:
         """Of the test splits likewise: used, rows in the source, what was dropped and why."""
         counts: dict[str, dict[str, int]] = self._corpus["test_counts"]
-        return counts
+        return self._in_order(counts)
 
     @cached_property
     def _corpus(self) -> dict[str, Any]:
@@ -255,7 +267,7 @@ class StudyResults:
     @cached_property
     def coverage(self) -> dict[str, Any]:
         """Alignment counts and shares by task; the same for every trial that reads the teacher's data."""
-        return next((result["coverage"] for result in self.finished if result["coverage"]), {})
+        return self._in_order(next((result["coverage"] for result in self.finished if result["coverage"]), {}))
 
     @cached_property
     def epochs(self) -> pd.DataFrame:
@@ -322,7 +334,9 @@ class StudyResults:
         """One validation example a task, as prompt and answer: what the models were shown."""
         held_out = self.examples[self.examples["split"] == "validation"].sort_values("example_id")
         chosen = held_out.groupby("task").head(1)
-        return {row["task"]: {"prompt": row["prompt"], "answer": row["answer"]} for _, row in chosen.iterrows()}
+        return self._in_order(
+            {row["task"]: {"prompt": row["prompt"], "answer": row["answer"]} for _, row in chosen.iterrows()}
+        )
 
 
 def _key(result: dict[str, Any]) -> dict[str, Any]:

@@ -217,7 +217,7 @@ def print_table(folder: Path) -> None:
     console = Console()
     console.print(table)
     for answer in answers_of(results, bootstrap=False):
-        console.print(f"{answer.question} {answer.answer}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"{answer.question} {answer.short}", markup=False, highlight=False, soft_wrap=True)
     for error in errors_of(results):
         console.print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True, style="bold red")
     for warning in warnings_of(results):

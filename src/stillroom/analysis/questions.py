@@ -1,0 +1,116 @@
+"""Which question a contrast answers: by what its two groups are trained with, never by their names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+from stillroom.config import TERMS
+
+SIGNALS = {"kd": "predictions", "hidden": "hidden states", "attention": "attention", "values": "value relations"}
+"""What each term takes from the teacher, in words."""
+INNER = frozenset(SIGNALS) - {"kd"}
+"""Terms that look inside the teacher: the white box."""
+
+HELPS = "Does distilling help at all?"
+WHITE_BOX = "Do white-box signals improve over black-box distillation?"
+COMBINING = "Does combining the signals help?"
+PLACEBO = "Is it the signal, or only more gradient?"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a group is trained with."""
+
+    terms: Mapping[str, Mapping[str, Any]]
+    """The terms that are on, each with its settings."""
+    placebo: Set[str] = frozenset()
+    """Those whose signal is in the wrong places."""
+
+    @property
+    def signals(self) -> Set[str]:
+        """Terms that take something from the teacher."""
+        return self.terms.keys() & SIGNALS.keys()
+
+    @property
+    def inner(self) -> Set[str]:
+        """Terms that look inside it."""
+        return self.terms.keys() & INNER
+
+
+def recipes(study: Mapping[str, Any]) -> dict[str, Recipe]:
+    """The study's groups by name, each with its own settings over the shared ones; `study` as in `planned.json`."""
+    found = {}
+    for group in study["groups"]:
+        settings = {term: {**study["objective"].get(term, {}), **(group.get(term) or {})} for term in group["terms"]}
+        on = {term: own for term, own in settings.items() if own.get("weight", 1) > 0}
+        found[group["name"]] = Recipe(on, frozenset(group.get("placebo") or ()))
+    return found
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, and for which of a contrast's two groups a better accuracy says yes."""
+
+    text: str
+    yes: int
+    """1: the first. −1: the second. 0: it is no yes-or-no question."""
+
+
+def question_of(first: Recipe | None, second: Recipe | None) -> Question:
+    """The question that `first` against `second` answers; None is the student before training."""
+    more = _richer(first, second)
+    if first is None or second is None or bool(first.signals) != bool(second.signals):
+        return Question(HELPS, more)
+    if first.placebo != second.placebo:
+        compares = first.terms.keys() == second.terms.keys()  # else a placebo is set against having no such term
+        return Question(PLACEBO, (1 if len(first.placebo) < len(second.placebo) else -1) if compares else 0)
+    if first.inner != second.inner:
+        if not (first.inner and second.inner):
+            return Question(WHITE_BOX, 1 if first.inner else -1)
+        if first.inner < second.inner or second.inner < first.inner:
+            return Question(COMBINING, 1 if second.inner < first.inner else -1)
+        sides = (_named(first.inner - second.inner), _named(second.inner - first.inner))
+        one, other = sorted(sides, key=lambda side: [*SIGNALS.values()].index(side.split(" and ")[0]))
+        return Question(f"{one[0].upper()}{one[1:]} or {other}: which is worth more?", 0)
+    if apart := first.terms.keys() ^ second.terms.keys():
+        what = "the labels" if "task" in apart else "the teacher's predictions"
+        return Question(f"Do {what} help beside the other signals?", more)
+    settings = ", ".join(differing_settings(first, second)) or "chance alone"
+    return Question(f"Does it matter how a signal is used: {settings}?", 0)
+
+
+def differing_settings(first: Recipe, second: Recipe) -> list[str]:
+    """Settings that two groups of the same terms have and that differ, such as `kd.divergence`."""
+    return [
+        f"{term}.{name}"
+        for term in TERMS
+        if term in first.terms and term in second.terms
+        for name in dict.fromkeys((*first.terms[term], *second.terms[term]))
+        if first.terms[term].get(name) != second.terms[term].get(name)
+    ]
+
+
+def unasked_pairs(groups: Mapping[str, Recipe], declared: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Pairs that ask whether distilling helps and that a study need not declare: black box against labels alone.
+
+    The black boxes are those that declared contrasts compare a white box with; where none does, the study's first.
+    """
+    boxes = [name for name, own in groups.items() if own.signals and not own.inner and not own.placebo]
+    compared = {name for pair in declared if all(own in groups for own in pair) for name in pair}
+    wanted = [box for box in boxes if box in compared] or boxes[:1]
+    alone = [name for name, own in groups.items() if not own.signals]
+    pairs = [(box, other) for box in wanted for other in alone]
+    return [pair for pair in pairs if pair not in declared and pair[::-1] not in declared]
+
+
+def _richer(first: Recipe | None, second: Recipe | None) -> int:
+    counts = [
+        (-1 if own is None else len(own.signals), 0 if own is None else len(own.terms)) for own in (first, second)
+    ]
+    return (counts[0] > counts[1]) - (counts[0] < counts[1])
+
+
+def _named(terms: Set[str]) -> str:
+    return " and ".join(words for term, words in SIGNALS.items() if term in terms)
