@@ -78,13 +78,23 @@ def together(tasks):
     return "all tasks" if "all" in set(tasks) else "all"
 
 
-def accuracy(rows, measure):
-    """Share of right answers, judged again from prediction and gold; once for each table."""
-    known = rows.attrs.setdefault("accuracy", {})
-    if measure not in known:
-        own = rows if measure == together(rows["task"]) else rows[rows["task"] == measure]
-        known[measure] = float(np.mean([p == g for p, g in zip(own["prediction"], own["gold"], strict=True)]))
+_JUDGED = {}
+"""What was judged of a table, by its id; the table is kept beside it, so that no other one gets its id."""
+
+
+def right(rows, measure):
+    """Whether each answer is right, judged again from prediction and gold; once for each table."""
+    _, known = _JUDGED.setdefault(id(rows), (rows, {}))
+    if not known:
+        judged = np.array([p == g for p, g in zip(rows["prediction"], rows["gold"], strict=True)], dtype=float)
+        tasks = rows["task"].to_numpy()
+        known |= {together(tasks): judged, **{task: judged[tasks == task] for task in set(tasks)}}
     return known[measure]
+
+
+def accuracy(rows, measure):
+    """Share of right answers."""
+    return float(right(rows, measure).mean())
 
 
 def sign_flip(values):
@@ -162,15 +172,6 @@ def probable(shown, expected):
     return same(shown, expected, 3) and (math.isnan(expected) or expected >= 0.0005)
 
 
-def significant(shown, expected):
-    """Whether a figure of three significant digits is the expected one."""
-    return (
-        math.isnan(number(shown))
-        if math.isnan(expected)
-        else math.isclose(number(shown), expected, rel_tol=6e-3, abs_tol=1e-9)
-    )
-
-
 def check_report(results, bootstrap=True):
     """Compare every table of `report.html` with what the raw rows give; returns how many figures agreed.
 
@@ -194,6 +195,9 @@ def check_report(results, bootstrap=True):
         }
         own = [task for task in tasks if task in study["evaluation"]["test_splits"]]
         checked += check_accuracy(tables["test-table"], results, test, own, "_test")
+    checked += check_summary(tables["answer-table"], results, trials, study)
+    checked += check_trials(tables["trials-table"], trials, tasks)
+    checked += check_cost(tables["cost-table"], trials)
     checked += check_others(tables["others-table"], results, trials, tasks)
     checked += check_shares(tables["gradients-table"], trials)
     checked += check_coverage(tables.get("coverage-table", [[]]), trials)
@@ -229,6 +233,66 @@ def check_accuracy(rows, results, trials, tasks, suffix=""):
     return done
 
 
+def check_summary(rows, results, trials, study):
+    """The first table: means, differences to each group's baseline, the share of the gap that is closed."""
+    tasks = list(study["corpus"]["tasks"])
+    whole = together(tasks)
+    ends = [pd.read_parquet(results / "baselines" / f"{role}.parquet") for role in ("teacher", "student")]
+    teacher, student = (accuracy(own, whole) for own in ends)
+    boxes, groups = asked_of_every_study(study)
+    declared = [pair for kind in ("primary", "secondary") for pair in study["analysis"][kind]]
+    pairs = [*study["analysis"]["primary"], *boxes, *declared, *([group, BEFORE] for group in groups)]
+    pairs = [pair for pair in pairs if set(pair) <= {*groups, BEFORE}]
+    done = 0
+    for name, mean, difference, count, closed in rows[1:]:
+        if name not in groups:
+            expected = teacher if name.startswith("teacher") else student
+        else:
+            own = {seed: accuracy(own, whole) for (group, seed), (own, _) in trials.items() if group == name}
+            assert int(count) == len(own)
+            expected = statistics.mean(own.values()) if own else math.nan
+            second = next(pair[1] for pair in pairs if pair[0] == name)
+            assert f"to {second}: " in difference
+            other = {s: student if second == BEFORE else accuracy(trials[second, s][0], whole) for s in own
+                     if second == BEFORE or (second, s) in trials}  # fmt: skip
+            if number(difference) == number(difference):
+                assert same(difference, 100 * statistics.mean(own[s] - other[s] for s in own), 1), (name, difference)
+        assert same(mean, 100 * expected, 1), (name, mean)
+        assert same(closed, 100 * (expected - student) / (teacher - student), 1), (name, closed)
+        done += 3
+    return done
+
+
+def check_trials(rows, trials, tasks):
+    """A row a trial, each accuracy judged again."""
+    shown = [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+    assert [(row["group"], int(row["seed"])) for row in shown] == list(trials)
+    for row in shown:
+        own, result = trials[row["group"], int(row["seed"])]
+        for measure in (together(tasks), *tasks):
+            assert same(row[measure], 100 * accuracy(own, measure), 1), row
+        assert same(row["task loss"], value_of(result["epochs"][-1], "validation", "task_loss"), 3), row
+    return len(shown) * (len(tasks) + 2)
+
+
+def check_cost(rows, trials):
+    """The median over seeds of a step's time in the fastest epoch, and its range."""
+    for row in rows[1:]:
+        found = []
+        for (group, _), (_, result) in trials.items():
+            if group == row[0]:
+                steps = [0, *(epoch["step"] for epoch in result["epochs"])]
+                paces = zip(result["epochs"], steps[1:], steps, strict=False)
+                found.append(
+                    min(1000 * own["train_seconds"] / (end - start) for own, end, start in paces if end > start)
+                )
+        least, most = row[2].split(" … ")
+        assert same(row[1], statistics.median(found), 1), row
+        assert same(least, min(found), 1), row
+        assert same(most, max(found), 1), row
+    return 3 * len(rows[1:])
+
+
 def calibration_error(rows):
     """Expected calibration error over ten bins, example by example."""
     bins = [[] for _ in range(10)]
@@ -247,11 +311,11 @@ def check_others(rows, results, trials, tasks):
     def measure(heading, rows, result):
         task, _, what = heading.partition(", ")
         own = rows[rows["task"] == task]
-        if heading == "task loss, nats":
+        if heading == "task loss, nats per token":
             return value_of(result["epochs"][-1], "validation", "task_loss")
-        if heading == "unweighted mean of tasks":
+        if heading == "mean of tasks":
             return statistics.mean(accuracy(rows, name) for name in tasks)
-        if what == "last number":
+        if what == "flexible extract":
             return own["correct_flexible"].mean()
         if what == "calibration error":
             return calibration_error(own)
@@ -263,7 +327,8 @@ def check_others(rows, results, trials, tasks):
         if name in groups:
             for heading, cell in zip(rows[0][1:], cells, strict=True):
                 values = [measure(heading, *trials[key]) for key in trials if key[0] == name]
-                assert significant(cell, statistics.mean(values)), (name, heading, cell, statistics.mean(values))
+                scale, digits = (1, 3) if heading.startswith("task loss") else (100, 1)
+                assert same(cell, scale * statistics.mean(values), digits), (name, heading, cell, values)
                 done += 1
     return done
 
@@ -324,13 +389,16 @@ def families_of(study):
 def check_questions(page, contrasts, study):
     """Each contrast stands under the question that its groups' terms ask, and no family is left out."""
     terms = {group["name"]: set(group["terms"]) - {"task"} for group in study["groups"]} | {BEFORE: set()}
+    odd = {group["name"] for group in study["groups"] if group.get("placebo")}  # they have a question of their own
     headings = dict(re.findall(r'<h3>([^<]*)</h3>.*?<table id="(contrasts-\d+)"', page, re.DOTALL))
     questions = {table: question for question, table in headings.items()}
     inner = {"hidden", "attention", "values"}
     for table, row in contrasts:
         first, second = (terms[name] for name in row["contrast"].split(" − "))
         one, other = first & inner, second & inner
-        if not (first and second):
+        if odd.intersection(row["contrast"].split(" − ")) and first and second:
+            expected = "only more gradient"
+        elif not (first and second):
             expected = "Does distilling help"
         elif bool(one) != bool(other):
             expected = "white-box signals improve over black-box"
@@ -422,19 +490,19 @@ def expected_verdict(mean, adjusted, alike, smallest, alpha):
     return "undecided" if smallest > alpha else "no evidence of a difference"
 
 
+@functools.cache
+def counts_of_draws(draws, size, stream):
+    """How often each of so many things is drawn, with replacement, as often as there are things."""
+    chosen = np.random.default_rng([12345, stream]).integers(0, size, (draws, size))
+    return np.array([np.bincount(row, minlength=size) for row in chosen], dtype=float)
+
+
 def check_bootstrap(shown, pair, measure, trials, seeds, alpha):
     """Seeds and examples resampled together with another generator: ends agree within the error of simulation."""
-    rng = np.random.default_rng(12345)
-    arrays = []
-    for group in pair:
-        own = [trials[group, seed][0] for seed in seeds]
-        own = [rows if measure == together(rows["task"]) else rows[rows["task"] == measure] for rows in own]
-        arrays.append(np.array([(r["prediction"] == r["gold"]).to_numpy() for r in own], dtype=float))
-    difference = arrays[0] - arrays[1]
-    s, e = difference.shape
-    draws = 4000
-    chosen = rng.integers(0, s, (draws, s, 1)), rng.integers(0, e, (draws, 1, e))
-    means = difference[chosen].mean((1, 2))
+    first, second = (np.array([right(trials[group, seed][0], measure) for seed in seeds]) for group in pair)
+    difference, draws = first - second, 4000
+    seed_counts, example_counts = (counts_of_draws(draws, size, n) for n, size in enumerate(difference.shape))
+    means = ((seed_counts @ difference) * example_counts).sum(1) / difference.size
     for text, level in zip(shown.split(" … "), (alpha / 2, 1 - alpha / 2), strict=True):
         # a quantile of 2,000 draws lies between those of levels a little lower and higher: four standard errors
         off = 4 * math.sqrt(level * (1 - level) * (1 / 2000 + 1 / draws))

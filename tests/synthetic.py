@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 
 from stillroom.analysis import report, verdicts
+from stillroom.analysis.figures import draw
 from stillroom.analysis.frame import PLANNED, write_summary
 from stillroom.config import EXPERIMENT, RESULT
 from stillroom.data.corpus import Examples, save_corpus
@@ -27,15 +27,9 @@ SIZES = {"sentiment": 40, "quiz": 60, "arithmetic": 30}
 def quick_reports(whole=True):
     """Reports without rendered pictures, which take seconds; if not `whole`, nothing is drawn or resampled either."""
 
-    def save(figure, folder):
-        if whole:
-            plt.close(figure.draw())
-        folder.mkdir(exist_ok=True)
-        (folder / f"{figure.name}.png").write_bytes(b"")
-        return folder / f"{figure.name}.png"
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "save_figure", save)
+        patch.setattr(report, "save_figure", lambda figure, folder: draw(figure) if whole else None)
+        patch.setattr(report, "inline_panels", lambda figure: [])
         if not whole:
             unknown = (float("nan"), float("nan"))
             patch.setattr(verdicts, "bootstrap_intervals", lambda differences, *a, **k: [unknown] * len(differences))

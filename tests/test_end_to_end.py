@@ -19,7 +19,7 @@ from setups import dense
 from stillroom.afterwards.export import export_trial
 from stillroom.analysis.escaping import markdown_plain
 from stillroom.analysis.results import StudyResults
-from stillroom.cli.printing import print_table
+from stillroom.cli.printing import print_answers
 from stillroom.config import ModelRef
 from stillroom.data.tasks import TASKS
 from stillroom.errors import UserError
@@ -153,7 +153,7 @@ def test_no_task_name_is_forbidden(tmp_path, teacher_ref, student_ref, capsys):
         workspace.train_one(group, 0)
     page = workspace.report()
     assert check_report(page.parent, bootstrap=False)
-    print_table(page.parent)
+    print_answers(page.parent)
     assert "all tasks" in capsys.readouterr().out
     results = StudyResults.read(page.parent)
     assert list(results.accuracy_keys) == ["all tasks", "accuracy", "all", "macro", "x", "x_flexible"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import os
 import re
@@ -12,11 +13,13 @@ import pytest
 
 from recompute_report import check_report
 from stillroom.analysis.escaping import latex_escaped
+from stillroom.analysis.figures import study_figures
 from stillroom.analysis.frame import SUMMARY, write_summary
-from stillroom.analysis.report import write_report
+from stillroom.analysis.report import command_with, evidence_of, warnings_of, write_report
 from stillroom.analysis.results import StudyResults
 from stillroom.analysis.sameness import identical_groups
-from stillroom.cli.printing import print_table
+from stillroom.analysis.samples import samples_of
+from stillroom.cli.printing import print_answers
 from stillroom.config import EXPERIMENT
 from stillroom.data.corpus import folded
 from stillroom.errors import UserError
@@ -84,7 +87,7 @@ def test_an_incomplete_study_says_so_and_shows_the_error(hostile, capsys):
     assert "RuntimeError: it broke" in page
     assert "Incomplete: 1 trials" in (hostile / "paper" / "accuracy.tex").read_text()
     assert check_report(hostile) > 30
-    print_table(hostile)
+    print_answers(hostile)
     assert "warning: Incomplete" in capsys.readouterr().out
 
 
@@ -97,7 +100,7 @@ def test_the_command_needs_only_the_results_folder_and_gives_the_same_bytes(whol
     shutil.copytree(results, moved, ignore=shutil.ignore_patterns("report.html", "figures", "tables", "paper"))
     monkeypatch.chdir(tmp_path)
     app(["report", "moved"], standalone_mode=False)
-    assert "hidden against black_box" in capsys.readouterr().out
+    assert "beat black_box" in capsys.readouterr().out
     made = sorted(p.relative_to(moved) for p in moved.rglob("*") if p.is_file())
     assert made == sorted(p.relative_to(results) for p in results.rglob("*") if p.is_file())
     assert [p for p in made if (moved / p).read_bytes() != (results / p).read_bytes()] == []
@@ -113,12 +116,77 @@ def test_a_report_without_trials_is_refused(tmp_path):
         write_report(tmp_path / "empty")
 
 
-def test_a_weak_signal_and_a_needless_teacher_are_flagged(results):
-    """The attention term stays under 1 % here; the reader is told before any number."""
-    page = (results / "report.html").read_text()
-    first = page.index("In group attention the term attention stayed under 1 %")
-    assert first < page.index('id="accuracy-table"')
-    assert "In group hidden" not in page
+def test_the_first_screen_answers_and_warns_after_it(results):
+    """Sentences, then the table with what each group gains, then what it takes to know more; warnings come last."""
+    page = html.unescape((results / "report.html").read_text())
+    places = [
+        page.index(text)
+        for text in (
+            '<dt>Does distilling help at all?</dt><dd>',
+            '<dt>Do white-box signals improve over black-box distillation?</dt><dd>In part: hidden (',
+            '<table id="answer-table"',
+            "What it would take to know more",
+            "<pre>stillroom run STUDY --set 'sweep.seeds=[0,1,2,3,4,5,6,7,",
+            "The attention term contributed under 1 % of the gradient in attention and combined",
+            "The questions",
+        )
+    ]  # fmt: skip
+    assert places == sorted(places)
+    assert "undecided" not in page[: places[-1]]
+    assert "The hidden term contributed" not in page
+
+
+def test_a_term_whose_loss_rises_is_remarked_upon(results, tmp_path, quick):
+    """With the groups and both ends; one that falls is not."""
+    copy = shutil.copytree(results, tmp_path / "copy")
+    for path in (copy / EXPERIMENT).glob("*_hidden_seed_*/result.json"):
+        result = read_json(path)
+        for epoch in result["epochs"]:
+            for row in epoch["metrics"]:
+                if (row["split"], row["measure"]) == ("train", "hidden_loss"):
+                    row["value"] = 0.001 * epoch["epoch"]
+        write_json(path, result)
+    found = [said for said in warnings_of(StudyResults.read(copy)) if "rose" in said]
+    last = read_json(path)["epochs"][-1]["epoch"]
+    assert found == [
+        f"The hidden loss rose over training in hidden (0.001 to 0.00{last}): the student did not learn that signal."
+    ]
+
+
+def test_the_command_that_adds_seeds_is_the_one_that_was_run(results, tmp_path):
+    """With its own settings, but for the seeds; where no run is recorded, STUDY stands for it."""
+    copy = shutil.copytree(results, tmp_path / "copy")
+    log = read_json(copy / "run.json")
+    for recorded, expected in (
+        ("stillroom run my.yaml --set 'sweep.seeds=[0, 1]' --set a.b=2", "run my.yaml --set a.b=2"),
+        ("stillroom sweep my.yaml --set=sweep.seeds=[0]", "sweep my.yaml"),
+        ("stillroom -q tests", "run STUDY"),
+    ):  # fmt: skip
+        log["stages"]["sweep"]["command"] = recorded
+        write_json(copy / "run.json", log)
+        assert command_with(StudyResults.read(copy), (0, 1, 2)) == f"stillroom {expected} --set 'sweep.seeds=[0,1,2]'"
+
+
+def test_a_sample_is_shown_as_the_models_answered_it(results):
+    """Where groups differ, where all are right, where none is: as their predictions say."""
+    read = StudyResults.read(results)
+    found = samples_of(read)
+    assert list(found) == read.tasks
+    texts = read.examples.set_index("prompt")["example_id"].to_dict()
+    for task, samples in found.items():
+        for sample in samples:
+            given = {name: right for name, _, right in sample.answers if name in read.groups}
+            expected = {
+                "The groups differ": {True, False},
+                "Every group is right": {True},
+                "No group is right": {False},
+            }
+            assert set(given.values()) == expected[sample.kind]
+            for name, said, right in sample.answers:
+                rows = read.predictions[name, 0] if name in read.groups else read.baseline_predictions[name]
+                row = rows.set_index("example_id").loc[texts[sample.prompt]]
+                assert row["task"] == task
+                assert (said == row["gold"].strip() or f"#### {row['gold']}" in said) == right == row["correct"]
 
 
 def test_a_row_that_could_not_be_used_is_shown(results, tmp_path, quick):
@@ -141,16 +209,18 @@ def test_a_fine_tuned_teacher_is_called_so(results, tmp_path, capsys, quick, met
     planned["study"]["teacher"]["adapt"]["method"] = method
     write_json(copy / "planned.json", planned)
     page = write_report(copy).read_text()
-    print_table(copy)
-    texts = [page, (copy / "paper" / "accuracy.tex").read_text(), capsys.readouterr().out]
+    print_answers(copy)
+    read = StudyResults.read(copy)
+    captions = " ".join(figure.caption for figure in study_figures(read, evidence_of(read, bootstrap=False), []))
+    texts = [page, captions, (copy / "paper" / "accuracy.tex").read_text(), capsys.readouterr().out]
     for text in texts:
         assert "untrained" not in text
         assert "not trained" not in text
         assert ("fine-tuned" in text) == (method != "none")
     label = "teacher (fine-tuned)" if method != "none" else "teacher"
     assert f'<th scope="row">{label}</th><td>baseline</td>' in page
-    assert f"horizontal lines are the {label} and the student before training" in page
-    assert list(StudyResults.read(copy).baselines) == [label, "student before training"]
+    assert f"vertical lines: the {label} and the student before training" in captions
+    assert list(read.baselines) == [label, "student before training"]
 
 
 def test_a_group_without_a_finished_trial_is_no_baseline(tmp_path, quick):
@@ -221,9 +291,9 @@ def test_groups_that_were_to_differ_and_do_not_are_an_error(results, tmp_path, c
     make_identical(folder, "attention", "combined", 2, weights)
     page = write_report(folder).read_text()
     says = "The trials of attention and combined are identical at every epoch (seed 2), though their objectives differ"
-    assert 0 < page.index(f"Error: {says}") < page.index("In group attention the term")
+    assert 0 < page.index(f"Error: {says}") < page.index("The attention term contributed")
     assert page.count("Error: ") == 1
-    print_table(folder)
+    print_answers(folder)
     assert f"Error: {says}" in capsys.readouterr().out
     verdicts = pd.read_csv(folder / "tables" / "comparisons.csv").groupby(["first", "second"])["verdict"].agg(set)
     assert verdicts["combined", "attention"] == {"undecided"}
@@ -313,22 +383,52 @@ def test_the_page_stands_alone_in_a_browser(browser, whole_pages, folder, width,
     assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
     assert requests.count(path.as_uri()) == len([url for url in requests if url.startswith("file:")]) == 1
     assert page.title() == "stillroom report: quickstart"
-    pictures = page.evaluate("[...document.images].map(i => [i.naturalWidth, i.alt.length, i.getClientRects().length])")
-    assert len(pictures) >= 6
-    assert all(size > 400 and alt > 10 and drawn for size, alt, drawn in pictures)
+    panels = page.evaluate("[...document.querySelectorAll('.panels svg')].map(s => s.getBoundingClientRect().toJSON())")
+    assert len(panels) >= 15
+    assert all(panel["width"] > 200 and panel["right"] <= width and panel["height"] > 60 for panel in panels)
+    assert page.evaluate("[...document.querySelectorAll('[role=img]')].every(f => f.ariaLabel.length > 10)")
+    assert page.evaluate(
+        "(ids => new Set(ids).size == ids.length)([...document.querySelectorAll(':not(svg *)[id]')].map(e => e.id))"
+    )
+    first = page.locator("#answer-table").bounding_box()
+    assert first["x"] + first["width"] <= width
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     levels = page.evaluate("[...document.querySelectorAll('h1,h2,h3')].map(h => +h.tagName[1])")
     assert levels[0] == 1
     assert levels.count(1) == 1
     assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
-    assert page.evaluate("[...document.scripts].length") == 0
+    assert page.evaluate("[...document.scripts].length") == 1
     if folder == "hostile":
         page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
         assert "<script>document.title" in page.inner_text("main")
         assert "{{ 7*7 }}" in page.inner_text("main")
     colours = page.evaluate("(s => [s.color, s.backgroundColor])(getComputedStyle(document.body))")
+    ink = page.evaluate("getComputedStyle(document.querySelector('.panels svg text')).fill")
+    assert ink == colours[0]
     dark = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in colours]
     assert (dark[0] > dark[1]) == (scheme == "dark")
+    page.close()
+
+
+@pytest.mark.slow
+def test_trials_are_sorted_by_a_click_and_nothing_is_folded_in_print(browser, whole_pages):
+    """Numbers as numbers, up and then down; printed, every setting, sample and file name is there."""
+    page = browser.new_page()
+    page.goto((whole_pages["results"] / "report.html").as_uri())
+    heading = page.locator("#trials-table th", has_text="task loss")
+    for direction, expected in (("ascending", False), ("descending", True)):
+        heading.locator("button").click()
+        column = page.evaluate("[...document.querySelectorAll('#trials-table thead th')].findIndex(h => h.ariaSort)")
+        cells = page.locator(f"#trials-table tbody tr > :nth-child({column + 1})").all_inner_texts()
+        assert heading.get_attribute("aria-sort") == direction
+        assert [float(cell) for cell in cells] == sorted(map(float, cells), reverse=expected)
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    page.emulate_media(media="print")
+    shown = page.inner_text("main")
+    for text in ("corpus.validation_share", "comparisons.csv", "Review: ", "checklist.md"):
+        assert text in shown
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator("details[open]").count() == 1
     page.close()
 
 

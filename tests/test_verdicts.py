@@ -179,6 +179,8 @@ ONE = {"task": {"weight": 1.0}, "kd": {"divergence": "forward_kl"}, "hidden": {"
         (recipe("task", "kd", kd={"divergence": "reverse_kl"}), recipe("task", "kd", kd={"divergence": "forward_kl"}),
          "Does it matter how a signal is used: kd.divergence?", 0),
         (Recipe(ONE), Recipe({**ONE, "hidden": {"layers": [[8, 4]]}}), "Does it matter how", 0),
+        (recipe("task", task={"targets": "teacher"}), recipe("task"), HELPS, 1),
+        (recipe("task", task={"targets": "teacher"}), recipe("task", "kd"), "The teacher's answers as text, or its", 0),
         (Recipe(ONE), Recipe(ONE, frozenset({"hidden"})), PLACEBO, 1),
         (Recipe(ONE, frozenset({"hidden"})), recipe("task", "kd"), PLACEBO, 0),
     ],

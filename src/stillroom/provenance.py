@@ -50,7 +50,7 @@ def package_versions() -> dict[str, str]:
 def package_digest() -> str:
     """Digest of this package's own files, by which two machines can tell that they run the same one."""
     here = Path(__file__).resolve().parent
-    files = sorted(p for p in here.rglob("*") if p.suffix in {".py", ".yaml", ".j2"})
+    files = sorted(p for p in here.rglob("*") if p.suffix in {".py", ".yaml", ".j2", ".css", ".js"})
     return hashlib.sha256("".join(f"{p.relative_to(here)} {file_sha256(p)}" for p in files).encode()).hexdigest()[:16]
 
 

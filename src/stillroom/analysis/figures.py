@@ -1,9 +1,12 @@
-"""Figures of a report: colour-blind safe, legible in print; PNG for the page, PDF and SVG beside it."""
+"""Figures of a report: colour-blind safe, legible in print; panels on the page, the whole as PDF and SVG beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +14,26 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure as Canvas
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from stillroom.analysis.results import StudyResults
 from stillroom.analysis.statistics import mean_interval
-from stillroom.analysis.verdicts import Answer, Finding
+from stillroom.analysis.verdicts import Evidence, Finding
 from stillroom.config import TERMS, WEAK_SIGNAL
 from stillroom.evaluation.metrics import by_key
 
+INK, FAINT, MUTED = "#1d1d1b", "#e3e3dd", "#5c5c57"
+"""Text and axes, bands and grids, what stands back: the page gives them its own colours, light or dark."""
 # Okabe & Ito's palette, which every common kind of colour blindness can tell apart
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", "#000000")
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999", INK)
 MARKERS = "osD^vPX*"
 """A second mark beside the colour, for prints without it."""
+
+_PAGE_COLOURS = {INK: "--fg", FAINT: "--line", MUTED: "--mute", PALETTE[0]: "--blue"}
 
 _STYLE: Any = {
     "font.size": 9,
@@ -33,11 +41,23 @@ _STYLE: Any = {
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.alpha": 0.25,
-    "figure.dpi": 150,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "grid.color": FAINT,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "svg.hashsalt": "stillroom",
     "pdf.fonttype": 42,
+    "figure.constrained_layout.use": True,
 }
+_WIDTH = 3.7
+"""Inches of a panel: on a phone it fills the screen, and its letters are as large as the page's notes."""
+
+Panel = Callable[[Any], None]
+"""Draws on the axes it is given."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +67,13 @@ class Figure:
     name: str
     caption: str
     alt: str
-    draw: Callable[[], Any]
+    panels: Sequence[Panel]
+    height: float
+    """Inches of a panel."""
+    key: Mapping[str, tuple[str, str]]
+    """What colours stand for, each with its mark: a marker, or a line's style."""
+    names: Sequence[str] = ("0.00",)
+    """What stands left of the axis; the longest makes the margin."""
 
 
 def group_colours(groups: Sequence[str]) -> dict[str, str]:
@@ -55,256 +81,291 @@ def group_colours(groups: Sequence[str]) -> dict[str, str]:
     return {group: PALETTE[n % len(PALETTE)] for n, group in enumerate(groups)}
 
 
-def study_figures(results: StudyResults, answers: Sequence[Answer], margin: float, alpha: float) -> list[Figure]:
+def study_figures(results: StudyResults, evidence: Evidence, findings: Sequence[Finding]) -> list[Figure]:
     """Every figure there are data for, in the order of the report."""
-    level = f"{100 * (1 - alpha):g} %"
+    alpha, margin = evidence.analysis.alpha, evidence.analysis.equivalence_margin
+    level, groups = f"{100 * (1 - alpha):g} %", results.groups
+    rows = 0.6 + 0.3 * len(groups)
+    marks = {group: (colour, MARKERS[n % 8]) for n, (group, colour) in enumerate(group_colours(groups).items())}
+    terms = [term for term in TERMS if len(results.history("train", f"{term}_loss"))]
+    shown = [f for f in findings if f.by_seed and f.comparison.second != evidence.student]
+    pairs = list(dict.fromkeys(_pair(f) for f in shown))
+    across = 0.6 + 0.3 * len(pairs)
+    of_measure = {
+        measure: {_pair(f): f for f in shown if f.comparison.measure == measure} for measure in results.accuracy_keys
+    }
+    says = (
+        f"Paired differences of accuracy, in percentage points. Points: seeds; bar: mean; line: its {level} interval; "
+        f"band: the margin of equivalence, ±{100 * margin:g} points. Right of zero the first group is better."
+    )
+    lines = dict(zip(results.baseline_metrics, ((INK, "-"), (INK, ":")), strict=False))
     figures = [
         Figure(
+            "differences",
+            says,
+            "Difference of each pair of groups at the same seed, overall and by task.",
+            [partial(forest_panel, own, pairs, margin, name) for name, own in of_measure.items()] if pairs else [],
+            across,
+            {},
+            pairs,
+        ),
+        Figure(
             "accuracy",
-            f"Validation accuracy after the last epoch. Every seed a mark, the mean a bar, its {level} interval "
-            f"(Student's t over seeds) a line; horizontal lines are the {' and the '.join(results.labels.values())}.",
+            f"Validation accuracy after the last epoch. Points: seeds; bar: mean; line: its {level} interval "
+            f"(Student's t over seeds); vertical lines: the {' and the '.join(results.labels.values())}.",
             "Validation accuracy of each group, over all examples and by task.",
-            lambda: accuracy_figure(results, alpha),
+            [partial(accuracy_panel, results, alpha, measure) for measure in results.accuracy_keys],
+            rows,
+            lines,
+            groups,
         ),
         Figure(
             "learning",
             "Learning curves: the mean over seeds, every seed a thin line. The task loss compares groups; the total "
             "loss does not, since its terms differ.",
             "Validation accuracy and validation task loss of each group by epoch.",
-            lambda: learning_figure(results),
+            [
+                partial(curves_panel, results, "validation", "accuracy", "accuracy", True),
+                partial(curves_panel, results, "validation", "task_loss", "task loss, nats per token", True),
+            ],
+            2.4,
+            marks,
         ),
-    ]
-    if _terms(results):
-        figures.append(
-            Figure(
-                "losses",
-                "The loss terms over training, unweighted, by epoch: mean over seeds, training part.",
-                "Each loss term by epoch and group.",
-                lambda: losses_figure(results),
-            )
-        )
-    if any(finding.by_seed for answer in answers for finding in answer.findings):
-        figures.append(
-            Figure(
-                "differences",
-                f"Paired differences of accuracy. Every seed a mark, the mean a bar with its {level} interval; the "
-                f"band is the margin of equivalence, ±{100 * margin:g} points. Right of the line the first group is "
-                "better.",
-                "Difference of each declared pair of groups at the same seed, overall and by task.",
-                lambda: forest_figure(answers, results, margin),
-            )
-        )
-    if len(results.gradients):
-        figures.append(
-            Figure(
-                "gradients",
-                "Each term's share of the gradient, weight included, over training: mean over seeds. "
-                f"The dashed line is {WEAK_SIGNAL:.0%}.",
-                "Share of the gradient of each loss term by optimizer step, one panel a group.",
-                lambda: gradients_figure(results),
-            )
-        )
-    if results.coverage:
-        figures.append(
-            Figure(
-                "coverage",
-                "Alignment: student tokens that end where a teacher token ends; supervised predictions made from such "
-                "a token; and aligned tokens that stand at the same position in both sequences.",
-                "Alignment coverage by task.",
-                lambda: coverage_figure(results.coverage),
-            )
-        )
-    figures.append(
+        Figure(
+            "losses",
+            "The loss terms over training, unweighted, by epoch: mean over seeds, training split.",
+            "Each loss term by epoch and group.",
+            [partial(curves_panel, results, "train", f"{term}_loss", term, False) for term in terms],
+            2.2,
+            marks,
+        ),
+        Figure(
+            "gradients",
+            "Each term's share of the gradient, weight included, over training: mean over seeds. "
+            f"The dashed line is {WEAK_SIGNAL:.0%}.",
+            "Share of the gradient of each loss term by optimizer step, one panel per group.",
+            [
+                partial(gradients_panel, results, group)
+                for group in groups
+                if (results.gradients["group"] == group).any()
+            ],
+            2.0,
+            {term: (PALETTE[n], MARKERS[n]) for n, term in enumerate(TERMS) if term in terms},
+        ),
+        Figure(
+            "coverage",
+            "Alignment: student tokens that end where a teacher token ends; supervised predictions made from such "
+            "a token; and aligned tokens that stand at the same position in both sequences.",
+            "Alignment coverage by task.",
+            [partial(coverage_panel, results.coverage)] if results.coverage else [],
+            0.6 + 0.6 * len(results.coverage),
+            dict(zip(_COVERAGE, ((colour, "s") for colour in PALETTE), strict=False)),
+            list(results.coverage),
+        ),
         Figure(
             "cost",
-            "What a trial costs: mean over seeds.",
-            "Training and evaluation time, training tokens and disk space of a trial, by group.",
-            lambda: cost_figure(results),
-        )
-    )
-    return figures
+            "Time of an optimizer step in the fastest epoch of each trial, so that other work on the machine counts "
+            "little. Points: seeds; bar: median.",
+            "Milliseconds of an optimizer step by group.",
+            [partial(cost_panel, results)],
+            rows,
+            {},
+            groups,
+        ),
+    ]
+    return [figure for figure in figures if figure.panels]
 
 
-def accuracy_figure(results: StudyResults, alpha: float) -> Any:
-    """Accuracy by task and group: every seed a mark, the mean a bar with its interval; baselines as lines."""
-    keys = results.accuracy_keys
-    baselines = {name: by_key(metrics) for name, metrics in results.baseline_metrics.items()}
-    colours = group_colours(results.groups)
-    figure, axes = plt.subplots(1, len(keys), figsize=(2.6 * len(keys), 3.6), sharey=True, squeeze=False)
-    for axis, (task, key) in zip(axes[0], keys.items(), strict=True):
-        for place, group in enumerate(results.groups):
-            values = np.array([trial.values[key] for trial in results.measured if trial.group == group])
-            if len(values):
-                spread = place + np.linspace(-0.18, 0.18, len(values)) if len(values) > 1 else [place]
-                axis.scatter(spread, values, s=14, color=colours[group], marker=MARKERS[place % 8], alpha=0.7, zorder=3)
-                axis.hlines(values.mean(), place - 0.32, place + 0.32, color=colours[group], lw=2.2, zorder=4)
-                low, high = mean_interval(values, alpha)
-                axis.vlines(place, low, high, color=colours[group], lw=1.2, zorder=4)
-        for name, style in zip(results.labels.values(), ("-", ":"), strict=True):
-            if key in baselines.get(name, {}):
-                axis.axhline(baselines[name][key], color="0.35", ls=style, lw=1, label=name)
-        axis.set_title(task)
-        axis.set_xticks(range(len(results.groups)), results.groups, rotation=60, ha="right")
-        axis.yaxis.set_major_formatter(PercentFormatter(1))
-    low, high = axes[0][0].get_ylim()
-    axes[0][0].set_ylim(max(-0.02, low), min(1.02, high))
-    axes[0][0].set_ylabel("validation accuracy")
-    if axes[0][-1].get_legend_handles_labels()[1]:
-        figure.legend(*axes[0][-1].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside upper right")
-    return figure
+def _pair(finding: Finding) -> str:
+    return f"{finding.comparison.first} − {finding.comparison.second}"
 
 
-def forest_figure(answers: Sequence[Answer], results: StudyResults, margin: float) -> Any:
-    """Every contrast with its seeds, mean and interval, one panel a measure; in points."""
-    findings: dict[str, dict[str, Finding]] = {}
-    for answer in answers:
-        for finding in answer.findings:
-            row = finding.comparison
-            findings.setdefault(row.measure, {})[f"{row.first} − {row.second}"] = finding
-    names = list(dict.fromkeys(name for own in findings.values() for name in own))
-    order = [measure for measure in results.accuracy_keys if measure in findings] or [results.overall]
-    figure, axes = plt.subplots(
-        1, len(order), figsize=(1.6 + 2.4 * len(order), 1.3 + 0.36 * len(names)), sharey=True, squeeze=False
-    )
-    for axis, measure in zip(axes[0], order, strict=True):
-        axis.axvspan(-100 * margin, 100 * margin, color="0.9", zorder=0)
-        axis.axvline(0, color="0.35", lw=1)
-        for place, name in enumerate(names):
-            found = findings.get(measure, {}).get(name)
-            if found is None or not found.by_seed:
-                continue
-            row = found.comparison
-            values = 100 * np.array(list(found.by_seed.values()))
-            axis.scatter(values, [place] * len(values), s=12, color="0.45", alpha=0.7, zorder=3)
-            axis.hlines(place, 100 * row.low, 100 * row.high, color=PALETTE[0], lw=1.6, zorder=4)
-            axis.vlines(100 * row.difference, place - 0.25, place + 0.25, color=PALETTE[0], lw=2.4, zorder=5)
-        axis.set_title(measure)
-        axis.set_xlabel("points")
-        axis.set_yticks(range(len(names)), names)
-    axes[0][0].set_ylim(len(names) - 0.5, -0.5)
-    return figure
+def accuracy_panel(results: StudyResults, alpha: float, measure: str, axis: Any) -> None:
+    """Accuracy by group on one measure: every seed a mark, the mean a bar with its interval; baselines as lines."""
+    key = results.accuracy_keys[measure]
+    for name, style in zip(results.baseline_metrics, ("-", ":"), strict=False):
+        measured = by_key(results.baseline_metrics[name])
+        if key in measured:
+            axis.axvline(measured[key], color=INK, ls=style, lw=1)
+    for place, (group, colour) in enumerate(group_colours(results.groups).items()):
+        values = np.array([trial.values[key] for trial in results.measured if trial.group == group])
+        low, high = mean_interval(values, alpha) if len(values) else (np.nan, np.nan)
+        _seeds(axis, values, place, colour, MARKERS[place % 8], values.mean() if len(values) else np.nan, low, high)
+    axis.set_title(measure)
+    axis.set_yticks(range(len(results.groups)), results.groups)
+    axis.set_ylim(len(results.groups) - 0.4, -0.6)
+    low, high = axis.get_xlim()
+    axis.set_xlim(max(-0.02, low), min(1.02, high))
+    axis.xaxis.set_major_formatter(PercentFormatter(1))
+    axis.xaxis.set_major_locator(MaxNLocator(5))
 
 
-def learning_figure(results: StudyResults) -> Any:
-    """Validation accuracy and task loss by epoch."""
-    panels = {
-        "accuracy": "validation accuracy",
-        "task_loss": "validation task loss, nats a token",
-    }
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), squeeze=False)
-    for axis, (measure, label) in zip(axes[0], panels.items(), strict=True):
-        _curves(axis, results.history("validation", measure), results.groups, seeds=True)
-        axis.set_ylabel(label)
-    axes[0][0].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    figure.legend(*axes[0][0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right center")
-    return figure
+def _seeds(
+    axis: Any, values: np.ndarray, place: int, colour: str, marker: str, middle: float, low: float, high: float
+) -> None:
+    spread = place + (np.linspace(-0.2, 0.2, len(values)) if len(values) > 1 else np.zeros(len(values)))
+    axis.scatter(values, spread, s=10, color=colour, marker=marker, alpha=0.6, zorder=3, linewidths=0)
+    axis.vlines(middle, place - 0.33, place + 0.33, color=colour, lw=2.2, zorder=4)
+    axis.hlines(place, low, high, color=colour, lw=1.2, zorder=4)
 
 
-def losses_figure(results: StudyResults) -> Any:
-    """Every loss term by epoch."""
-    terms = _terms(results)
-    figure, axes = plt.subplots(1, len(terms), figsize=(1.4 + 2.5 * len(terms), 3.2), squeeze=False)
-    for axis, term in zip(axes[0], terms, strict=True):
-        _curves(axis, results.history("train", f"{term}_loss"), results.groups, seeds=False)
-        axis.set_title(term)
-        axis.set_ylim(bottom=0)
-    axes[0][0].set_ylabel("loss")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside right center")
-    return figure
+def forest_panel(findings: Mapping[str, Finding], pairs: Sequence[str], margin: float, title: str, axis: Any) -> None:
+    """Every contrast on one measure with its seeds, mean and interval; in points."""
+    axis.axvspan(-100 * margin, 100 * margin, color=FAINT, zorder=0, lw=0)
+    axis.axvline(0, color=MUTED, lw=1)
+    for place, name in enumerate(pairs):
+        if name in findings:
+            row = findings[name].comparison
+            values = 100 * np.array(list(findings[name].by_seed.values()))
+            figures = (100 * row.difference, 100 * row.low, 100 * row.high)
+            _seeds(axis, values, place, PALETTE[0], "o", *figures)
+    axis.set_title(title)
+    axis.set_xlabel("percentage points")
+    axis.set_yticks(range(len(pairs)), pairs)
+    axis.set_ylim(len(pairs) - 0.4, -0.6)
 
 
-def _terms(results: StudyResults) -> list[str]:
-    """The loss terms that some trial was trained with."""
-    return [term for term in TERMS if len(results.history("train", f"{term}_loss"))]
-
-
-def _curves(axis: Any, rows: pd.DataFrame, groups: Sequence[str], seeds: bool) -> None:
-    colours = group_colours(groups)
-    for number, group in enumerate(groups):
+def curves_panel(results: StudyResults, split: str, measure: str, title: str, seeds: bool, axis: Any) -> None:
+    """One number of all tasks together by epoch and group, with every seed's own line if `seeds`."""
+    rows: pd.DataFrame = results.history(split, measure)
+    for number, (group, colour) in enumerate(group_colours(results.groups).items()):
         own = rows[rows["group"] == group].pivot_table(index="epoch", columns="seed", values="value")
-        if not len(own):
-            continue
-        if seeds:
-            axis.plot(own.index, own.to_numpy(), color=colours[group], lw=0.6, alpha=0.35)
-        axis.plot(own.index, own.mean(axis=1), color=colours[group], marker=MARKERS[number % 8], ms=4, label=group)
+        if len(own):
+            if seeds:
+                axis.plot(own.index, own.to_numpy(), color=colour, lw=0.6, alpha=0.35)
+            axis.plot(own.index, own.mean(axis=1), color=colour, marker=MARKERS[number % 8], ms=4)
+    axis.set_title(title)
     axis.set_xlabel("epoch")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    if measure == "accuracy":
+        axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    elif split == "train":
+        axis.set_ylim(bottom=0)
 
 
-def gradients_figure(results: StudyResults) -> Any:
-    """Share of the gradient by step, a panel a group, on a logarithmic axis so that a faint term is seen."""
-    groups = [group for group in results.groups if (results.gradients["group"] == group).any()]
-    figure, axes = plt.subplots(1, len(groups), figsize=(1.4 + 1.9 * len(groups), 3), sharey=True, squeeze=False)
-    for axis, group in zip(axes[0], groups, strict=True):
-        own = results.gradients[results.gradients["group"] == group]
-        for number, term in enumerate(TERMS):
-            means = own[own["term"] == term].groupby("step")["share"].mean()
-            if len(means):
-                axis.plot(means.index, means, color=PALETTE[number], marker=MARKERS[number], ms=3, lw=1.2, label=term)
-        axis.axhline(WEAK_SIGNAL, color="0.35", ls="--", lw=0.8)
-        axis.set_title(group, fontsize=8)
-        axis.set_yscale("log")
-        axis.set_xlabel("step")
-    axes[0][0].set_ylabel("share of the gradient")
-    handles: dict[str, Any] = {}
-    for axis in axes[0]:
-        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.legend(list(handles.values()), list(handles), frameon=False, fontsize=8, loc="outside right center")
-    return figure
+def gradients_panel(results: StudyResults, group: str, axis: Any) -> None:
+    """A group's shares of the gradient by step, on a logarithmic axis so that a faint term is seen."""
+    own = results.gradients[results.gradients["group"] == group]
+    for number, term in enumerate(TERMS):
+        means = own[own["term"] == term].groupby("step")["share"].mean()
+        if len(means):
+            axis.plot(means.index, means, color=PALETTE[number], marker=MARKERS[number], ms=3, lw=1.2)
+    axis.axhline(WEAK_SIGNAL, color=MUTED, ls="--", lw=0.8)
+    axis.set_title(group)
+    axis.set_yscale("log")
+    axis.set_ylim(top=1.5)
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    axis.set_xlabel("step")
+    axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
 
 
-def coverage_figure(coverage: dict[str, dict[str, float]]) -> Any:
+_COVERAGE = ("tokens aligned", "predictions aligned", "at the same position")
+
+
+def coverage_panel(coverage: Mapping[str, Mapping[str, float]], axis: Any) -> None:
     """Alignment coverage by task."""
-    bars = {
-        "tokens aligned": [own["token_coverage"] for own in coverage.values()],
-        "predictions aligned": [own["prediction_coverage"] for own in coverage.values()],
-        "at the same position": [own["same_position"] / max(own["aligned"], 1) for own in coverage.values()],
-    }
-    figure, axis = plt.subplots(figsize=(1.5 + 1.7 * len(coverage), 3))
-    for number, (name, values) in enumerate(bars.items()):
+    for number, name in enumerate(_COVERAGE):
+        values = [
+            (own["token_coverage"], own["prediction_coverage"], own["same_position"] / max(own["aligned"], 1))[number]
+            for own in coverage.values()
+        ]
         places = np.arange(len(coverage)) + 0.27 * (number - 1)
-        drawn = axis.bar(places, values, 0.25, color=PALETTE[number], label=name, hatch=("", "//", "..")[number])
-        axis.bar_label(drawn, [f"{100 * value:.1f}" for value in values], fontsize=7)
-    axis.set_xticks(range(len(coverage)), list(coverage))
-    axis.set_ylim(0, 1.08)
-    axis.yaxis.set_major_formatter(PercentFormatter(1))
-    figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=3)
-    return figure
+        drawn = axis.barh(places, values, 0.25, color=PALETTE[number], label=name)
+        axis.bar_label(drawn, [f"{100 * value:.1f}" for value in values], fontsize=7, padding=2)
+    axis.set_yticks(range(len(coverage)), list(coverage))
+    axis.set_ylim(len(coverage) - 0.5, -0.5)
+    axis.set_xlim(0, 1.12)
+    axis.xaxis.set_major_formatter(PercentFormatter(1))
 
 
-def cost_figure(results: StudyResults) -> Any:
-    """Time, tokens and disk of a trial, by group."""
-    means = results.costs.groupby("group", sort=False)[["train_seconds", "evaluation_seconds", "tokens", "disk_bytes"]]
-    table = means.mean().reindex([group for group in results.groups if group in set(results.costs["group"])])
-    places = np.arange(len(table))
-    figure, axes = plt.subplots(1, 3, figsize=(9, 3.4), squeeze=False)
-    minutes = table[["train_seconds", "evaluation_seconds"]] / 60
-    axes[0][0].bar(places, minutes["train_seconds"], color=PALETTE[0], label="training")
-    axes[0][0].bar(
-        places,
-        minutes["evaluation_seconds"],
-        bottom=minutes["train_seconds"],
-        color=PALETTE[1],
-        hatch="//",
-        label="evaluation",
-    )
-    figure.legend(frameon=False, fontsize=8, loc="outside upper left", ncols=2)
-    axes[0][1].bar(places, table["tokens"] / 1000, color=PALETTE[2])
-    axes[0][2].bar(places, table["disk_bytes"] / 1e6, color=PALETTE[3])
-    for axis, label in zip(axes[0], ("minutes", "thousand training tokens", "MB on disk"), strict=True):
-        axis.set_ylabel(label)
-        axis.set_xticks(places, list(table.index), rotation=60, ha="right")
-    return figure
+def cost_panel(results: StudyResults, axis: Any) -> None:
+    """Milliseconds of a step in each trial's fastest epoch, by group."""
+    for place, (group, colour) in enumerate(group_colours(results.groups).items()):
+        own = 1000 * results.costs.loc[results.costs["group"] == group, "fastest_step_seconds"].to_numpy()
+        middle = float(np.median(own)) if len(own) else np.nan
+        _seeds(axis, own, place, colour, MARKERS[place % 8], middle, np.nan, np.nan)
+    axis.set_xlabel("milliseconds")
+    axis.set_xlim(left=0)
+    axis.set_yticks(range(len(results.groups)), results.groups)
+    axis.set_ylim(len(results.groups) - 0.4, -0.6)
 
 
 def save_figure(figure: Figure, folder: Path) -> Path:
-    """Draw it and write PNG, PDF and SVG without dates in them, so that the same data give the same bytes."""
+    """Write PDF and SVG, all panels side by side, without dates so that the same data give the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    with plt.rc_context({**_STYLE, "figure.constrained_layout.use": True}):
-        drawn = figure.draw()
-        drawn.savefig(folder / f"{figure.name}.png", metadata={"Software": None})
-        drawn.set_layout_engine("none")  # what was laid out for the first is kept for the others
-        drawn.savefig(folder / f"{figure.name}.pdf", metadata={"CreationDate": None})
+    drawn = draw(figure)
+    drawn.savefig(folder / f"{figure.name}.pdf", metadata={"CreationDate": None})
+    drawn.set_layout_engine("none")  # what was laid out for the first is kept for the other
+    with mpl.rc_context(_STYLE):
         drawn.savefig(folder / f"{figure.name}.svg", metadata={"Date": None})
-        plt.close(drawn)
-    return folder / f"{figure.name}.png"
+    return folder / f"{figure.name}.pdf"
+
+
+def draw(figure: Figure) -> Any:
+    """All panels side by side, four in a row, what colours stand for above them."""
+    with mpl.rc_context(_STYLE):
+        across = min(4, len(figure.panels))
+        down = -(-len(figure.panels) // across)
+        canvas = Canvas(figsize=(0.8 * _WIDTH * across + 0.5, figure.height * down + (0.3 if figure.key else 0)))
+        axes = canvas.subplots(down, across, squeeze=False).ravel()
+        for axis, panel in zip(axes, figure.panels, strict=False):
+            panel(axis)
+        for axis in axes[len(figure.panels) :]:
+            axis.set_visible(False)
+        if figure.key:
+            canvas.legend(
+                [_handle(*look) for look in figure.key.values()],
+                list(figure.key),
+                frameon=False,
+                loc="outside upper left",
+                ncols=min(len(figure.key), 2 * across),
+            )
+    return canvas
+
+
+def _handle(colour: str, mark: str) -> Any:
+    if mark in ("-", ":"):
+        return Line2D([], [], color=colour, ls=mark)
+    return Line2D([], [], color=colour, ls="", marker=mark)
+
+
+def inline_panels(figure: Figure) -> list[str]:
+    """Each panel as SVG for the page: its letters are text, and its greys are the page's own."""
+    found = []
+    for panel in figure.panels:
+        # margins by the length of names: laying a panel out takes as long as drawing it
+        with mpl.rc_context({**_STYLE, "svg.fonttype": "none", "figure.constrained_layout.use": False}):
+            canvas = Canvas(figsize=(_WIDTH, figure.height))
+            axis = canvas.subplots()
+            panel(axis)
+            left, below = 12 + 5.6 * max(map(len, figure.names)), 32 if axis.get_xlabel() else 18
+            canvas.subplots_adjust(
+                left=min(0.6, left / (72 * _WIDTH)),
+                right=0.97,
+                bottom=below / (72 * figure.height),
+                top=1 - (16 if axis.get_title() else 5) / (72 * figure.height),
+            )
+            written = io.StringIO()
+            canvas.savefig(written, format="svg", transparent=True, metadata={"Date": None})
+        found.append(_embedded(written.getvalue()))
+    return found
+
+
+def _embedded(svg: str) -> str:
+    """An SVG file as part of a page: no header, no names that two of them share, colours that follow the page."""
+    body = re.sub(
+        r"<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "", svg[svg.index("<svg") :], flags=re.S
+    )
+    used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', body))
+    body = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in used else "", body)
+    body = re.sub(r"<svg [^>]*?(viewBox=\"[^\"]+\")[^>]*>", r"<svg \1 aria-hidden='true'>", body, count=1)
+    body = re.sub(r"font: ([\d.]+)px [^;\"]+", r"font: \1px var(--sans)", body)
+    body = re.sub(r"font: (\w+) ([\d.]+)px [^;\"]+", r"font: \1 \2px var(--sans)", body)
+    for colour in _PAGE_COLOURS:
+        body = body.replace(colour.lower(), page_colour(colour))
+    return body.strip()
+
+
+def page_colour(colour: str) -> str:
+    """A figure's colour as the page has it, light or dark."""
+    return f"var({_PAGE_COLOURS[colour]})" if colour in _PAGE_COLOURS else colour

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from stillroom.config import TERMS
+from stillroom.config import TERMS, Group, Objective
 
 SIGNALS = {"kd": "predictions", "hidden": "hidden states", "attention": "attention", "values": "value relations"}
 """What each term takes from the teacher, in words."""
@@ -29,9 +29,14 @@ class Recipe:
     """Those whose signal is in the wrong places."""
 
     @property
+    def answers(self) -> bool:
+        """Whether the answers that it learns are the teacher's own."""
+        return self.terms.get("task", {}).get("targets") == "teacher"
+
+    @property
     def signals(self) -> Set[str]:
         """Terms that take something from the teacher."""
-        return self.terms.keys() & SIGNALS.keys()
+        return (self.terms.keys() & SIGNALS.keys()) | ({"task"} if self.answers else set())
 
     @property
     def inner(self) -> Set[str]:
@@ -40,12 +45,12 @@ class Recipe:
 
 
 def recipes(study: Mapping[str, Any]) -> dict[str, Recipe]:
-    """The study's groups by name, each with its own settings over the shared ones; `study` as in `planned.json`."""
-    found = {}
+    """The study's groups by name; `study` as in `planned.json`."""
+    shared, found = Objective.model_validate(study["objective"]), {}
     for group in study["groups"]:
-        settings = {term: {**study["objective"].get(term, {}), **(group.get(term) or {})} for term in group["terms"]}
-        on = {term: own for term, own in settings.items() if own.get("weight", 1) > 0}
-        found[group["name"]] = Recipe(on, frozenset(group.get("placebo") or ()))
+        whole = Group.model_validate(group).objective(shared).model_dump(mode="json")
+        on = {term: settings for term, settings in whole.items() if settings["weight"] > 0}
+        found[group["name"]] = Recipe(on, frozenset(term for term, settings in on.items() if settings.get("placebo")))
     return found
 
 
@@ -74,6 +79,8 @@ def question_of(first: Recipe | None, second: Recipe | None) -> Question:
         sides = (_named(first.inner - second.inner), _named(second.inner - first.inner))
         one, other = sorted(sides, key=lambda side: [*SIGNALS.values()].index(side.split(" and ")[0]))
         return Question(f"{one[0].upper()}{one[1:]} or {other}: which is worth more?", 0)
+    if first.answers != second.answers:
+        return Question("The teacher's answers as text, or its predictions: which is worth more?", 0)
     if apart := first.terms.keys() ^ second.terms.keys():
         what = "the labels" if "task" in apart else "the teacher's predictions"
         return Question(f"Do {what} help beside the other signals?", more)
@@ -97,7 +104,7 @@ def unasked_pairs(groups: Mapping[str, Recipe], declared: Sequence[tuple[str, st
 
     The black boxes are those that declared contrasts compare a white box with; where none does, the study's first.
     """
-    boxes = [name for name, own in groups.items() if own.signals and not own.inner and not own.placebo]
+    boxes = [name for name, own in groups.items() if "kd" in own.terms and not own.inner and not own.placebo]
     compared = {name for pair in declared if all(own in groups for own in pair) for name in pair}
     wanted = [box for box in boxes if box in compared] or boxes[:1]
     alone = [name for name, own in groups.items() if not own.signals]

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
+import math
+import shlex
+from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from stillroom.analysis.figures import save_figure, study_figures
+from stillroom.analysis.figures import inline_panels, page_colour, save_figure, study_figures
 from stillroom.analysis.frame import group_table, worse_or_equal
-from stillroom.analysis.paper import study_tables, write_paper
+from stillroom.analysis.numbers import decimal, duration, listed, percent
+from stillroom.analysis.paper import distinct_findings, study_tables, write_paper
 from stillroom.analysis.questions import recipes
 from stillroom.analysis.results import StudyResults
-from stillroom.analysis.tables import contrast_table
-from stillroom.analysis.verdicts import Answer, Evidence, answer_questions
+from stillroom.analysis.samples import sample_seed, samples_of
+from stillroom.analysis.tables import contrast_table, cost_table, stage_table, summaries, trial_table
+from stillroom.analysis.verdicts import Answer, Evidence, answer_questions, what_it_takes
 from stillroom.config import TERMS, WEAK_SIGNAL
 from stillroom.evaluation.metrics import Key, by_key
 from stillroom.files import write_text
@@ -74,7 +81,7 @@ def errors_of(results: StudyResults) -> list[str]:
 
 
 def warnings_of(results: StudyResults) -> list[str]:
-    """What a reader must know before any number, each a sentence."""
+    """What a reader must know beside the answers, each a sentence."""
     found = []
     if results.missing:
         names = ", ".join(f"{trial['group']} seed {trial['seed']}" for trial in results.missing)
@@ -94,17 +101,60 @@ def warnings_of(results: StudyResults) -> list[str]:
         )
     if len(results.baseline_metrics) == 2:
         teacher, student = (results.baseline_metrics[label] for label in results.labels.values())
-        for task in worse_or_equal(teacher, student):
+        if tasks := worse_or_equal(teacher, student):
             found.append(
-                f"On {task} the teacher is no better than the student before training: it has nothing to give there."
+                f"The teacher does not outperform the student before training on {listed(tasks)}: distillation cannot "
+                "help there."
             )
+    by_terms: dict[str, list[str]] = {}
     for row in gradient_rows(results):
         if row["weak"]:
-            found.append(
-                f"In group {row['group']} the term {' and '.join(row['weak'])} stayed under {100 * WEAK_SIGNAL:g} % of "
-                "the gradient; the group may differ from its baseline in name only."
+            by_terms.setdefault(listed(row["weak"]), []).append(row["group"])
+    for terms, groups in by_terms.items():
+        found.append(
+            f"The {terms} term contributed under {100 * WEAK_SIGNAL:g} % of the gradient in {listed(groups)}: such a "
+            "group may differ from its baseline in name only."
+        )
+    return found + rising_losses(results)
+
+
+def rising_losses(results: StudyResults) -> list[str]:
+    """A remark for each term whose loss on the training split was higher after the last epoch than after the first."""
+    found = []
+    for term in (term for term in TERMS if term != "task"):
+        rows = results.history("train", f"{term}_loss")
+        means = rows.groupby(["group", "epoch"])["value"].mean().unstack() if len(rows) else None
+        if means is None or means.shape[1] < 2:
+            continue
+        risen = [
+            group
+            for group in results.groups
+            if group in means.index and means.loc[group].iloc[-1] > means.loc[group].iloc[0]
+        ]
+        if risen:
+            ends = listed(
+                [f"{group} ({means.loc[group].iloc[0]:.3g} to {means.loc[group].iloc[-1]:.3g})" for group in risen]
             )
+            found.append(f"The {term} loss rose over training in {ends}: the student did not learn that signal.")
     return found
+
+
+def command_with(results: StudyResults, seeds: Sequence[int]) -> str:
+    """The command that this folder's trials were run by, with other seeds."""
+    recorded = shlex.split(str(results.run["stages"].get("sweep", {}).get("command", "")))
+    parts = (
+        recorded if recorded[:2] in (["stillroom", "run"], ["stillroom", "sweep"]) else ["stillroom", "run", "STUDY"]
+    )
+    kept = [
+        part
+        for n, part in enumerate(parts)
+        if not _sets_seeds(part) and not (part == "--set" and _sets_seeds((*parts, "")[n + 1]))
+    ]
+    return shlex.join([*kept, "--set", f"sweep.seeds=[{','.join(map(str, seeds))}]"])
+
+
+def _sets_seeds(part: str) -> bool:
+    return part.removeprefix("--set=").startswith("sweep.seeds=")
 
 
 def integrity_rows(results: StudyResults) -> list[tuple[str, str]]:
@@ -129,8 +179,8 @@ def integrity_rows(results: StudyResults) -> list[tuple[str, str]]:
         rows.append(
             (
                 f"alignment on {task}",
-                f"{own['token_coverage']:.1%} of tokens (floor {floor:.0%}), "
-                f"{own['prediction_coverage']:.1%} of predictions",
+                f"{percent(own['token_coverage'])} of tokens (floor {100 * floor:g} %), "
+                f"{percent(own['prediction_coverage'])} of predictions",
             )
         )
     return rows
@@ -193,12 +243,16 @@ def write_report(folder: Path) -> Path:
     """
     results = StudyResults.read(folder)
     results.read_all()
-    analysis, answers, groups = results.analysis, answers_of(results), results.groups
-    figures = study_figures(results, answers, analysis.equivalence_margin, analysis.alpha)
-    measures = other_measures(results)
-    pictures = {figure.name: save_figure(figure, folder / "figures") for figure in figures}
+    evidence, groups = evidence_of(results), results.groups
+    answers = answer_questions(evidence)
+    figures = study_figures(results, evidence, distinct_findings(answers))
+    for figure in figures:
+        save_figure(figure, folder / "figures")
     tables = study_tables(results, answers)
     write_paper(results, answers, tables)
+    needed = what_it_takes(evidence, answers)
+    measures = other_measures(results)
+    script = _source("report.js")
     page = (
         _environment()
         .get_template("report.html.j2")
@@ -206,21 +260,32 @@ def write_report(folder: Path) -> Path:
             results=results,
             study=results.study,
             answers=answers,
-            contrast_tables={answer.question: contrast_table(answer.findings) for answer in answers},
-            analysis=analysis,
+            summaries=summaries(results, evidence, answers),
+            needed=needed,
+            command=command_with(results, needed.seeds) if needed.seeds else "",
+            contrast_tables={answer.question: contrast_table(answer.findings) for answer in answers if answer.findings},
+            analysis=evidence.analysis,
             errors=errors_of(results),
             warnings=warnings_of(results),
             accuracy=group_table(results.measured, groups, results.baseline_metrics, results.accuracy_keys),
             measures=list(measures),
             others=group_table(results.measured_with_agreement, groups, results.baseline_metrics, measures),
             test=group_table(results.measured, groups, results.test_metrics, results.test_keys),
+            samples=samples_of(results),
+            sample_seed=sample_seed(results),
+            trials=trial_table(results),
+            costs=cost_table(results),
+            stages=stage_table(results.run["stages"]),
             gradients=gradient_rows(results),
             integrity=integrity_rows(results),
             group_rows=group_rows(results.study),
             settings=settings_rows({k: v for k, v in results.study.items() if k != "groups"}),
-            figures={figure.name: (figure, _data_uri(pictures[figure.name], "image/png")) for figure in figures},
+            figures={figure.name: (figure, inline_panels(figure)) for figure in figures},
             downloads=_downloads(folder, tables),
-            terms=TERMS,
+            terms=[term for term in TERMS if any(term in row["shares"] for row in gradient_rows(results))],
+            style=_source("report.css"),
+            script=script,
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         )
     )
     write_text(folder / "report.html", page)
@@ -228,16 +293,22 @@ def write_report(folder: Path) -> Path:
 
 
 def other_measures(results: StudyResults) -> dict[str, Key]:
-    """What stands beside accuracy, where it was measured: where it is among a trial's numbers, by its label."""
+    """What stands beside accuracy, where it was measured: where it is among a trial's numbers, by its label.
+
+    All are shares but for the task loss.
+    """
     keys: dict[str, Key] = {
-        "task loss, nats": ("validation", None, "task_loss"),
-        "unweighted mean of tasks": ("validation", None, "accuracy_macro"),
-        **{f"{task}, last number": ("validation", task, "accuracy_flexible") for task in results.tasks},
+        TASK_LOSS: ("validation", None, "task_loss"),
+        "mean of tasks": ("validation", None, "accuracy_macro"),
+        **{f"{task}, flexible extract": ("validation", task, "accuracy_flexible") for task in results.tasks},
         **{f"{task}, calibration error": ("validation", task, "calibration_error") for task in results.tasks},
         **{f"{task}, agreement with teacher": ("validation", task, "agreement") for task in results.tasks},
     }
     measured = {key for trial in results.measured_with_agreement for key in trial.values}
     return {label: key for label, key in keys.items() if key in measured}
+
+
+TASK_LOSS = "task loss, nats per token"
 
 
 def _downloads(folder: Path, tables: dict[str, pd.DataFrame]) -> list[dict[str, Any]]:
@@ -261,11 +332,10 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = lambda value: "–" if pd.isna(value) else f"{100 * value:.1f} %"
-    environment.filters["points"] = lambda value: "" if pd.isna(value) else f"± {100 * value:.1f}"
-    environment.filters["signed"] = lambda value: "–" if pd.isna(value) else f"{100 * value:+z.1f}"
-    environment.filters["number"] = lambda value: "–" if pd.isna(value) else f"{round(value, 12):z.3g}"
-    environment.filters["duration"] = lambda seconds: (
-        f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-    )
+    environment.filters |= {"percent": percent, "decimal": decimal, "duration": duration, "page_colour": page_colour}
+    environment.filters["spread"] = lambda share: "" if math.isnan(share) else f"±\u00a0{100 * share:.1f}"
     return environment
+
+
+def _source(name: str) -> str:
+    return files("stillroom.analysis").joinpath("templates", name).read_text("utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -306,7 +307,11 @@ class StudyResults:
 
     @cached_property
     def costs(self) -> pd.DataFrame:
-        """A row a trial: seconds of training, of evaluation (test splits too), waited for data; tokens; bytes."""
+        """A row a trial: seconds of training, of evaluation (test splits too), waited for data; tokens; bytes.
+
+        `fastest_step_seconds` is an optimizer step's mean time in the trial's fastest epoch: other work on the machine
+        makes an epoch slower, never faster.
+        """
         rows = []
         for result in self.finished:
             total = {
@@ -315,7 +320,14 @@ class StudyResults:
             }
             total["evaluation_seconds"] += result.get("test_evaluation_seconds", 0)
             disk = sum(path.stat().st_size for path in self.trial_folder(result["trial"]).rglob("*") if path.is_file())
-            rows.append({**_key(result), **total, "disk_bytes": disk})
+            ends = [0, *(epoch["step"] for epoch in result["epochs"])]
+            paces = [
+                epoch.get("train_seconds", 0.0) / (end - start)
+                for epoch, (start, end) in zip(result["epochs"], pairwise(ends), strict=True)
+                if end > start
+            ]
+            fastest = min(paces, default=float("nan"))
+            rows.append({**_key(result), **total, "fastest_step_seconds": fastest, "disk_bytes": disk})
         return pd.DataFrame(rows)
 
     @cached_property
@@ -328,15 +340,6 @@ class StudyResults:
         """Prompts that stand in training and in a held-out part, without regard to white space and case."""
         prompts, trained = self.examples["prompt"].map(folded), self.examples["split"] == "train"
         return len(set(prompts[trained]) & set(prompts[~trained]))
-
-    @cached_property
-    def samples(self) -> dict[str, dict[str, str]]:
-        """One validation example a task, as prompt and answer: what the models were shown."""
-        held_out = self.examples[self.examples["split"] == "validation"].sort_values("example_id")
-        chosen = held_out.groupby("task").head(1)
-        return self._in_order(
-            {row["task"]: {"prompt": row["prompt"], "answer": row["answer"]} for _, row in chosen.iterrows()}
-        )
 
 
 def _key(result: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy import ndarray
 
-from stillroom.analysis.numbers import equals, points
+from stillroom.analysis.numbers import equals, listed, points
 from stillroom.analysis.questions import (
     COMBINING,
     HELPS,
@@ -115,6 +115,14 @@ class Evidence:
         unasked = unasked_pairs(self.groups, [*self.primary, *secondary])
         before = [[(group, self.student)] for group in self.groups] if self.student else []
         return [own for own in (unasked, *before, self.primary, secondary) if own]
+
+    def baseline_of(self, group: str) -> Pair | None:
+        """The contrast that says what a group gains: a declared primary one, else labels alone, a declared one, or the
+        student before training."""
+        primary, secondary = self.primary, [p for p in self.analysis.secondary if set(p) <= set(self.groups)]
+        before = [(group, self.student)] if self.student else []
+        pairs = [*primary, *unasked_pairs(self.groups, [*primary, *secondary]), *secondary, *before]
+        return next((pair for pair in pairs if pair[0] == group), None)
 
     def question(self, pair: Pair) -> Question:
         """The question that a contrast answers."""
@@ -273,7 +281,7 @@ def _said(findings: Sequence[Finding], verdict: str, analysis: Analysis, of: int
     for second in dict.fromkeys(f.comparison.second for f in findings):
         own = [f.comparison for f in findings if f.comparison.second == second]
         shown = [row.first + ("" if row.seeds == 0 else f" ({points(row.difference)} points)") for row in own]
-        several, names = len(own) > 1, _listed(shown)
+        several, names = len(own) > 1, listed(shown)
         if 3 < len(own) == of and all(row.seeds for row in own):
             least, most = (pick(row.difference for row in own) for pick in (min, max))
             several, names = False, f"each of the {of} groups ({points(least)} to {points(most)} points)"
@@ -289,10 +297,6 @@ def _said(findings: Sequence[Finding], verdict: str, analysis: Analysis, of: int
             yield f"these runs cannot tell {names} from {second}"
         else:
             yield f"there is no evidence that {names} {'differ' if several else 'differs'} from {second}"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _sentence(
@@ -385,7 +389,7 @@ def _task_dependence(evidence: Evidence) -> list[Answer]:
         "no evidence that it differs": "There is no evidence of it for",
         "undecided": "It is not known for",
     }
-    short = " ".join(f"{lead} {_listed(brief[verdict])}." for verdict, lead in leads.items() if verdict in brief)
+    short = " ".join(f"{lead} {listed(brief[verdict])}." for verdict, lead in leads.items() if verdict in brief)
     return [Answer(question, short, tuple(sentences), ())]
 
 
@@ -406,7 +410,7 @@ def _hypothesis(findings: Sequence[Finding], analysis: Analysis) -> list[Answer]
         verdict = short = "Supported: every declared contrast is as it predicts"
     elif against:
         verdict = "Contradicted by at least one declared contrast"
-        named = _listed([f"{f.comparison.first} on {f.comparison.measure} ({_WORDS[f.verdict]})" for f in against])
+        named = listed([f"{f.comparison.first} on {f.comparison.measure} ({_WORDS[f.verdict]})" for f in against])
         short = f"Contradicted by {named}"
     else:
         verdict = "Undecided: not every declared contrast has a verdict, and none contradicts it"
@@ -450,12 +454,12 @@ def what_it_takes(evidence: Evidence, answers: Sequence[Answer]) -> Needed:
         and (n := seeds_needed(f.comparison.effect_size, analysis.alpha, contrasts=f.family))
     ]
     if within := [(name, n) for name, n in wanted if n <= MOST_SEEDS]:
-        listed = _listed([f"{n} seeds for {name}" for name, n in within])
-        says.append(f"If a difference is as large as it looks here, showing it takes {listed}.")
+        several = listed([f"{n} seeds for {name}" for name, n in within])
+        says.append(f"If a difference is as large as it looks here, showing it takes {several}.")
         least = max(least, *(n for _, n in within))
     if beyond := [name for name, n in wanted if n > MOST_SEEDS]:
         says.append(
-            f"What was seen of {_listed(beyond)} is small next to its spread: showing it would take more than the "
+            f"What was seen of {listed(beyond)} is small next to its spread: showing it would take more than the "
             f"{MOST_SEEDS} seeds that a study may have. More validation examples make the spread smaller."
         )
     more = [seed for seed in range(planned + least) if seed not in evidence.seeds]

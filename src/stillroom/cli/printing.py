@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stillroom.analysis.frame import Spread
     from stillroom.preflight.doctor import Finding
 
 
@@ -197,34 +195,46 @@ def _plain(cell: Any) -> str:
     return escape(str(cell))
 
 
-def print_table(folder: Path) -> None:
-    """The groups' accuracies on the terminal, the questions' answers, and what must be known beside them."""
+def print_answers(folder: Path) -> None:
+    """A table of the groups, a line per question, and what makes numbers doubtful or worthless."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    from stillroom.analysis.frame import group_table
-    from stillroom.analysis.report import answers_of, errors_of, warnings_of
+    from stillroom.analysis.numbers import percent
+    from stillroom.analysis.report import errors_of, evidence_of, warnings_of
     from stillroom.analysis.results import StudyResults
+    from stillroom.analysis.tables import summaries
+    from stillroom.analysis.verdicts import answer_questions
 
     results = StudyResults.read(folder)
-    table = Table(title=f"{results.study['name']}: validation accuracy, mean ± standard deviation over seeds")
-    for heading in ("group", "seeds", *results.accuracy_keys):
-        first = heading == "group"  # on 80 columns, room for "student before" and three tasks of "90.0 ± 1.2"
-        table.add_column(heading, justify="left" if first else "right", min_width=14 if first else None)
-    for row in group_table(results.measured, results.groups, results.baseline_metrics, results.accuracy_keys):
-        seeds = str(row.seeds) if row.name in results.groups else "–"
-        table.add_row(row.name, seeds, *(_cell(cell) for cell in row.cells.values()))
+    evidence = evidence_of(results, bootstrap=False)
+    answers = answer_questions(evidence)
+    level = f"{100 * (1 - results.analysis.alpha):g} %"
+    title = f"{results.study['name']}: validation accuracy, and its difference in points"
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), min_width=len(title)
+    )
+    table.add_column("group", min_width=12)
+    for heading in ("accuracy", f"gain ({level} interval)"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("over", min_width=9)
+    for heading in ("seeds", "gap closed"):
+        table.add_column(heading, justify="right")
+    for row in summaries(results, evidence, answers):
+        gain = f"{row.difference} ({row.interval})" if row.against else "–"
+        cells = (percent(row.accuracy.mean), gain, row.against, row.seeds, percent(row.closed))
+        table.add_row(row.group, *cells, style="bold" if row.best else None)
     console = Console()
     console.print(table)
-    for answer in answers_of(results, bootstrap=False):
-        console.print(f"{answer.question} {answer.short}", markup=False, highlight=False, soft_wrap=True)
+    for answer in answers:
+        line = Text.assemble((answer.question, "bold"), " ", answer.short)
+        console.print(line, highlight=False, soft_wrap=not console.is_terminal)  # at words, where a person reads
     for error in errors_of(results):
         console.print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True, style="bold red")
-    for warning in warnings_of(results):
+    warnings = warnings_of(results)
+    for warning in warnings[:1] if results.missing else ():
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _cell(cell: Spread) -> str:
-    if math.isnan(cell.mean):
-        return "–"
-    return f"{100 * cell.mean:.1f}" + ("" if math.isnan(cell.std) else f" ± {100 * cell.std:.1f}")
+    if more := len(warnings) - bool(results.missing):
+        console.print(f"{more} warning{'s' if more > 1 else ''} in the report.", markup=False, highlight=False)

@@ -203,12 +203,12 @@ def report(
 
 
 def _finish_report(folder: Path, as_json: bool, errors: dict[str, str]) -> None:
-    from stillroom.cli.printing import print_table
+    from stillroom.cli.printing import print_answers
 
     path = folder / "report.html"
     BARS.close()
     if not as_json:
-        print_table(folder)
+        print_answers(folder)
     facts = {"report": path, "summary": folder / "results_summary.csv", "failed": errors}
     finish(as_json, facts, f"Report: {path}.", "open it in a browser")
 
