@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import shutil
+import subprocess
 
 import pandas as pd
 import pytest
@@ -332,6 +333,46 @@ def test_groups_of_other_weights_or_of_one_objective_are_no_error(tmp_path, weig
     assert identical_groups([one, scaled]) == {}
 
 
+def well_formed(text):
+    """Whether braces, environments and dollars of LaTeX are balanced and no special character is bare."""
+    text = re.sub(r"\\[\\&%$#_{}]", "", text)
+    depth = list(itertools.accumulate({"{": 1, "}": -1}.get(letter, 0) for letter in text))
+    opened = []
+    for kind, name in re.findall(r"\\(begin|end){(\w+)}", text):
+        if kind == "begin":
+            opened.append(name)
+        elif not opened or opened.pop() != name:
+            return False
+    plain = re.sub(r"\$[^$]*\$|\\(label|begin|end){[^}]*}", "", text)
+    return not opened and depth[-1] == 0 and min(depth) == 0 and not re.search(r"[$#_^~%]|[^\x00-\x7f]", plain)
+
+
+@pytest.mark.parametrize("bad", ["{", "a_b", "5 % of", r"\begin{table}", "}{", "$x", "−1"])
+def test_what_is_no_latex_is_told_from_what_is(bad):
+    """The check of the tables can fail."""
+    assert well_formed(r"\begin{table}{a\_b $p_{x}$} 5\,\%\end{table}")
+    assert not well_formed(bad)
+
+
+@pytest.mark.slow
+def test_tables_for_a_paper_compile(results, tmp_path):
+    """With a TeX, if this machine has one: no error, and no letter that its fonts lack."""
+    tex = next(
+        (found for name in ("tectonic", "pdflatex", "lualatex", "xelatex") if (found := shutil.which(name))), None
+    )
+    if tex is None:
+        pytest.skip("no TeX on this machine; test_tables_for_a_paper_are_tidy_and_escaped looks at the structure")
+    tables = [str(results / "paper" / f"{name}.tex") for name in ("accuracy", "contrasts")]
+    body = "\n".join(rf"\input{{{path}}}" for path in tables)
+    text = rf"\documentclass{{article}}\usepackage{{booktabs}}\begin{{document}}{body}\end{{document}}"
+    (tmp_path / "paper.tex").write_text(text)
+    options = [] if tex.endswith("tectonic") else ["-interaction=nonstopmode", "-halt-on-error"]
+    done = subprocess.run([tex, *options, "paper.tex"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "paper.pdf").stat().st_size > 1000
+    assert "Missing character" not in done.stdout
+
+
 def test_tables_for_a_paper_are_tidy_and_escaped(results):
     """Tidy CSVs a reader can aggregate; LaTeX whose special characters are plain and whose rows are of one width."""
     accuracy = pd.read_csv(results / "tables" / "accuracy.csv")
@@ -341,11 +382,14 @@ def test_tables_for_a_paper_are_tidy_and_escaped(results):
     assert len(pd.read_csv(results / "tables" / "comparisons.csv")) == (6 + 1 + 5) * 4
     for name in ("accuracy", "contrasts"):
         text = (results / "paper" / f"{name}.tex").read_text()
-        assert text.count(r"\toprule") == text.count(r"\midrule") == text.count(r"\bottomrule") == 1
+        tables = text.count(r"\begin{table}")
+        assert tables == (1 if name == "accuracy" else 4)
         assert r"black\_box" in text
-        rows = re.search(r"\\toprule(.*)\\bottomrule", text, re.DOTALL)[1].replace(r"\midrule", "").strip()
-        widths = {len(re.split(r"(?<!\\)&", row)) for row in rows.split("\\\\") if row.strip()}
-        assert widths == {len(re.search(r"tabular}{(\w+)}", text)[1])}
+        for table in re.findall(r"\\begin{table}.*?\\end{table}", text, re.DOTALL):
+            rows = re.search(r"\\toprule(.*)\\bottomrule", table, re.DOTALL)[1].replace(r"\midrule", "").strip()
+            widths = {len(re.split(r"(?<!\\)&", row)) for row in rows.split("\\\\") if row.strip()}
+            assert widths == {len(re.search(r"tabular}{(\w+)}", table)[1])}
+            assert well_formed(table)
     assert latex_escaped("50% of a_b & {c}\\") == r"50\% of a\_b \& \{c\}\textbackslash{}"
     facts = (results / "paper" / "checklist.md").read_text()
     assert "35 of 35 planned trials are finished" in facts

@@ -99,12 +99,11 @@ def accuracy_latex(results: StudyResults) -> str:
         cells = [_mean_and_spread(cell.mean, cell.std) for cell in row.cells.values()]
         rows.append([latex_escaped(row.name), str(row.seeds) if row.name in results.groups else "--", *cells])
     headings = ["Group", "Seeds", results.overall.capitalize(), *(latex_escaped(task) for task in results.tasks)]
-    incomplete = f" Incomplete: {len(results.missing)} trials are missing." if results.missing else ""
     tuned = results.study["teacher"]["adapt"]["method"] != "none"
-    teacher = "the teacher, fine-tuned on the training part" if tuned else "the teacher, as it was published"
+    teacher = "the teacher, fine-tuned on the training split" if tuned else "the teacher, as it was published"
     caption = (
         f"Validation accuracy (\\%), mean $\\pm$ standard deviation over seeds. Baselines: {teacher}, and the student "
-        f"before training.{incomplete}"
+        f"before training.{_incomplete(results)}"
     )
     return latex_table(caption, "tab:accuracy", headings, rows)
 
@@ -116,40 +115,48 @@ def _mean_and_spread(mean: float, spread: float) -> str:
 
 
 def comparison_latex(results: StudyResults, answers: Sequence[Answer]) -> str:
-    """Every contrast: difference, interval, exact p, adjusted p, effect size, verdict."""
-    rows = []
-    for finding in distinct_findings(answers):
-        row = finding.comparison
-        known = row.seeds > 0
-        rows.append(
-            [
-                latex_escaped(f"{row.first} -- {row.second}"),
-                latex_escaped(row.measure),
-                str(row.seeds),
-                f"{100 * row.difference:+z.1f}" if known else "--",
-                f"[{100 * row.low:+z.1f}, {100 * row.high:+z.1f}]" if math.isfinite(row.low) else "--",
-                *(f"{value:.3g}" if math.isfinite(value) else "--" for value in (row.p, row.adjusted_p)),
-                f"{row.effect_size:.2f}" if math.isfinite(row.effect_size) else "--",
-                latex_escaped(finding.verdict),
-            ]
-        )
+    """A table a question: difference, interval, exact p, adjusted p, effect size, verdict of each contrast."""
+    tables, shown = [], set[tuple[str, str, str]]()
     level = f"{100 * (1 - results.study['analysis']['alpha']):g}"
-    headings = [
-        "Contrast",
-        "On",
-        "Seeds",
-        "$\\Delta$",
-        f"{level}\\,\\% interval",
-        "$p$",
-        "$p_{Holm}$",
-        "$d_z$",
-        "Verdict",
-    ]
-    caption = (
-        "Paired differences of validation accuracy in points, same seed; exact sign-flip test, "
-        "Holm-adjusted over each declared family."
-    )
-    return latex_table(caption, "tab:contrasts", headings, rows)
+    interval = f"{level}\\,\\% interval"
+    headings = ["Contrast", "On", "$\\Delta$", interval, "$p$", "$p_{\\mathrm{Holm}}$", "$d_z$", "Verdict"]
+    for number, answer in enumerate(answers, 1):
+        rows = []
+        for finding in answer.findings:
+            row = finding.comparison
+            key = (row.first, row.second, row.measure)
+            if key in shown:
+                continue
+            shown.add(key)
+            rows.append(
+                [
+                    f"{latex_escaped(row.first)} $-$ {latex_escaped(row.second)}",
+                    latex_escaped(row.measure),
+                    _signed(row.difference),
+                    f"[{_signed(row.low)}, {_signed(row.high)}]" if math.isfinite(row.low) else "--",
+                    *(f"{p:.3f}" if math.isfinite(p) else "--" for p in (row.p, row.adjusted_p)),
+                    f"${row.effect_size:.2f}$" if math.isfinite(row.effect_size) else "--",
+                    latex_escaped(finding.verdict),
+                ]
+            )
+        if rows:
+            seeds = sorted({finding.comparison.seeds for finding in answer.findings})
+            caption = (
+                f"{latex_escaped(answer.question)} Paired differences of validation accuracy in percentage points at "
+                f"the same seed ({', '.join(map(str, seeds))} seeds), Student's $t$ interval; exact sign-flip test, "
+                f"Holm-adjusted over its family of contrasts.{_incomplete(results)}"
+            )
+            tables.append(latex_table(caption, f"tab:contrasts-{number}", headings, rows))
+    return "\n".join(tables)
+
+
+def _signed(difference: float) -> str:
+    """In points, in math mode, where a hyphen is a minus sign."""
+    return f"${100 * difference:+z.1f}$" if math.isfinite(difference) else "--"
+
+
+def _incomplete(results: StudyResults) -> str:
+    return f" Incomplete: {len(results.missing)} trials are missing." if results.missing else ""
 
 
 def checklist(results: StudyResults) -> str:
