@@ -76,6 +76,13 @@ class Summary:
     closed: float
     """Share of the gap between the student before training and the teacher that it closes; NaN without a gap."""
 
+    @property
+    def plain(self) -> dict[str, Any]:
+        """All of it for JSON, which has no NaN."""
+        numbers = {"accuracy": self.accuracy.mean, "accuracy_std": self.accuracy.std, "gap_closed": self.closed}
+        texts = {name: getattr(self, name) for name in ("against", "difference", "interval", "verdict", "seeds")}
+        return {name: None if math.isnan(value) else value for name, value in numbers.items()} | texts
+
 
 def summaries(results: StudyResults, evidence: Evidence, answers: Sequence[Answer]) -> list[Summary]:
     """The teacher and the student before training, then each group: accuracy, what it gains, the gap closed."""

@@ -294,7 +294,7 @@ def _said(findings: Sequence[Finding], verdict: str, analysis: Analysis, of: int
             margin = f"±{100 * analysis.equivalence_margin:g} points"
             yield f"{names} {'are' if several else 'is'} equivalent to {second} within {margin}"
         elif verdict == "undecided":
-            yield f"these runs cannot tell {names} from {second}"
+            yield f"these runs cannot tell {names.removeprefix('each of ')} from {second}"
         else:
             yield f"there is no evidence that {names} {'differ' if several else 'differs'} from {second}"
 

@@ -66,6 +66,26 @@ def inspect(
 
 
 @app.command(rich_help_panel=AFTER)
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="results folders of two studies or more")],
+    json: JsonOption = False,
+) -> None:
+    """Set the results of several studies side by side: the same groups on another pair, other tasks or other seeds.
+
+    Example: stillroom compare results other/results
+    """
+    from stillroom.analysis.side_by_side import side_by_side
+    from stillroom.cli.printing import print_side_by_side
+
+    facts = side_by_side(folders)
+    if not json:
+        print_side_by_side(facts)
+    groups = {group: {name: row.plain for name, row in own.items()} for group, own in facts["groups"].items()}
+    reports = " ".join(str(folder / "report.html") for folder in folders)
+    finish(json, {**facts, "groups": groups}, "", f"open {reports}")
+
+
+@app.command(rich_help_panel=AFTER)
 def export(
     trial: Annotated[Path, typer.Argument(metavar="TRIAL", help="folder of a finished trial")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a new folder")],

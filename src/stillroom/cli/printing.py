@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stillroom.analysis.tables import Summary
     from stillroom.preflight.doctor import Finding
 
 
@@ -197,9 +198,7 @@ def _plain(cell: Any) -> str:
 
 def print_answers(folder: Path) -> None:
     """A table of the groups, a line per question, and what makes numbers doubtful or worthless."""
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     from stillroom.analysis.numbers import percent
@@ -212,19 +211,10 @@ def print_answers(folder: Path) -> None:
     evidence = evidence_of(results, bootstrap=False)
     answers = answer_questions(evidence)
     level = f"{100 * (1 - results.analysis.alpha):g} %"
-    title = f"{results.study['name']}: validation accuracy, and its difference in points"
-    table = Table(
-        title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), min_width=len(title)
-    )
-    table.add_column("group", min_width=12)
-    for heading in ("accuracy", f"gain ({level} interval)"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("over", min_width=9)
-    for heading in ("seeds", "gap closed"):
-        table.add_column(heading, justify="right")
+    title = f"{results.study['name']}: validation accuracy, and its difference in points with {level} interval"
+    table = _summary_table(title, ("group",), "gap closed")
     for row in summaries(results, evidence, answers):
-        gain = f"{row.difference} ({row.interval})" if row.against else "–"
-        cells = (percent(row.accuracy.mean), gain, row.against, row.seeds, percent(row.closed))
+        cells = (percent(row.accuracy.mean), _gain(row), row.against, row.seeds, percent(row.closed))
         table.add_row(row.group, *cells, style="bold" if row.best else None)
     console = Console()
     console.print(table)
@@ -238,3 +228,46 @@ def print_answers(folder: Path) -> None:
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
     if more := len(warnings) - bool(results.missing):
         console.print(f"{more} warning{'s' if more > 1 else ''} in the report.", markup=False, highlight=False)
+
+
+def print_side_by_side(facts: dict[str, Any]) -> None:
+    """What the studies differ in, a row per group and study, and each study's answer to each question."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from stillroom.analysis.numbers import percent
+
+    console = Console()
+    for field, values in facts["differ"].items():
+        shown = "; ".join(f"{name}: {value}" for name, value in values.items())
+        console.print(f"{field}: {shown}", markup=False, highlight=False, soft_wrap=not console.is_terminal)
+    table = _summary_table("Validation accuracy, and its difference in points", ("group", "study"))
+    for group, rows in facts["groups"].items():
+        for place, (name, row) in enumerate(rows.items()):
+            accuracy, gain = percent(row.accuracy.mean), _gain(row)
+            table.add_row("" if place else group, name, accuracy, gain, row.against, row.seeds)
+    console.print(table)
+    for question, answers in facts["questions"].items():
+        console.print(Text(question, "bold"))
+        for name, answer in answers.items():
+            console.print(Text(f"  {name}: {answer}"), highlight=False, soft_wrap=not console.is_terminal)
+
+
+def _summary_table(title: str, names: tuple[str, ...], *last: str) -> Any:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    look: dict[str, Any] = {"box": SIMPLE_HEAD, "show_edge": False, "padding": (0, 1, 0, 0), "min_width": len(title)}
+    table = Table(title=title, title_justify="left", **look)
+    for name in names:
+        table.add_column(name, min_width=12)
+    for heading in ("accuracy", "gain (interval)"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("over", min_width=9)
+    for heading in ("seeds", *last):
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _gain(row: Summary) -> str:
+    return f"{row.difference} ({row.interval})" if row.against else "–"
