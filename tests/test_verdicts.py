@@ -373,7 +373,6 @@ def test_studies_with_an_effect_of_the_planned_size_find_it_as_often_as_planned(
         assert np.mean([f.verdict == verdict for f in found]) == pytest.approx(0.8, abs=0.09)
         assert not any(f.verdict in {"improves", "worse"} - {verdict} for f in found)
     at_the_margin = dict.fromkeys(("hidden", "attention", "combined"), ANALYSIS.equivalence_margin)
-    alike = sum(
-        simulated(rng, at_the_margin, PRIMARY, 0.0)[WHITE_BOX].findings[0].verdict == "equivalent" for _ in range(studies)
-    )
+    found = [simulated(rng, at_the_margin, PRIMARY, 0.0)[WHITE_BOX].findings[0] for _ in range(studies)]
+    alike = sum(finding.verdict == "equivalent" for finding in found)
     assert rate_is(alike, studies, ANALYSIS.alpha, "greater")
