@@ -201,6 +201,7 @@ def check_report(results, bootstrap=True):
     checked += check_others(tables["others-table"], results, trials, tasks)
     checked += check_shares(tables["gradients-table"], trials)
     checked += check_coverage(tables.get("coverage-table", [[]]), trials)
+    checked += check_kinds(tables.get("kinds-table", [[]]), trials)
     contrasts = []
     for name, rows in tables.items():
         if name and name.startswith("contrasts-"):
@@ -361,6 +362,26 @@ def check_coverage(rows, trials):
         assert same(aligned_predictions, 100 * own["aligned_predictions"] / own["predictions"], 1)
         assert same(position, 100 * own["same_position"] / own["aligned"], 1)
     return 5 * len(rows[1:])
+
+
+def check_kinds(rows, trials):
+    """Shares of aligned tokens and predictions by kind of text, and each group's mean loss there."""
+    done = 0
+    for row in rows[1:]:
+        shown = dict(zip(rows[0], row, strict=True))
+        kind = shown["kind of text"]
+        known = [(group, result["kinds"][kind]) for (group, _), (_, result) in trials.items() if result.get("kinds")]
+        own = known[0][1]
+        assert int(shown["student tokens"]) == own["tokens"]
+        assert same(shown["tokens aligned"], 100 * own["aligned"] / own["tokens"], 1), shown
+        if own["predictions"]:
+            assert same(shown["predictions aligned"], 100 * own["aligned_predictions"] / own["predictions"], 1), shown
+        for heading in [name for name in shown if name.startswith("KD loss, ")]:
+            group = heading.removeprefix("KD loss, ")
+            losses = [counts["kd_loss"] for name, counts in known if name == group and "kd_loss" in counts]
+            assert same(shown[heading], statistics.mean(losses) if losses else math.nan, 3), (shown, heading)
+        done += len(shown) - 1
+    return done
 
 
 BEFORE = "student before training"

@@ -165,6 +165,12 @@ def result_of(name, group, seed, study, predictions, rng):
         }
         for task in SIZES
     }
+    kinds = {
+        kind: {"tokens": 10 * size, "aligned": 9 * size, "predictions": size, "aligned_predictions": size - 1}
+        for kind, size in (("words", 50), ("digits", 20), ("punctuation", 5))
+    }
+    if objective.kd.weight:
+        kinds = {kind: {**own, "kd_loss": float(rng.random())} for kind, own in kinds.items()}
     return {
         "trial": name,
         "config": {"distill_type": group.name, "seed": seed, "objective": objective.model_dump(mode="json")},
@@ -173,5 +179,6 @@ def result_of(name, group, seed, study, predictions, rng):
         "gradients": [{"step": step, "norms": own, "shares": shares} for step in (0, 50, 100)],
         "gradient_shares": shares,
         "coverage": {} if group.name == "task_only" else coverage,
+        "kinds": {} if group.name == "task_only" else kinds,
         "parameters": 12345,
     }

@@ -154,6 +154,20 @@ def test_a_term_whose_loss_rises_is_remarked_upon(results, tmp_path, quick):
     ]
 
 
+def test_a_kind_of_text_that_is_hardly_aligned_is_remarked_upon(results, tmp_path):
+    """A pair whose digits the teacher never reaches is seen at once; old results without kinds still have a page."""
+    copy = shutil.copytree(results, tmp_path / "copy")
+    assert not [said for said in warnings_of(StudyResults.read(copy)) if "predictions of" in said]
+    for path in (copy / EXPERIMENT).glob("*/result.json"):
+        result = read_json(path)
+        if result["kinds"]:
+            result["kinds"]["digits"]["aligned_predictions"] = 3
+        write_json(path, result)
+    found = [said for said in warnings_of(StudyResults.read(copy)) if "predictions of" in said]
+    assert len(found) == 1
+    assert found[0].replace("\u00a0", " ").startswith("Only 15.0 % of the predictions of digits are made where")
+
+
 def test_the_command_that_adds_seeds_is_the_one_that_was_run(results, tmp_path):
     """With its own settings, but for the seeds; where no run is recorded, STUDY stands for it."""
     copy = shutil.copytree(results, tmp_path / "copy")

@@ -98,6 +98,14 @@ class _Coverage(_Shape):
     prediction_coverage: float
 
 
+class _Kind(_Shape):
+    tokens: int
+    aligned: int
+    predictions: int
+    aligned_predictions: int
+    kd_loss: float | None = None
+
+
 class _Result(_Epoch):
     trial: _Plain
     config: _TrialConfig
@@ -105,6 +113,7 @@ class _Result(_Epoch):
     gradients: list[_Gradient]
     gradient_shares: dict[str, float]
     coverage: dict[str, _Coverage]
+    kinds: dict[str, _Kind] = {}
     test_evaluation_seconds: float = 0.0
 
 

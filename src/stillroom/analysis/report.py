@@ -22,11 +22,14 @@ from stillroom.analysis.paper import distinct_findings, study_tables, write_pape
 from stillroom.analysis.questions import recipes
 from stillroom.analysis.results import StudyResults
 from stillroom.analysis.samples import sample_seed, samples_of
-from stillroom.analysis.tables import contrast_table, cost_table, stage_table, summaries, trial_table
+from stillroom.analysis.tables import contrast_table, cost_table, kind_table, stage_table, summaries, trial_table
 from stillroom.analysis.verdicts import Answer, Evidence, answer_questions, what_it_takes
 from stillroom.config import TERMS, WEAK_SIGNAL
 from stillroom.evaluation.metrics import Key, by_key
 from stillroom.files import write_text
+
+SELDOM_ALIGNED = 0.5
+"""A kind of text of whose predictions fewer are aligned is remarked upon."""
 
 
 def answers_of(results: StudyResults, bootstrap: bool = True) -> list[Answer]:
@@ -115,6 +118,13 @@ def warnings_of(results: StudyResults) -> list[str]:
             f"The {terms} term contributed under {100 * WEAK_SIGNAL:g} % of the gradient in {listed(groups)}: such a "
             "group may differ from its baseline in name only."
         )
+    for kind, own in results.kinds.items():
+        share = own["aligned_predictions"] / own["predictions"] if own["predictions"] else 1.0
+        if share < SELDOM_ALIGNED:
+            found.append(
+                f"Only {percent(share)} of the predictions of {kind} are made where teacher and student have read the "
+                "same text: the teacher's predictions hardly reach them."
+            )
     return found + rising_losses(results)
 
 
@@ -275,6 +285,7 @@ def write_report(folder: Path) -> Path:
             sample_seed=sample_seed(results),
             trials=trial_table(results),
             costs=cost_table(results),
+            kinds=kind_table(results) if results.kinds else None,
             stages=stage_table(results.run["stages"]),
             gradients=gradient_rows(results),
             integrity=integrity_rows(results),

@@ -271,6 +271,25 @@ class StudyResults:
         return self._in_order(next((result["coverage"] for result in self.finished if result["coverage"]), {}))
 
     @cached_property
+    def kinds(self) -> dict[str, dict[str, int]]:
+        """Alignment counts by kind of text; the same for every trial that reads the teacher's data."""
+        return next((result["kinds"] for result in self.finished if result.get("kinds")), {})
+
+    @cached_property
+    def kind_losses(self) -> dict[str, dict[str, float]]:
+        """By group that has it, L_KD after the last epoch on the validation part by kind of text: mean over seeds."""
+        rows = [
+            {"group": result["config"]["distill_type"], "kind": kind, "loss": own["kd_loss"]}
+            for result in self.finished
+            for kind, own in result.get("kinds", {}).items()
+            if own.get("kd_loss") is not None
+        ]
+        found: dict[str, dict[str, float]] = {}
+        for (group, kind), own in pd.DataFrame(rows, columns=["group", "kind", "loss"]).groupby(["group", "kind"]):
+            found.setdefault(str(group), {})[str(kind)] = float(own["loss"].mean())
+        return {group: found[group] for group in self.groups if group in found}
+
+    @cached_property
     def epochs(self) -> pd.DataFrame:
         """Tidy: trial, group, seed, epoch, split, task, measure, metric, value; a row for each number of an epoch.
 

@@ -180,3 +180,24 @@ def stage_table(stages: Mapping[str, Mapping[str, Any]]) -> Table:
             }
         )
     return _table(rows, ("commit", "hardware", "packages"))
+
+
+def kind_table(results: StudyResults) -> Table:
+    """A row a kind of text: how much of it is aligned, and the L_KD that each group is left with."""
+    rows = [
+        {
+            "kind of text": kind,
+            "student tokens": str(own["tokens"]),
+            "tokens aligned": percent(own["aligned"] / own["tokens"]),
+            "predictions": str(own["predictions"]),
+            "predictions aligned": percent(
+                own["aligned_predictions"] / own["predictions"] if own["predictions"] else math.nan
+            ),
+            **{
+                f"KD loss, {group}": decimal(losses.get(kind, math.nan), 3)
+                for group, losses in results.kind_losses.items()
+            },
+        }
+        for kind, own in results.kinds.items()
+    ]
+    return _table(rows, ())

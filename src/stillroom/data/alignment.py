@@ -99,3 +99,45 @@ def coverage(teacher: Encoding, student: Encoding, alignment: Alignment, prompt_
         "aligned_predictions": int(predecessors.sum()),
         "same_position": int((alignment.pairs[:, 0] == alignment.pairs[:, 1]).sum()),
     }
+
+
+KINDS = ("words", "digits", "punctuation", "white space")
+"""What a token's text is: by its first letter or digit; without either, punctuation; without anything to see, space."""
+
+
+def kinds_of(text: str, encoding: Encoding) -> list[str | None]:
+    """The kind of each token's text; None of a special token.
+
+    A token's text is what it adds to what was read before; of several that end at one character, that character.
+    """
+    kinds, before = list[str | None](), 0
+    for end, special in zip(encoding.ends.tolist(), encoding.special.tolist(), strict=True):
+        kinds.append(None if special else _kind(text[before:end] or text[end - 1 : end]))
+        before = max(before, end)
+    return kinds
+
+
+def _kind(piece: str) -> str:
+    for letter in piece:
+        if letter.isalpha():
+            return "words"
+        if letter.isnumeric():
+            return "digits"
+    return "punctuation" if piece.strip() else "white space"
+
+
+def coverage_by_kind(
+    student: Encoding, alignment: Alignment, kinds: list[str | None], prompt_length: int
+) -> dict[str, dict[str, int]]:
+    """The counts of `coverage` by the kind of the student's token; a prediction's is that of the token predicted."""
+    aligned = set(alignment.pairs[:, 1].tolist())
+    answer = in_answer(student, prompt_length).tolist()
+    counts = {kind: dict.fromkeys(("tokens", "aligned", "predictions", "aligned_predictions"), 0) for kind in KINDS}
+    for place, kind in enumerate(kinds):
+        if kind is not None:
+            own = counts[kind]
+            own["tokens"] += 1
+            own["aligned"] += place in aligned
+            own["predictions"] += answer[place]
+            own["aligned_predictions"] += answer[place] and place - 1 in aligned
+    return counts

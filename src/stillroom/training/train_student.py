@@ -42,6 +42,7 @@ from stillroom.training.batches import (
     require_coverage,
     with_teacher_answers,
 )
+from stillroom.training.by_kind import count_kinds, losses_by_kind, merged
 from stillroom.training.checkpoints import (
     TrainingState,
     drop_superseded,
@@ -119,6 +120,7 @@ def train(
     collate = Collator(store, head, terms, trial.seed)
     coverage = measure_coverage([*parts["train"], *parts["validation"]], store) if store else {}
     require_coverage(coverage, minimum_coverage)
+    kinds = count_kinds([*parts["train"], *parts["validation"]]) if store else {}
     _check_architecture(student, parts["train"])
     optimizer = torch.optim.AdamW(
         [p for p in student.parameters() if p.requires_grad],
@@ -195,6 +197,10 @@ def train(
 
     test_metrics, spent = _evaluate_test_splits(student, tokenizer, test, training, evaluation, folder)
     more = {**spent, **({"teacher_answers": answers} if answers else {})}
+    if store:
+        heads = Collator(store, head, (), trial.seed)
+        losses = losses_by_kind(runner, parts["validation"], heads, training.micro_batch_size or training.batch_size)
+        more["kinds"] = merged(kinds, losses)
     result = _finish(trial, runner.objective, state, coverage, folder, student, test_metrics, more)
     drop_superseded(folder, keep_checkpoints, state.epochs, finished=True)
     return result
