@@ -16,6 +16,7 @@ mpl.use("Agg")
 
 import numpy as np
 import pandas as pd
+from markupsafe import Markup
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -329,8 +330,8 @@ def _handle(colour: str, mark: str) -> Any:
     return Line2D([], [], color=colour, ls="", marker=mark)
 
 
-def inline_panels(figure: Figure) -> list[str]:
-    """Each panel as SVG for the page: its letters are text, and its greys are the page's own."""
+def inline_panels(figure: Figure) -> list[Markup]:
+    """Each panel as SVG for the page: its letters are text, escaped, and its greys are the page's own."""
     found = []
     for panel in figure.panels:
         # margins by the length of names: laying a panel out takes as long as drawing it
@@ -347,7 +348,7 @@ def inline_panels(figure: Figure) -> list[str]:
             )
             written = io.StringIO()
             canvas.savefig(written, format="svg", transparent=True, metadata={"Date": None})
-        found.append(_embedded(written.getvalue()))
+        found.append(Markup(_embedded(written.getvalue())))
     return found
 
 

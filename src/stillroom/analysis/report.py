@@ -8,7 +8,6 @@ import json
 import math
 import shlex
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -262,42 +261,37 @@ def write_report(folder: Path) -> Path:
     write_paper(results, answers, tables)
     needed = what_it_takes(evidence, answers)
     measures = other_measures(results)
-    script = _source("report.js")
-    page = (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            results=results,
-            study=results.study,
-            answers=answers,
-            summaries=summaries(results, evidence, answers),
-            needed=needed,
-            command=command_with(results, needed.seeds) if needed.seeds else "",
-            contrast_tables={answer.question: contrast_table(answer.findings) for answer in answers if answer.findings},
-            analysis=evidence.analysis,
-            errors=errors_of(results),
-            warnings=warnings_of(results),
-            accuracy=group_table(results.measured, groups, results.baseline_metrics, results.accuracy_keys),
-            measures=list(measures),
-            others=group_table(results.measured_with_agreement, groups, results.baseline_metrics, measures),
-            test=group_table(results.measured, groups, results.test_metrics, results.test_keys),
-            samples=samples_of(results),
-            sample_seed=sample_seed(results),
-            trials=trial_table(results),
-            costs=cost_table(results),
-            kinds=kind_table(results) if results.kinds else None,
-            stages=stage_table(results.run["stages"]),
-            gradients=gradient_rows(results),
-            integrity=integrity_rows(results),
-            group_rows=group_rows(results.study),
-            settings=settings_rows({k: v for k, v in results.study.items() if k != "groups"}),
-            figures={figure.name: (figure, inline_panels(figure)) for figure in figures},
-            downloads=_downloads(folder, tables),
-            terms=[term for term in TERMS if any(term in row["shares"] for row in gradient_rows(results))],
-            style=_source("report.css"),
-            script=script,
-            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        )
+    environment = _environment()
+    script = environment.get_template("report.js").render()
+    page = environment.get_template("report.html.j2").render(
+        results=results,
+        study=results.study,
+        answers=answers,
+        summaries=summaries(results, evidence, answers),
+        needed=needed,
+        command=command_with(results, needed.seeds) if needed.seeds else "",
+        contrast_tables={answer.question: contrast_table(answer.findings) for answer in answers if answer.findings},
+        analysis=evidence.analysis,
+        errors=errors_of(results),
+        warnings=warnings_of(results),
+        accuracy=group_table(results.measured, groups, results.baseline_metrics, results.accuracy_keys),
+        measures=list(measures),
+        others=group_table(results.measured_with_agreement, groups, results.baseline_metrics, measures),
+        test=group_table(results.measured, groups, results.test_metrics, results.test_keys),
+        samples=samples_of(results),
+        sample_seed=sample_seed(results),
+        trials=trial_table(results),
+        costs=cost_table(results),
+        kinds=kind_table(results) if results.kinds else None,
+        stages=stage_table(results.run["stages"]),
+        gradients=gradient_rows(results),
+        integrity=integrity_rows(results),
+        group_rows=group_rows(results.study),
+        settings=settings_rows({k: v for k, v in results.study.items() if k != "groups"}),
+        figures={figure.name: (figure, inline_panels(figure)) for figure in figures},
+        downloads=_downloads(folder, tables),
+        terms=[term for term in TERMS if any(term in row["shares"] for row in gradient_rows(results))],
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     write_text(folder / "report.html", page)
     return folder / "report.html"
@@ -346,7 +340,3 @@ def _environment() -> Environment:
     environment.filters |= {"percent": percent, "decimal": decimal, "duration": duration, "page_colour": page_colour}
     environment.filters["spread"] = lambda share: "" if math.isnan(share) else f"±\u00a0{100 * share:.1f}"
     return environment
-
-
-def _source(name: str) -> str:
-    return files("stillroom.analysis").joinpath("templates", name).read_text("utf-8")
