@@ -191,7 +191,7 @@ def evaluation(inputs: Inputs, figures: Figures) -> None:
         ]
     torch.set_float32_matmul_precision("highest")
     scored = scoring_copy(model, saved, settings.dtype)
-    prompts, texts = [e.prompt for e in held_out if e.choices is None], {}
+    prompts, texts = [e for e in held_out if e.choices is None], {}
     limit = settings.max_new_tokens if inputs.tiny else 64
     for size in (2, 4) if inputs.tiny else (32, 128, 512):
         own = prompts[: max(size, 4)]
