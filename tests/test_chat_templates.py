@@ -275,8 +275,8 @@ def said(*contents):
     ("row", "message"),
     [
         ([], "must list turns"),
-        ("[{", "is a text, but no JSON"),
-        (said(None, "x"), r"turn 1 \(user\): its content is no text"),
+        ("[{", "is text, but not JSON"),
+        (said(None, "x"), r"turn 1 \(user\): its content is not text"),
         ([{"role": "narrator", "content": "x"}], "turn 1: the role 'narrator' is none of system, user, assistant"),
         (said("x", "  "), r"turn 2 \(assistant\), the last, is empty"),
         (said("\ud800", "x"), "turn 1 holds half of a surrogate"),

@@ -159,7 +159,7 @@ DEEP = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 
     [
         (LAUGHS, "more than the 10,000 values"),
         (MERGED, "more than the 10,000 values"),
-        (DEEP, "nested deeper than 32"),
+        (DEEP, "nested more deeply than 32"),
         ("name: x\n" * 20_000, "longer than the 100,000"),
         ("training: {k: 1, k: 2}", "k twice"),
         ("".join(f"unknown{n}: 1\n" for n in range(3000)), "and 2986 more"),

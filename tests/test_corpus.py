@@ -174,10 +174,10 @@ def test_no_choice_is_read_as_the_word_none():
     """Nor is a null an option to choose, in a registered task or in one of columns."""
     row = {"question": "1+1?", "subject": "", "choices": ["1", None, "3", "4"], "answer": 0}
     for name in ("mmlu", "quiz"):
-        with pytest.raises(ValueError, match="every one must be a text"):
+        with pytest.raises(ValueError, match="each must be text"):
             get_task(name).build(row)
     columns = TaskColumns(choice=ChoiceColumns(prompt="{question}", choices="choices", label="answer"))
-    with pytest.raises(ValueError, match="column 'choices' is empty or no text: None"):
+    with pytest.raises(ValueError, match="column 'choices' is empty or not text: None"):
         get_task("own", columns).build(row)
 
 

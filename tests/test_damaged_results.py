@@ -186,7 +186,10 @@ def test_a_table_of_another_shape_is_named_with_a_remedy(results, name, damage, 
 def test_files_of_another_trial_are_not_taken_for_its_own(results, monkeypatch, capsys):
     """A result or predictions copied from a neighbour; the same predictions of other examples."""
     other = next((results / EXPERIMENT).glob("*task_only_seed_0"))
-    for name, says in (("result.json", "it is the result of"), ("predictions.parquet", "others than were measured")):
+    for name, says in (
+        ("result.json", "it is the result of"),
+        ("predictions.parquet", "not the ones that were measured"),
+    ):
         kept = (results / TRIAL / name).read_bytes()
         shutil.copy(other / name, results / TRIAL / name)
         code, output = told(results, monkeypatch, capsys)
@@ -232,11 +235,11 @@ def test_what_a_file_says_of_itself_does_not_steer_the_terminal(results, monkeyp
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda rows: [*rows, rows[0]], "is there twice"),
+        (lambda rows: [*rows, rows[0]], "appears twice"),
         (lambda rows: [row for row in rows if row["task"] != "quiz"], "on the validation split, task quiz, is missing"),
         (lambda rows: [row for row in rows if row["measure"] != "accuracy"], "accuracy on the validation split"),
         (lambda rows: [*rows, {**rows[0], "split": "tset"}], "split: Input should be 'train', 'validation'"),
-        (lambda rows: [*rows, {**rows[0], "task": "quiz", "measure": "loss"}], "is nothing that is measured of a task"),
+        (lambda rows: [*rows, {**rows[0], "task": "quiz", "measure": "loss"}], "is not a measure of a task"),
     ],
 )
 def test_numbers_that_are_not_there_once_are_named(results, change, message, monkeypatch, capsys):

@@ -124,5 +124,5 @@ def test_a_scale_of_another_distance_is_refused_wherever_it_is_set():
     assert group.objective(ALL).hidden.distance == "cosine"
     declared = "groups=[{name: x, terms: [task, hidden], hidden: {distance: cka}}]"
     none = ["analysis.primary=[]", "analysis.secondary=[]"]
-    with pytest.raises(UserError, match=r"group 'x': hidden: .*scale teacher_rms is one of mse, and distance is cka"):
+    with pytest.raises(UserError, match=r"group 'x': hidden: .*scale teacher_rms belongs to mse, and distance is cka"):
         load_study("quickstart", [declared, *none, "objective.hidden.scale=teacher_rms"])

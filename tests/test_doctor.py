@@ -406,7 +406,7 @@ def test_memory_that_others_hold_and_a_build_without_the_cards_kernels_are_told(
     card = SimpleNamespace(major=9, minor=0, name="H100")
     monkeypatch.setattr("torch.empty", full)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (3e9, 80e9))
-    with pytest.raises(UserError, match=r"29.2 GB cannot be allocated: 3.0 of 80.0 GB are free; end what else"):
+    with pytest.raises(UserError, match=r"29.2 GB cannot be allocated: 3.0 of 80.0 GB are free; stop what else"):
         accelerator.allocate(torch.device("cpu"), int(29.2e9))
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: card)
     monkeypatch.setattr("torch.cuda.get_arch_list", lambda: ["sm_70", "sm_80"])

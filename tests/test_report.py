@@ -109,7 +109,7 @@ def test_the_command_needs_only_the_results_folder_and_gives_the_same_bytes(whol
 
 def test_a_report_without_trials_is_refused(tmp_path):
     """A folder that is no results folder, and one with nothing finished."""
-    with pytest.raises(UserError, match="no results folder"):
+    with pytest.raises(UserError, match="not a results folder"):
         write_report(tmp_path)
     everything = [(g, s) for g in ("task_only", "black_box", "hidden", "attention", "combined") for s in range(2)]
     write_results(tmp_path / "empty", seeds=range(2), drop=everything)

@@ -89,7 +89,7 @@ def test_a_folder_gives_a_split_by_its_file_or_as_datasets_saved_it(tmp_path):
         ("a.csv", 'question,answer\n"x\n', r"a.csv, line 2: not valid CSV: unexpected end of data"),
         ("a.csv", "question,answer\n", "a.csv has no rows"),
         ("a.csv", "frage,antwort\nx,y\n", r"lacks the columns \['question', 'answer'\]; it has \['frage', 'antwort'\]"),
-        ("a.json", '{"a": 1}', "a.json: expected a list of objects; one object a line is a `.jsonl` file"),
+        ("a.json", '{"a": 1}', "a.json: expected a list of objects; one object per line is a `.jsonl` file"),
         ("a.json", '[{"question": 1}, 2]', "a.json, row 2: expected an object, not '2'"),
         ("a.json", '[{"question": 1},', "a.json: not valid JSON"),
         ("a.jsonl.gz", "no gzip", "a.jsonl.gz cannot be read: Not a gzipped file"),
@@ -123,7 +123,7 @@ def test_a_row_that_cannot_be_used_is_counted_and_the_first_is_told(tmp_path, to
     }
     assert examples.counts["own"]["unusable"] == 2
     assert examples.faults["own"].startswith("row 4 of ")
-    assert "column 'output' is empty or no text: None" in examples.faults["own"]
+    assert "column 'output' is empty or not text: None" in examples.faults["own"]
 
 
 def test_an_answer_without_a_pattern_is_the_whole_text():
@@ -143,7 +143,7 @@ def test_choices_in_a_cell_are_read_as_the_list_that_they_spell():
     task = get_task("own", TaskColumns(choice=columns))
     example = task.build({"q": "Which?", "options": '["red", "blue"]', "gold": "1"})
     assert (example.choices, example.gold) == ((" red", " blue"), 1)
-    with pytest.raises(ValueError, match="begins as a list, but is no JSON"):
+    with pytest.raises(ValueError, match="begins like a list, but is not JSON"):
         task.build({"q": "Which?", "options": "[red]", "gold": "1"})
     with pytest.raises(ValueError, match="set label_is: index"):
         get_task("own", TaskColumns(choice={**columns, "label_is": None})).build(

@@ -58,7 +58,7 @@ def test_studies_that_cannot_be_compared_are_refused(studies, tmp_path):
         (studies[:1], "at least two"),
         ([studies[0], studies[0] / "." / ""], "named twice"),
         ([tmp_path / "other", tmp_path / "more"], "no group is in two"),
-        ([studies[0], tmp_path], "no results folder"),
+        ([studies[0], tmp_path], "not a results folder"),
     ):
         with pytest.raises(UserError, match=message):
             side_by_side(folders)

@@ -228,7 +228,7 @@ def test_a_registered_tasks_label_is_an_index_alone():
         row = {"question": "?", "subject": None, "choices": list("abcd"), "answer": -1}
         with pytest.raises(ValueError, match="'answer' must be a whole number from 0 to 3"):
             get_task(name).build(row)
-        with pytest.raises(ValueError, match="every one must be a text"):
+        with pytest.raises(ValueError, match="each must be text"):
             get_task(name).build({**row, "choices": "abcd", "answer": 1})
 
 
@@ -259,7 +259,7 @@ def test_what_is_no_text_is_never_trained_on(value):
     tries += [(name, None, {"sentence": value, "label": 1}) for name in ("sst2", "sentiment")]
     tries += [(name, None, {"question": value, "answer": "#### 4"}) for name in ("gsm8k", "arithmetic")]
     for name, columns, row in tries:
-        with pytest.raises(ValueError, match=r"column '\w+' (is empty or no text|holds half of a surrogate)") as error:
+        with pytest.raises(ValueError, match=r"column '\w+' (is empty or not text|holds half of a surrogate)") as error:
             get_task(name, columns).build(row)
         assert len(str(error.value)) < 400
         assert str(error.value).encode()
@@ -274,7 +274,7 @@ def test_unusable_rows_are_counted_and_the_first_is_shown(tmp_path, files, token
     )
     settings = corpus_of((odd, files[1]))
     built = build_corpus(settings, tokenizers)
-    fault = f"row 1 of {odd}/train: column 'thing' is empty or no text: [{{'content': 'a dog', 'role': 'user'}}]"
+    fault = f"row 1 of {odd}/train: column 'thing' is empty or not text: [{{'content': 'a dog', 'role': 'user'}}]"
     assert built.counts["animals"]["unusable"] == 2
     assert built.faults == {"animals": fault}
     other = lines(tmp_path / "other.jsonl", [{"thing": "an ox", "animal": 7}, {"thing": "an owl", "animal": 1}])

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake the user can mend; its message names the field, file or example and the remedy."""
+    """A mistake the user can fix; its message names the field, file or example and the remedy."""

@@ -148,7 +148,9 @@ def _of_epoch(trial: Path, result: dict[str, Any], epoch: int) -> dict[str, Any]
     for own in result["epochs"]:
         if own["epoch"] == epoch:
             return dict(own)
-    raise UserError(f"{trial / RESULT} says nothing of epoch {epoch}, whose checkpoint is there; train the trial anew")
+    raise UserError(
+        f"{trial / RESULT} has no epoch {epoch}, whose checkpoint is there; delete the folder and run the sweep again"
+    )
 
 
 def _is_file(name: str) -> bool:

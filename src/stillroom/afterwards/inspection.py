@@ -95,8 +95,8 @@ def example_of(store: SignalStore, stored: StoredExample, corpus: Path | None = 
     again = encode(tokenizer, text)
     if not (np.array_equal(again.ids, stored.encoding.ids) and np.array_equal(again.ends, stored.encoding.ends)):
         raise UserError(
-            f"example {stored.example_id}: its text cannot be told from its tokens; name the study's corpus folder, "
-            "as in --corpus results/corpus"
+            f"example {stored.example_id}: its text cannot be recovered from its tokens; give the study's "
+            "corpus folder, as in --corpus results/corpus"
         )
     return Example(stored.task, text, "")
 

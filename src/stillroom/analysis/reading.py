@@ -198,7 +198,9 @@ def read_planned(results: Path) -> dict[str, Any]:
     """`planned.json`: the study with every field it has, the trials, what teacher data, examples and baselines."""
     path = results / PLANNED
     if not path.is_file():
-        raise UserError(f"{results} holds no {PLANNED}: it is no results folder, or `stillroom sweep` has not begun")
+        raise UserError(
+            f"{results} holds no {PLANNED}: it is not a results folder, or `stillroom sweep` has not started yet"
+        )
     planned = _checked(path, _Planned, _OUTDATED)
     try:
         # contrasts apart: those that a study has by default may name groups that it has not
@@ -208,7 +210,7 @@ def read_planned(results: Path) -> dict[str, Any]:
         raise _damaged(path, f"study.{_first(error)}", _OUTDATED) from None
     groups = {group.name for group in study.groups}
     if strange := [trial["name"] for trial in planned["trials"] if trial["group"] not in groups]:
-        raise _damaged(path, f"the trial {strange[0]} is of no group of the study", _OUTDATED)
+        raise _damaged(path, f"the trial {strange[0]} belongs to no group of the study", _OUTDATED)
     return {**planned, "study": study.model_dump(mode="json")}
 
 
@@ -225,7 +227,9 @@ def read_result(path: Path) -> dict[str, Any]:
     for epoch in (result, *result["epochs"]):
         _require_metrics(path, epoch["metrics"], [("validation", None, "accuracy")], _again(path.parent))
     if wrong := [row["step"] for row in result["gradients"] if row["norms"].keys() != row["shares"].keys()]:
-        raise _damaged(path, f"gradients at step {wrong[0]}: norms and shares name other terms", _again(path.parent))
+        raise _damaged(
+            path, f"gradients at step {wrong[0]}: norms and shares name different terms", _again(path.parent)
+        )
     return result
 
 
@@ -246,12 +250,12 @@ def _require_metrics(path: Path, metrics: Sequence[Metric], needed: Sequence[Key
     """Raise `UserError` unless every number is there once, and those that a report cannot do without are there."""
     found = Counter((row["split"], row["task"], row["measure"]) for row in metrics)
     if twice := [key for key, count in found.items() if count > 1]:
-        raise _damaged(path, f"metrics: {_described(twice[0])} is there twice", remedy)
+        raise _damaged(path, f"metrics: {_described(twice[0])} appears twice", remedy)
     if lacking := [key for key in needed if key not in found]:
         raise _damaged(path, f"metrics: {_described(lacking[0])} is missing", remedy)
     for _, task, measure in found:
         if task is not None and measure not in TASK_MEASURES:
-            raise _damaged(path, f"metrics: {measure} is nothing that is measured of a task", remedy)
+            raise _damaged(path, f"metrics: {measure} is not a measure of a task", remedy)
 
 
 def _described(key: Key) -> str:
@@ -260,7 +264,7 @@ def _described(key: Key) -> str:
 
 
 def _again(trial: Path) -> str:
-    return f"delete the folder {trial} and run the sweep again (`stillroom run STUDY`), which trains that trial anew"
+    return f"delete the folder {trial} and run the sweep again (`stillroom run STUDY`), which trains that trial again"
 
 
 def read_error(trial: Path) -> str | None:
@@ -269,7 +273,7 @@ def read_error(trial: Path) -> str | None:
     if not path.exists():
         return None
     try:
-        return str(_checked(path, _Error, "the sweep writes it anew if the trial fails again")["error"])
+        return str(_checked(path, _Error, "the sweep writes a new one if the trial fails again")["error"])
     except UserError as error:
         return str(error)
 
@@ -301,7 +305,7 @@ def _measure_again(path: Path) -> str:
 
 def read_run(results: Path) -> dict[str, Any]:
     """`run.json`: each stage's commit, versions and hardware."""
-    return _checked(results / "run.json", _Run, "delete it, and `stillroom run STUDY` writes it anew")
+    return _checked(results / "run.json", _Run, "delete it, and `stillroom run STUDY` writes it again")
 
 
 def read_corpus(results: Path) -> dict[str, Any]:
@@ -339,7 +343,7 @@ def _read_predictions(path: Path, metrics: Sequence[Metric], remedy: str) -> pd.
         key, value = ("validation", task, "accuracy"), own["correct"].mean()
         if not abs(value - measured.get(key, float("nan"))) < 1e-9:
             raise _damaged(
-                path, f"{_described(key)} is {value:.4f} by its rows, which are others than were measured", remedy
+                path, f"{_described(key)} is {value:.4f} by its rows, which are not the ones that were measured", remedy
             )
     return rows.sort_values("example_id", ignore_index=True)
 
@@ -381,7 +385,7 @@ def _read_table(path: Path, columns: Mapping[str, str], remedy: str) -> pd.DataF
                 raise ValueError(f"it has no column {name}")
             whole = kind in _MAY_LACK_VALUES or not table[name].null_count
             if not (whole and _KINDS[kind](table.schema.field(name).type)):
-                raise ValueError(f"the column {name} has values that are no {kind}")
+                raise ValueError(f"the column {name} has values that are not {kind}")
         frame: pd.DataFrame = table.to_pandas()
     # a torn file shows itself in many ways: as bytes that are no Parquet, no UTF-8, or a size beyond all memory
     except (OSError, ValueError, TypeError, KeyError, OverflowError, MemoryError, pa.ArrowException) as error:

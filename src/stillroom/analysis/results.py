@@ -212,7 +212,7 @@ class StudyResults:
             raise UserError(
                 f"{path} has other examples than {self._validated[0]}: one of the two is another study's; delete the "
                 f"folder of the wrong one, {path.parent} or {self._validated[0].parent}, and `stillroom run STUDY` "
-                "makes it anew"
+                "builds it again"
             )
 
     @cached_property

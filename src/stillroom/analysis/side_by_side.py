@@ -34,7 +34,7 @@ def side_by_side(folders: list[Path]) -> dict[str, Any]:
             questions.setdefault(answer.question, {})[name] = answer.short
     declared = [name for results in studies.values() for name in results.groups]
     if len(set(declared)) == len(declared):
-        raise UserError(f"no group is in two of {', '.join(studies)}: there is nothing to set side by side")
+        raise UserError(f"no group is in two of {', '.join(studies)}: there is nothing to compare")
     return {
         "studies": {
             name: {"study": results.study["name"], "finished": len(results.finished), "planned": len(results.trials)}

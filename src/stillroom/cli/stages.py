@@ -88,7 +88,7 @@ def capture(
     from stillroom.offline_teacher_data.shards import Share
 
     if shard and workers:
-        raise UserError("--shard and --workers: give one of them; workers share the parts out themselves")
+        raise UserError("--shard and --workers: give one of them; workers divide the examples themselves")
     workspace = open_workspace(study, set_)
     _tell_unusable(workspace)
     store = workspace.capture(Share.parse(shard) if shard else None, workers)

@@ -212,7 +212,7 @@ class Signals(Section):
     @classmethod
     def _has_the_last(cls, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
         if "last" not in layers:
-            raise ValueError("must have last among them: the store is checked and shown by it")
+            raise ValueError("must include last: the store is checked and shown with it")
         return layers
 
     dtype: Literal["float16", "float32"] = Field("float16", description="dtype of every stored signal")
@@ -300,7 +300,7 @@ class Sweep(Section):
             raise ValueError(f"seeds are repeated: {list(self.seeds)}")
         given = [name for name in ("address", "storage") if getattr(self, name)]
         if given and self.launcher == "local":
-            raise ValueError(f"{given[0]} is Ray's, but launcher is local: take one of them out")
+            raise ValueError(f"{given[0]} is Ray's, but launcher is local: remove one of them")
         return self
 
     def launched_by(self, environ: Mapping[str, str] = os.environ, system: str = os.name) -> Literal["local", "ray"]:
@@ -377,7 +377,9 @@ class Study(Section):
                     raise ValueError(f"analysis.{family} names the group {name!r}, which is not in groups")
         for term in TERMS:
             if given := {"placebo", "share"} & getattr(self.objective, term).model_fields_set:
-                raise ValueError(f"objective.{term}.{min(given)}: only a group has it; write it there, beside terms")
+                raise ValueError(
+                    f"objective.{term}.{min(given)}: only a group can have it; write it in the group, beside terms"
+                )
         for group in self.groups:
             try:
                 objective = group.objective(self.objective)

@@ -68,7 +68,7 @@ class _Columns(Section):
     @classmethod
     def _ends_in_text(cls, value: str) -> str:
         if value != value.rstrip():
-            raise ValueError("ends in white space; the answer follows after one space by itself (in YAML, `|-`)")
+            raise ValueError("ends in white space; the space before the answer is added for you (in YAML, use `|-`)")
         return value
 
 

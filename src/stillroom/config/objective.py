@@ -114,7 +114,7 @@ def _mixing_where_there_is_one(section: Distillation) -> Any:
 
 def _scale_of_mse_alone(section: Hidden | Attention) -> Any:
     if section.distance != "mse" and section.scale != "none":
-        raise ValueError(f"scale {section.scale} is one of mse, and distance is {section.distance}: leave it out")
+        raise ValueError(f"scale {section.scale} belongs to mse, and distance is {section.distance}: leave it out")
     return section
 
 

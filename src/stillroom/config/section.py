@@ -1,4 +1,4 @@
-"""What every section of a study has in common, and the error that a user can mend."""
+"""What every section of a study has in common, and the error that a user can fix."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar

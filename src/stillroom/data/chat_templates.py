@@ -286,5 +286,5 @@ def _require_no_control(tokenizer: Any, example: Example, number: int, ids: ndar
         if token in example.contents[number]:
             raise ValueError(
                 f"{_turn(example.turns, number)}: it contains {token!r}, which {tokenizer.name_or_path} reads as a "
-                "control token; write it in another way or leave the row out"
+                "control token; reword it or leave the row out"
             )

@@ -287,7 +287,7 @@ def load_corpus(folder: Path) -> tuple[Examples, str]:
         rows = pq.read_table(folder / "corpus.parquet", schema=_SCHEMA, page_checksum_verification=True).to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise UserError(
-            f"{folder / 'corpus.parquet'} cannot be read: {error}; delete {folder} to make it anew"
+            f"{folder / 'corpus.parquet'} cannot be read: {error}; delete {folder} and it is built again"
         ) from None
     for row in rows:
         choices = tuple(row["choices"]) if row["choices"] is not None else None

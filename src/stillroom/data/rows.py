@@ -134,7 +134,7 @@ def read_lines(path: Path) -> Rows:
             continue
         row = _json(line, f"{path}, line {number}")
         if not isinstance(row, dict):
-            raise UserError(f'{path}, line {number}: expected an object, one a line, as in {{"question": "…"}}')
+            raise UserError(f'{path}, line {number}: expected one object per line, as in {{"question": "…"}}')
         rows.append(row)
     return _some(rows, path)
 
@@ -145,9 +145,9 @@ def _json(text: str, where: str) -> Any:
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON: {error}") from None
     except RecursionError:
-        raise UserError(f"{where}: nested too deep to be read; take the line out") from None
+        raise UserError(f"{where}: nested too deeply to be read; remove the line") from None
     except ValueError:  # Python's limit, which is no fault of the JSON
-        raise UserError(f"{where}: a number has too many digits; write it as a text") from None
+        raise UserError(f"{where}: a number has too many digits; write it as text") from None
 
 
 def _some(rows: Rows, path: Path) -> Rows:
@@ -163,7 +163,7 @@ def _read_json(path: Path) -> Rows:
         lists = [value for value in whole.values() if isinstance(value, list)]
         whole = lists[0] if len(lists) == 1 else whole
     if not isinstance(whole, list):
-        raise UserError(f"{path}: expected a list of objects; one object a line is a `.jsonl` file")
+        raise UserError(f"{path}: expected a list of objects; one object per line is a `.jsonl` file")
     for number, row in enumerate(whole, 1):
         if not isinstance(row, dict):
             raise UserError(f"{path}, row {number}: expected an object, not {str(row)[:60]!r}")

@@ -102,7 +102,7 @@ def calibration_error(predictions: pd.DataFrame) -> float:
     Naeini, Cooper and Hauskrecht, AAAI 2015; in this form Guo et al., ICML 2017, equation 3.
     """
     if predictions.empty:
-        raise UserError("the calibration error of no predictions is not defined")
+        raise UserError("there are no predictions, so there is no calibration error")
     scores = [np.asarray(own, dtype=float) for own in predictions["scores"]]
     confidence = np.array([1 / np.exp(own - own.max()).sum() for own in scores])
     right = predictions["correct"].to_numpy(dtype=float)
@@ -117,7 +117,7 @@ def agreement(student: pd.DataFrame, teacher: pd.DataFrame) -> dict[str, float]:
     Both tables must hold the same examples in the same order, else `UserError`.
     """
     if list(student["example_id"]) != list(teacher["example_id"]):
-        raise UserError("agreement: the two tables of predictions are not of the same examples in the same order")
+        raise UserError("agreement: the two tables of predictions do not have the same examples in the same order")
     same = student["prediction"].to_numpy() == teacher["prediction"].to_numpy()
     of_choices = student["scores"].notna().to_numpy()
     by_task = pd.Series(same[of_choices]).groupby(student["task"].to_numpy()[of_choices], sort=True).mean()

@@ -144,7 +144,7 @@ def _require_tokens(example: Example, encodings: Sequence[Encoding]) -> None:
         if not (in_answer(encoding, len(example.prompt)).nonzero()[0] > 0).any():
             raise UserError(
                 f"example {example.example_id} ({example.task}): the tokenizer has no token of its own for the answer "
-                f"{answer!r}, so it cannot be scored; leave the row out or write that answer in another way"
+                f"{answer!r}, so it cannot be scored; leave the row out or reword the answer"
             )
 
 

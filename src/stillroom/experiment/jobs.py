@@ -130,7 +130,7 @@ def run_trial(
 def _load_examples(corpus: Path, digest: str) -> Examples:
     examples, _ = load_corpus(corpus)
     if examples_digest(examples.all) != digest:
-        raise UserError(f"{corpus} was made anew, for another study, since this one started; run the command again")
+        raise UserError(f"{corpus} was rebuilt for another study after this one started; run the command again")
     return examples
 
 

@@ -142,7 +142,7 @@ def _settle(trial: _Running, plan: TrialPlan, watch: Watch) -> bool:
         write_json(plan.folder / ERROR, {"error": why, "failures": trial.failed_before + 1, "traceback": ""})
     killed = code == -signal.SIGKILL
     if killed:
-        logging.getLogger("stillroom").warning("warning: %s was killed, as where memory runs out", trial.name)
+        logging.getLogger("stillroom").warning("warning: %s was killed, perhaps because memory ran out", trial.name)
     watch("failed", {"trial": trial.name})
     return killed
 

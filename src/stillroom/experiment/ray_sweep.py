@@ -178,7 +178,7 @@ def _require_listener(address: str) -> None:
 
 def _unreachable(address: str, error: Exception) -> str:
     if address == "local":
-        return f"Ray does not start on this machine: {error}; what is finished is on disk, run the command again"
+        return f"Ray does not start on this machine: {error}; finished work is on disk, so run the command again"
     return (
         f"sweep.address: no Ray cluster can be joined at {address} (sweep.address or RAY_ADDRESS): {error}; "
         "start one with `ray start`, or leave both out to use this machine alone"

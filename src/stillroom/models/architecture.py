@@ -130,7 +130,7 @@ def miniature(config: Any) -> PreTrainedModel:
 
     Raises `UserError` where no small model of the architecture can be built.
     """
-    reason = "it is no causal language model"
+    reason = "it is not a causal language model"
     for small in _smaller(config):
         try:
             with torch.device("meta"):

@@ -48,7 +48,7 @@ def attention_recorder(
     Raises `UserError` for an architecture whose attention function cannot be exchanged.
     """
     if not model._can_set_attn_implementation():
-        raise UserError(f"{CANNOT.format(type(model).__name__)}: it does not let its attention function be exchanged")
+        raise UserError(f"{CANNOT.format(type(model).__name__)}: its attention function cannot be replaced")
     native = model.config._attn_implementation
     recorder = Recorder(layers, value_layers)
     model.set_attn_implementation(ATTENTION)

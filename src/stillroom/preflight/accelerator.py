@@ -31,7 +31,7 @@ def allocate(device: torch.device, needed: int) -> None:
     except torch.OutOfMemoryError as error:
         free, total = torch.cuda.mem_get_info(device)
         raise UserError(
-            f"{needed / 1e9:.1f} GB cannot be allocated: {free / 1e9:.1f} of {total / 1e9:.1f} GB are free; end what "
+            f"{needed / 1e9:.1f} GB cannot be allocated: {free / 1e9:.1f} of {total / 1e9:.1f} GB are free; stop what "
             "else runs there"
         ) from error
     finally:

@@ -132,7 +132,7 @@ def _weights(role: str, ref: ModelRef) -> Finding:
     except GatedRepoError:
         return Finding(subject, False, "gated: accept the licence on the hub, then set HF_TOKEN or run `hf auth login`")
     except Exception as error:  # no network, offline mode, no such model: the hub's library has a class for each
-        says = f"neither in the cache nor to be had from the hub here ({_first_line(error)}); use a local directory"
+        says = f"neither in the cache nor available from the hub here ({_first_line(error)}); use a local directory"
         return Finding(subject, False, says)
 
 
@@ -144,7 +144,7 @@ def _architecture(role: str, config: Any, captured: bool) -> Finding:
 
     subject = f"{role}'s architecture"
     if type(config) not in AutoModelForCausalLM._model_mapping:
-        return Finding(subject, False, f"{config.model_type} is no causal language model; choose another model")
+        return Finding(subject, False, f"{config.model_type} is not a causal language model; choose another model")
     try:
         model = miniature(config)
     except UserError as error:

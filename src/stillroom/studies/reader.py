@@ -88,7 +88,7 @@ class _Loader(yaml.SafeLoader):
         if size > _MOST_VALUES:
             raise _fault(f"more than the {_MOST_VALUES:,} values that a study may have", event)
         if depth > _DEEPEST:
-            raise _fault(f"nested deeper than {_DEEPEST} levels", event)
+            raise _fault(f"nested more deeply than {_DEEPEST} levels", event)
 
     def plain(self, node: yaml.Node) -> Any:
         """The node's value."""
@@ -107,17 +107,17 @@ class _Loader(yaml.SafeLoader):
             try:
                 number: int | float = self.construct_object(node)
             except (ValueError, OverflowError):  # as `0b_`, which YAML's form allows
-                raise _fault(f"{shown} is not a number; quote it if it is a text", node) from None
+                raise _fault(f"{shown} is not a number; quote it if it is text", node) from None
             if isinstance(number, float) or abs(number) < _LARGEST:
                 return number
-        raise _fault(f"the number {shown} is larger than any field holds; quote it if it is a text", node)
+        raise _fault(f"the number {shown} is larger than any field holds; quote it if it is text", node)
 
 
 def _require_keys(node: yaml.MappingNode) -> None:
     seen = set()
     for key, _ in node.value:
         if not isinstance(key, yaml.ScalarNode):
-            raise _fault("a key must be a text", key)
+            raise _fault("a key must be text", key)
         if key.tag != f"{_PREFIX}merge":
             if key.value in seen:
                 raise _fault(f"{key.value[:80]} twice", key)

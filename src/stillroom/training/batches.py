@@ -86,8 +86,8 @@ def _as_teacher_read(example: Example, store: SignalStore) -> Encoding:
     (again,) = encode_examples(store.tokenizer, [example])
     if not np.array_equal(again.ids, stored.ids):
         raise UserError(
-            f"example {example.example_id} ({example.task}): the store's tokenizer and chat template read it otherwise "
-            "than when it was captured; capture again"
+            f"example {example.example_id} ({example.task}): the store's tokenizer and chat template read it "
+            "differently now than when it was captured; capture again"
         )
     return again
 
@@ -127,7 +127,7 @@ def require_coverage(measured: dict[str, dict[str, float]], minimum: float) -> N
             for task, counts in measured.items()
         )
         raise UserError(
-            f"the two tokenizers share too few token ends (signals.minimum_coverage={minimum:.0%}): {figures}; "
+            f"the two tokenizers share too few token boundaries (signals.minimum_coverage={minimum:.0%}): {figures}; "
             "choose another pair, or lower the floor if that is what you want to study"
         )
 

@@ -44,7 +44,7 @@ def _messages(value: object, column: str) -> list[tuple[str, str]]:
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise ValueError(f"column {column!r} is a text, but no JSON: {error}") from None
+            raise ValueError(f"column {column!r} is text, but not JSON: {error}") from None
     if not isinstance(value, list | tuple) or not value:
         raise ValueError(f"column {column!r} must list turns, as in [{{role: user, content: …}}], not {shown(value)}")
     return [_message(number, turn) for number, turn in enumerate(value, 1)]
@@ -63,7 +63,7 @@ def _message(number: int, turn: object) -> tuple[str, str]:
     if isinstance(content, list | tuple) and all(isinstance(p, Mapping) and p.get("type") == "text" for p in content):
         content = "".join(str(part.get("text", "")) for part in content)
     if not isinstance(content, str):
-        raise ValueError(f"turn {number} ({role}): its content is no text: {shown(content)}")
+        raise ValueError(f"turn {number} ({role}): its content is not text: {shown(content)}")
     return role, whole_text(content, f"turn {number}")
 
 
@@ -71,7 +71,7 @@ def _system_in_first_user(messages: list[tuple[str, str]]) -> list[tuple[str, st
     if messages[0][0] != "system":
         return messages
     if len(messages) < 2 or messages[1][0] != "user":
-        raise ValueError("the system turn is followed by no user's, which could take its text")
+        raise ValueError("no user turn follows the system turn, to take its text")
     return [("user", f"{messages[0][1]}\n\n{messages[1][1]}"), *messages[2:]]
 
 

@@ -49,7 +49,7 @@ def _choices(given: str | tuple[str, ...], row: Row) -> tuple[str, ...]:
         try:
             listed = json.loads(listed)
         except ValueError as error:
-            raise ValueError(f"column {given!r} begins as a list, but is no JSON: {error}") from None
+            raise ValueError(f"column {given!r} begins like a list, but is not JSON: {error}") from None
     if isinstance(listed, list | tuple):
         choices = tuple(after_prompt(written(choice, given)) for choice in listed)
         if len(choices) > 1 and len({choice.lstrip() for choice in choices}) == len(choices):

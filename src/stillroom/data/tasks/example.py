@@ -77,7 +77,7 @@ def text_of(row: Row, column: str) -> str:
     """The column's text; ValueError if it is empty or none, as a null is."""
     value = row[column]
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"column {column!r} is empty or no text: {shown(value)}")
+        raise ValueError(f"column {column!r} is empty or not text: {shown(value)}")
     return whole_text(value, f"column {column!r}")
 
 
@@ -85,7 +85,7 @@ def texts_of(row: Row, column: str) -> list[str]:
     """The column's texts, empty ones among them; ValueError if one is none."""
     values = row[column]
     if not isinstance(values, list | tuple) or not all(isinstance(value, str) for value in values):
-        raise ValueError(f"column {column!r}: every one must be a text: {shown(values)}")
+        raise ValueError(f"column {column!r}: each must be text: {shown(values)}")
     return [whole_text(value, f"column {column!r}") for value in values]
 
 
@@ -100,7 +100,7 @@ def written(value: object, column: str) -> str:
         text = value if isinstance(value, str) else str(value)
         if text.strip() and (isinstance(value, str | int) or math.isfinite(value)):
             return whole_text(text, f"column {column!r}")
-    raise ValueError(f"column {column!r} is empty or no text: {shown(value)}")
+    raise ValueError(f"column {column!r} is empty or not text: {shown(value)}")
 
 
 def whole_text(text: str, place: str) -> str:
