@@ -178,7 +178,7 @@ def test_a_placebo_is_a_groups_and_of_a_term_that_is_on():
         Group(name="x", terms=("task", "kd"), placebo=("hidden",))
     with pytest.raises(ValueError, match=r"write placebo: \[hidden\] beside terms"):
         Group(name="x", terms=("task", "hidden"), hidden={"placebo": True})
-    with pytest.raises(UserError, match=r"objective.hidden.placebo: only a group has it"):
+    with pytest.raises(UserError, match=r"objective.hidden.placebo: only a group can have it"):
         load_study("quickstart", ["objective.hidden.placebo=true"])
     group = Group(name="x", terms=("task", "kd", "hidden"), placebo=("hidden",))
     assert group.objective(Objective()).model_dump()["hidden"]["placebo"] is True

@@ -120,7 +120,7 @@ def test_a_share_stands_in_place_of_a_weight():
             Group(name="x", terms=("task", "kd", "hidden"), **wrong)
     with pytest.raises(ValueError, match="at least one term keeps its weight"):
         Group(name="x", terms=("hidden",), share={"hidden": 0.4})
-    with pytest.raises(UserError, match=r"objective.hidden.share: only a group has it"):
+    with pytest.raises(UserError, match=r"objective.hidden.share: only a group can have it"):
         load_study("quickstart", ["objective.hidden.share=0.1"])
     assert Group.model_validate(GROUP.model_dump(mode="json")) == GROUP
     assert "share" not in GROUPS["hidden"].objective(Objective()).model_dump()["hidden"]

@@ -134,7 +134,7 @@ def read_lines(path: Path) -> Rows:
             continue
         row = _json(line, f"{path}, line {number}")
         if not isinstance(row, dict):
-            raise UserError(f'{path}, line {number}: expected one object per line, as in {{"question": "…"}}')
+            raise UserError(f'{path}, line {number}: expected an object, one per line, as in {{"question": "…"}}')
         rows.append(row)
     return _some(rows, path)
 
