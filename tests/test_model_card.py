@@ -106,7 +106,7 @@ def test_a_card_says_of_projector_and_teacher_what_is_true(study, tmp_path):
 def test_a_checkpoint_that_the_result_does_not_know_has_no_card(study):
     """Another epoch's numbers are not taken for it."""
     (trial,) = (study / EXPERIMENT).glob("trial_*_hidden_seed_0")
-    with pytest.raises(UserError, match="says nothing of epoch 9"):
+    with pytest.raises(UserError, match="has no epoch 9"):
         _card(trial, trial / "checkpoint_9")
 
 

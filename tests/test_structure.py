@@ -105,9 +105,9 @@ def test_a_test_file_says_what_it_protects():
 def test_a_test_that_hides_its_slowness_fails(tmp_path):
     """Its own processor time counts, its children's too; not sleep, nor what other tests use as well."""
     (tmp_path / "test_it.py").write_text(SLOW)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "own_time", "-o", "addopts=", "-p", "no:cacheprovider", "."]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "own_time", "-o", "addopts=", "-m", "not slow", "."]
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert "3 failed, 3 passed" in done.stdout, done.stdout
+    assert "3 failed, 2 passed, 1 deselected" in done.stdout, done.stdout
     told = re.findall(r"^[\d.]+ s of processor time: make it quicker, or mark it slow$", done.stdout, re.M)
     assert len(told) == 3, done.stdout  # a summary, which a CI has in full, says it once more
 
