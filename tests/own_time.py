@@ -1,6 +1,6 @@
 """A test that is not marked slow takes three seconds of the processor at most, or fails: `make quick` stays quick.
 
-A run of all tests allows five times as much: slow tests beside it, and what they left behind, cost an innocent test some.
+A run of all tests allows five times as much: slow tests beside it, and what they left behind, cost a test some.
 """
 
 from __future__ import annotations
