@@ -154,7 +154,7 @@ def test_no_task_name_is_forbidden(tmp_path, teacher_ref, student_ref, capsys):
     page = workspace.report()
     assert check_report(page.parent, bootstrap=False)
     print_answers(page.parent)
-    assert "all tasks" in capsys.readouterr().out
+    assert "combined" in capsys.readouterr().out
     results = StudyResults.read(page.parent)
     assert list(results.accuracy_keys) == ["all tasks", "accuracy", "all", "macro", "x", "x_flexible"]
     frame = pd.read_csv(page.parent / "results_summary.csv").set_index("config/distill_type")
