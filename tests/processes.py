@@ -34,7 +34,7 @@ class Running:
         """Both streams, so far."""
         return self.log.read_text("utf-8") if self.log.exists() else ""
 
-    def end(self, timeout=600):
+    def end(self, timeout=1500):
         """Wait; returns the exit code, negative for a signal."""
         self.process.join(timeout)
         assert self.process.exitcode is not None, f"still running: {self.output}"

@@ -126,7 +126,7 @@ class OnTerminal:
         """Type."""
         os.write(self.master, keys)
 
-    def end(self, timeout=600):
+    def end(self, timeout=1500):
         """Wait; returns the exit code, negative for a signal."""
         wait = self.process.join if hasattr(self.process, "join") else self.process.wait
         wait(timeout)
