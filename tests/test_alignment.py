@@ -329,7 +329,7 @@ def test_coverage_on_real_text_is_that_of_the_specification(tokenizer, teacher, 
             header = example.prompt.index("\n\n") + 2 if without_header else 0
             text = example.text[header:]
             t, s = encode(first, text), encode(second, text, add_eos=True)
-            own = coverage(t, s, align_encodings(t, s), len(example.prompt) - header)
+            own = coverage(s, align_encodings(t, s), len(example.prompt) - header)
             totals = {key: value + own[key] for key, value in totals.items()}
         assert 100 * totals["aligned"] / totals["tokens"] == pytest.approx(tokens, abs=0.5)
         assert 100 * totals["aligned_predictions"] / totals["predictions"] == pytest.approx(predictions, abs=0.5)

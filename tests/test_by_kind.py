@@ -41,10 +41,7 @@ def test_the_kinds_counts_add_up_to_the_coverage(setup, some):
     """No token is counted twice or left out, and each aligned one is where the plain count has it."""
     items = setup.items(some)
     by_kind = count_kinds(items)
-    whole = [
-        coverage(setup.store.read(i.example.example_id, ()).encoding, i.encoding, i.alignment, len(i.example.prompt))
-        for i in items
-    ]
+    whole = [coverage(i.encoding, i.alignment, len(i.example.prompt)) for i in items]
     for name in ("tokens", "aligned", "predictions", "aligned_predictions"):
         assert sum(own[name] for own in by_kind.values()) == sum(counts[name] for counts in whole)
     assert {"words", "digits"} <= set(by_kind)

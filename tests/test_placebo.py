@@ -14,9 +14,10 @@ from conftest import STUDENT_SHAPE, make_store, write_model
 from setups import EVALUATION, TRAINING, Setup, changed, dense
 from stillroom.config import GROUPS, Group, Objective
 from stillroom.errors import UserError
+from stillroom.offline_teacher_data.store import SignalStore
 from stillroom.studies import load_study
 from stillroom.terms.placebo import Placebo, aligned_rows, without_fixed_point
-from stillroom.training import train_student
+from stillroom.training import collation, train_student
 from stillroom.training.collation import Collator
 from stillroom.training.train_student import Trial, train
 
@@ -124,15 +125,14 @@ def test_how_a_step_is_cut_or_ordered_changes_no_placebo(term, student_ref, valu
     items = setup.items(some)
     real = Setup(student_ref, valued, changed(values=VALUES)).step(some)[0][f"{term}_loss"]
 
-    def loss(order, cuts):
-        chosen = [items[i] for i in order]
-        batches = [setup.collate(chosen[a:b], chosen) for a, b in itertools.pairwise(cuts)]
+    def loss(order, size):
+        batches = setup.collate.step([items[i] for i in order], size)
         sums, counts = setup.runner._backward(batches, setup.objective.weights, lambda total: total)
         return float(sums[term]) / counts[term]
 
-    whole = loss(range(6), [0, 6])
-    assert loss(range(6), [0, 1, 4, 6]) == pytest.approx(whole, rel=1e-5)
-    assert loss([3, 5, 0, 1, 4, 2], [0, 2, 6]) == pytest.approx(whole, rel=1e-5)
+    whole = loss(range(6), 6)
+    assert loss(range(6), 1) == pytest.approx(whole, rel=1e-5)
+    assert loss([3, 5, 0, 1, 4, 2], 4) == pytest.approx(whole, rel=1e-5)
     assert abs(whole - real) > 1e-3 * abs(real)
 
 
@@ -186,9 +186,28 @@ def test_a_placebo_is_a_groups_and_of_a_term_that_is_on():
     assert Group.model_validate(group.model_dump(mode="json")) == group
 
 
-def test_training_hands_the_whole_step_to_each_micro_batch():
-    """Else a placebo's values would be moved within a micro-batch alone, and depend on how a step is cut."""
-    seen = []
+def test_training_hands_the_whole_step_to_each_micro_batch(student_ref, valued, some, monkeypatch):
+    """Else values would be moved within a micro-batch alone; and the step is read once, not for each of them again."""
+    setup = Setup(
+        student_ref, valued, changed(**{term: {"placebo": True} for term in TERMS[:2]}, attention={"weight": 0})
+    )
+    items, read, steps = setup.items(some), Counter(), []
+    reading, placebo = SignalStore.read, collation.Placebo
+
+    def counted(store, example_id, columns=None):
+        read.update((example_id, column) for column in columns)
+        return reading(store, example_id, columns)
+
+    monkeypatch.setattr(SignalStore, "read", counted)
+    monkeypatch.setattr(
+        collation, "Placebo", lambda store, step, seed: steps.append(step) or placebo(store, step, seed)
+    )
     training = TRAINING.model_copy(update={"micro_batch_size": 2})
-    train_student._micro_batches([*"abcde"], [4, 0, 2], training, lambda items, step: seen.append((items, step)))
-    assert seen == [(["e", "a"], ["e", "a", "c"]), (["c"], ["e", "a", "c"])]
+    batches = train_student._micro_batches(items, [4, 0, 2, 1], training, setup.collate)
+    chosen = [items[i] for i in (4, 0, 2, 1)]
+    assert steps == [chosen]
+    assert [batch.examples for batch in batches] == [
+        tuple(item.example.example_id for item in chosen[n : n + 2]) for n in (0, 2)
+    ]
+    assert set(read.values()) == {1}
+    assert {column for _, column in read} == {"hidden", "topk_ids", "topk_logprobs", "tail_logprobs"}

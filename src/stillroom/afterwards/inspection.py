@@ -149,7 +149,7 @@ def _beside_student(
 ) -> dict[str, Any]:
     (encoding,) = encode_examples(student_tokenizer, [example], add_eos=True)
     alignment = align_encodings(stored.encoding, encoding)
-    pairs, counts = alignment.pairs, coverage(stored.encoding, encoding, alignment, 0)
+    pairs, counts = alignment.pairs, coverage(encoding, alignment, 0)
     student = _tokens(encoding, example, _words(student_tokenizer))
     for side, column in ((teacher, 0), (student, 1)):
         for position in pairs[:, column]:

@@ -84,7 +84,7 @@ def _segments(rows: Int32[ndarray, "N"], bos: int) -> Segments:
     return Segments(starts.astype(np.int32), rows)
 
 
-def coverage(teacher: Encoding, student: Encoding, alignment: Alignment, prompt_length: int) -> dict[str, int]:
+def coverage(student: Encoding, alignment: Alignment, prompt_length: int) -> dict[str, int]:
     """Counts behind the coverage figures of one example; `student` may end with EOS.
 
     tokens/aligned: student tokens of text, and those with an aligned teacher token. predictions/aligned_predictions:

@@ -203,7 +203,7 @@ def _coverage(study: Study, teacher: Any, student: Any) -> Finding:
         encode_examples(teacher, examples.all), encode_examples(student, examples.all, add_eos=True), strict=True
     )
     counted = (
-        (example.task, coverage(*pair, align_encodings(*pair), len(example.prompt)))
+        (example.task, coverage(pair[1], align_encodings(*pair), len(example.prompt)))
         for example, pair in zip(examples.all, pairs, strict=True)
     )
     shares = {task: own["token_coverage"] for task, own in coverage_by_task(counted).items()}

@@ -80,7 +80,7 @@ class NextToken:
 
     def misplaced(self, items: Sequence[Prepared], placebo: Placebo, longest: int) -> HeadPart:
         """The teacher's distributions permuted among the compared positions of a step's examples of one task."""
-        stored = placebo.rows(items, self.columns, lambda item: self.compared(item)[:, 0])
+        stored = placebo.rows(items, self.columns, self.compared_by_teacher)
         return self.collate(items, stored, longest)
 
     def compared(self, item: Prepared) -> Int32[ndarray, "M 2"]:
@@ -94,6 +94,10 @@ class NextToken:
         inside[inside] = answer[following[inside]]
         pairs: Int32[ndarray, "M 2"] = predictors[inside]
         return pairs
+
+    def compared_by_teacher(self, item: Prepared) -> Int32[ndarray, "M"]:
+        """The teacher's positions of them."""
+        return self.compared(item)[:, 0]
 
     def _outcomes(
         self, stored: Sequence[StoredExample], pairs: Sequence[ndarray], rows: ndarray

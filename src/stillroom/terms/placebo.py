@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,8 @@ class Placebo:
     step: Sequence[Prepared]
     """Every example of the step, in any order."""
     seed: int
+    _moved: dict[Any, dict[str, StoredExample]] = field(default_factory=dict, repr=False)
+    """What `rows` has made: a step is read once, however it is cut."""
 
     def rows(
         self, items: Sequence[Prepared], columns: Sequence[str], places: Callable[[Prepared], Int[ndarray, "n"]]
@@ -36,23 +38,30 @@ class Placebo:
 
         `places`: the teacher's positions of an example that count. Rows elsewhere stay.
         """
+        asked = (tuple(columns), places)
+        if asked not in self._moved:
+            self._moved[asked] = self._permuted(columns, places)
+        return [self._moved[asked][item.example.example_id] for item in items]
+
+    def _permuted(
+        self, columns: Sequence[str], places: Callable[[Prepared], Int[ndarray, "n"]]
+    ) -> dict[str, StoredExample]:
+        """Every example of the step by its id."""
         moved: dict[str, StoredExample] = {}
-        wanted = {item.example.example_id for item in items}
-        for task in sorted({item.example.task for item in items}):
+        for task in sorted({item.example.task for item in self.step}):
             own = sorted((i for i in self.step if i.example.task == task), key=lambda item: item.example.example_id)
             stored = [self.store.read(item.example.example_id, columns) for item in own]
             rows = [places(item) for item in own]
             source = without_fixed_point(sum(map(len, rows)), self._generator(task))
             pools = {c: np.concatenate([s[c][at] for s, at in zip(stored, rows, strict=True)]) for c in columns}
             ends = np.cumsum([len(at) for at in rows])
-            for item, example, at, end in zip(own, stored, rows, ends, strict=True):
-                if item.example.example_id in wanted:
-                    arrays = {column: example[column].copy() for column in columns}
-                    for column, values in arrays.items():
-                        values[at] = pools[column][source[end - len(at) : end]]
-                    known = (example.example_id, example.task, example.encoding)
-                    moved[example.example_id] = StoredExample(*known, arrays)
-        return [moved[item.example.example_id] for item in items]
+            for example, at, end in zip(stored, rows, ends, strict=True):
+                arrays = {column: example[column].copy() for column in columns}
+                for column, values in arrays.items():
+                    values[at] = pools[column][source[end - len(at) : end]]
+                known = (example.example_id, example.task, example.encoding)
+                moved[example.example_id] = StoredExample(*known, arrays)
+        return moved
 
     def columns(self, item: Prepared, size: int) -> Int[ndarray, "G G"]:
         """Of each row of an example's causal map, the column that each cell is taken from; cells above stay."""

@@ -92,16 +92,15 @@ def _as_teacher_read(example: Example, store: SignalStore) -> Encoding:
     return again
 
 
-def measure_coverage(prepared: Iterable[Prepared], store: SignalStore) -> dict[str, dict[str, float]]:
+def measure_coverage(prepared: Iterable[Prepared]) -> dict[str, dict[str, float]]:
     """`coverage_by_task` of prepared examples."""
-    return coverage_by_task(_counted(prepared, store))
+    return coverage_by_task(_counted(prepared))
 
 
-def _counted(prepared: Iterable[Prepared], store: SignalStore) -> Iterator[tuple[str, dict[str, int]]]:
+def _counted(prepared: Iterable[Prepared]) -> Iterator[tuple[str, dict[str, int]]]:
     for item in prepared:
         assert item.alignment is not None
-        teacher = store.read(item.example.example_id, ()).encoding
-        yield item.example.task, coverage(teacher, item.encoding, item.alignment, len(item.example.prompt))
+        yield item.example.task, coverage(item.encoding, item.alignment, len(item.example.prompt))
 
 
 def coverage_by_task(counted: Iterable[tuple[str, dict[str, int]]]) -> dict[str, dict[str, float]]:

@@ -65,8 +65,17 @@ class Collator:
         as_they_are = [term for term in everything if not term.placebo]
         self._columns = list(dict.fromkeys(column for term in as_they_are for column in term.columns))
 
-    def __call__(self, items: Sequence[Prepared], step: Sequence[Prepared] = ()) -> Batch:
-        """Collate on the CPU. `step`: every example of the optimizer step that the items are of; default they alone."""
+    def __call__(self, items: Sequence[Prepared]) -> Batch:
+        """Collate a step of one batch, on the CPU."""
+        (batch,) = self.step(items, len(items))
+        return batch
+
+    def step(self, items: Sequence[Prepared], size: int) -> list[Batch]:
+        """Collate an optimizer step in batches of so many examples, on the CPU."""
+        placebo = Placebo(self._store, items, self._seed) if self._store else None
+        return [self._batch(items[n : n + size], placebo) for n in range(0, len(items), size)]
+
+    def _batch(self, items: Sequence[Prepared], placebo: Placebo | None) -> Batch:
         longest = max(len(item.encoding) for item in items)
         ids = np.zeros((len(items), longest), dtype=np.int64)
         mask = np.zeros_like(ids)
@@ -76,8 +85,8 @@ class Collator:
         stored = [self._store.read(i.example.example_id, self._columns) for i in items] if self._store else []
 
         def part(term: Any) -> Any:
-            if term.placebo and self._store:
-                return term.misplaced(items, Placebo(self._store, step or items, self._seed), longest)
+            if term.placebo and placebo:
+                return term.misplaced(items, placebo, longest)
             return term.collate(items, stored, longest)
 
         return Batch(

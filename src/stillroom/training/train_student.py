@@ -118,7 +118,7 @@ def train(
         for n, part in (("train", examples.train), ("validation", examples.validation))
     }
     collate = Collator(store, head, terms, trial.seed)
-    coverage = measure_coverage([*parts["train"], *parts["validation"]], store) if store else {}
+    coverage = measure_coverage([*parts["train"], *parts["validation"]]) if store else {}
     require_coverage(coverage, minimum_coverage)
     kinds = count_kinds([*parts["train"], *parts["validation"]]) if store else {}
     _check_architecture(student, parts["train"])
@@ -245,8 +245,7 @@ def _micro_batches(
     items: Sequence[Prepared], chosen: Sequence[int], training: Training, collate: Collator
 ) -> list[Batch]:
     size = training.micro_batch_size or training.batch_size
-    step = [items[i] for i in chosen]
-    batches = [collate(step[n : n + size], step) for n in range(0, len(step), size)]
+    batches = collate.step([items[i] for i in chosen], size)
     return [batch.pinned() for batch in batches] if torch.cuda.is_available() else batches
 
 
