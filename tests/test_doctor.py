@@ -52,7 +52,7 @@ def study(teacher_ref, student_ref):
 @pytest.fixture
 def no_services(monkeypatch):
     """The tracker is not started."""
-    monkeypatch.setattr("stillroom.experiment.tracker.Tracker.check_unopened", lambda self: None)
+    monkeypatch.setattr("stillroom.experiment.mlflow_runs.MLflowRuns.check_beforehand", lambda self: None)
 
 
 def line(findings, subject):
@@ -333,9 +333,9 @@ def test_a_tracker_or_ray_that_does_not_start_is_a_line(study, monkeypatch):
         raise UserError("nobody answers\nat all")
 
     monkeypatch.setattr("stillroom.experiment.ray_sweep.describe_cluster", refuse)
-    monkeypatch.setattr("stillroom.experiment.tracker.Tracker.check_unopened", refuse)
+    monkeypatch.setattr("stillroom.experiment.mlflow_runs.MLflowRuns.check_beforehand", refuse)
     on_ray = study.model_copy(update={"sweep": study.sweep.model_copy(update={"launcher": "ray"})})
-    for found in (doctor._launcher(on_ray), doctor._tracker(study)):
+    for found in (doctor._launcher(on_ray), *doctor._trackers(study)):
         assert not found.fine
         assert "nobody answers" in found.says
         assert "at all" not in found.says
@@ -344,10 +344,10 @@ def test_a_tracker_or_ray_that_does_not_start_is_a_line(study, monkeypatch):
 def test_a_damaged_file_of_the_tracker_is_seen_by_the_doctor(study, tmp_path):
     """It is the study's own that is looked at; a run would meet it after the capture."""
     own = study.model_copy(update={"paths": study.paths.model_copy(update={"results": tmp_path})})
-    assert doctor._tracker(own).fine
+    assert next(doctor._trackers(own)).fine
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "mlflow.db").write_bytes(b"no database at all" * 100)
-    assert "not a database" in doctor._tracker(own).says
+    assert "not a database" in next(doctor._trackers(own)).says
 
 
 def test_the_command_fails_when_there_is_something_to_do(no_services, tmp_path):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shlex
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 import pages
 from conftest import STUDENT_SHAPE, TEACHER_SHAPE, write_model
+from stillroom.cli import app
 from stillroom.files import read_json
 
 pytestmark = pytest.mark.slow
@@ -58,3 +63,18 @@ def test_students(follow):
             AutoModelForCausalLM.from_pretrained(folder / name)(ids).logits for name in ("my-student", "my-adapter")
         )
     assert torch.allclose(merged, adapter, atol=1e-5)
+
+
+def test_trackers(follow):
+    """Every tracker has the one trial; Weights & Biases where it is installed, added to a finished study."""
+    folder = follow("trackers.md")
+    (trial,) = folder.glob("results/knowledge_distillation_experiment/trial_*")
+    assert [p.name for p in (folder / "results" / "tensorboard").iterdir()] == [trial.name]
+    if importlib.util.find_spec("wandb") is None:
+        pytest.skip("Weights & Biases is not installed: pip install 'wandb>=0.31'")
+    written = (trial / "result.json").read_bytes()
+    (command,) = next(b for b in pages.blocks(pages.ROOT / "docs/how-to/trackers.md") if "WANDB" in b.text).commands
+    done = CliRunner(env={"WANDB_MODE": "offline"}).invoke(app, shlex.split(command.split("stillroom ")[1]))
+    assert done.exit_code == 0, done.output
+    assert len(list((folder / "results" / "wandb").glob("offline-run-*"))) == 2
+    assert (trial / "result.json").read_bytes() == written, "trained again"

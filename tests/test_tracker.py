@@ -1,10 +1,12 @@
-"""MLflow holds what the results folder holds."""
+"""Each tracker holds what the results folder holds."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import sqlite3
+import struct
 import time
 from contextlib import closing
 
@@ -13,7 +15,10 @@ import pytest
 from stillroom.config import EXPERIMENT
 from stillroom.errors import UserError
 from stillroom.evaluation.metrics import by_column
+from stillroom.experiment.mlflow_runs import MLflowRuns
+from stillroom.experiment.tracked import history
 from stillroom.experiment.tracker import Tracker
+from stillroom.experiment.wandb_runs import WandbRuns
 from stillroom.files import read_json
 from stillroom.studies import load_study
 from synthetic import write_results
@@ -71,7 +76,7 @@ def test_any_folder_can_have_a_tracker(tmp_path, monkeypatch, name):
     study = load_study("quickstart")
     parents = set()
     for _ in range(2):
-        tracker = Tracker(study, results)
+        tracker = MLflowRuns(study, results)
         tracker.check()
         parents.add(tracker._parent)
     assert len(parents) == 1
@@ -122,3 +127,144 @@ def test_a_tracker_that_cannot_be_used_is_one_message_at_once(tmp_path, monkeypa
         Tracker(study, results).check()
     assert time.monotonic() - began < 20
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.fixture
+def two_trials(tmp_path):
+    """A results folder with two trials and a report, and its study."""
+    study = write_results(tmp_path, seeds=(0,), overrides=[f"paths.results={tmp_path}"])
+    folders = sorted((tmp_path / EXPERIMENT).iterdir())
+    for folder in folders[2:]:
+        shutil.rmtree(folder)
+    (tmp_path / "report.html").write_text("<p>A report.</p>\n")
+    return study, folders[:2]
+
+
+def logged_twice(study, results, folders):
+    """As a command does that is run again."""
+    for _ in range(2):
+        tracker = Tracker(study, results)
+        tracker.check()
+        tracker.log_snapshot(results / "offline_teacher_data_20260101T000000Z", "0123456789abcdef")
+        for folder in folders:
+            tracker.log_trial(folder)
+        tracker.log_report(results / "report.html")
+
+
+def framed(data, head, length, body):
+    """The bodies of records: a header's format, which of its fields is the length, and what follows a body."""
+    at = 0
+    while at < len(data):
+        fields = struct.unpack_from(head, data, at)
+        at += struct.calcsize(head)
+        yield fields, data[at : at + fields[length]]
+        at += fields[length] + body
+
+
+def test_tensorboard_files_have_every_number_of_a_trial_once(two_trials, tmp_path):
+    """Read back from the bytes: each epoch's metrics and gradient norms at their steps, the settings as text."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    study, folders = two_trials
+    logged_twice(study.model_copy(update={"trackers": ("tensorboard",)}), tmp_path, folders)
+    assert sorted(p.name for p in (tmp_path / "tensorboard").iterdir()) == [folder.name for folder in folders]
+    for folder in folders:
+        (file,) = (tmp_path / "tensorboard" / folder.name).iterdir()
+        found, text = {}, ""
+        for _, body in framed(file.read_bytes(), "<QI", 0, 4):
+            event = Event.FromString(body)
+            for value in event.summary.value:
+                if value.HasField("tensor"):
+                    text += value.tensor.string_val[0].decode()
+                else:
+                    assert (event.step, value.tag) not in found, "twice"
+                    found[event.step, value.tag] = value.simple_value
+        result = read_json(folder / "result.json")
+        numbers = {(step, name): value for step, row in history(result).items() for name, value in row.items()}
+        assert found == pytest.approx(numbers, rel=1e-6)
+        for epoch in result["epochs"]:
+            accuracy = by_column(epoch["metrics"])["validation_accuracy"]
+            assert found[epoch["step"], "validation_accuracy"] == pytest.approx(accuracy, rel=1e-6)
+        row = result["gradients"][-1]
+        assert found[row["step"], "gradient_norm_task"] == pytest.approx(row["norms"]["task"], rel=1e-6)
+        assert f"| distill_type | {result['config']['distill_type']} |" in text
+
+
+@pytest.mark.slow
+def test_weights_and_biases_offline_has_every_number_of_a_trial_once(two_trials, tmp_path, monkeypatch):
+    """Its own files read back: a run a trial, in its group's name, and one for the study with the report."""
+    pytest.importorskip("wandb", reason="Weights & Biases is not installed: pip install 'wandb>=0.31'")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    study, folders = two_trials
+    logged_twice(study.model_copy(update={"trackers": ("wandb",)}), tmp_path, folders)
+    runs = {}
+    for file in tmp_path.glob("wandb/offline-run-*/*.wandb"):
+        run, numbers = None, {}
+        for data in _records(file.read_bytes()):
+            record = Record.FromString(data)
+            if record.HasField("run"):
+                run = record.run
+            if record.HasField("history"):
+                items = {item.key or item.nested_key[0]: float(item.value_json) for item in record.history.item}
+                numbers |= {(record.history.step.num, k): v for k, v in items.items() if not k.startswith("_")}
+        assert run.display_name not in runs, "logged twice"
+        runs[run.display_name] = run, numbers
+    assert set(runs) == {study.name, *(folder.name for folder in folders)}
+    for folder in folders:
+        result, (run, numbers) = read_json(folder / "result.json"), runs[folder.name]
+        assert (run.project, run.run_group) == (study.name, result["config"]["distill_type"])
+        wanted = {(step, name): value for step, row in history(result).items() for name, value in row.items()}
+        assert numbers == pytest.approx(wanted)
+    (tmp_path / "report.html").write_text("<p>Another.</p>\n")
+    Tracker(study.model_copy(update={"trackers": ("wandb",)}), tmp_path).log_report(tmp_path / "report.html")
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 3, "a new report takes the old one's place"
+
+
+def _records(data):
+    """The records of a LevelDB log, which are cut at blocks of 32 KiB, after a header of seven bytes."""
+    whole, started = b"", 7
+    for block in range(0, len(data), 32768):
+        for (_, _, kind), part in framed(data[max(block, started) : block + 32768], "<IHB", 1, 0):
+            whole += part
+            if kind in (1, 4):  # the whole of a record, or its last part
+                yield whole
+                whole = b""
+
+
+@pytest.mark.slow
+def test_weights_and_biases_asks_nobody_anything(tmp_path, monkeypatch):
+    """No login, or a server that does not answer: one message with the remedy, before hours are spent."""
+    pytest.importorskip("wandb", reason="Weights & Biases is not installed: pip install 'wandb>=0.31'")
+    import wandb
+
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tracker = WandbRuns(load_study("quickstart"), tmp_path / "results")
+    with pytest.raises(UserError, match=r"nobody is logged in .* `wandb login`, or set WANDB_MODE=offline"):
+        tracker.check()
+    wandb.teardown()  # it reads its variables once a process
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"Biases, cannot be written .* nothing is lost: .*WANDB_MODE=offline"):
+        tracker.check()
+    assert not tracker.results.exists()
+    wandb.teardown()
+
+
+@pytest.mark.parametrize(("name", "command"), [("wandb", "wandb>=0.31"), ("tensorboard", "tensorboardX")])
+def test_a_tracker_that_is_not_installed_is_refused_beforehand(tmp_path, monkeypatch, name, command):
+    """By the doctor and by `run` at once, with the command that installs it; no tracker at all is fine."""
+    from stillroom.preflight import doctor
+
+    study = load_study("quickstart", [f"trackers=[{name}]"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=f"{name} is not installed: pip install '{command}'"):
+        Tracker(study, tmp_path).check()
+    (line,) = doctor._trackers(study)
+    assert not line.fine
+    assert f"pip install '{command}'" in line.says
+    Tracker(load_study("quickstart", ["trackers=[]"]), tmp_path).check()
+    assert list(tmp_path.iterdir()) == []

@@ -363,6 +363,10 @@ class Study(Section):
     sweep: Sweep
     analysis: Analysis = Analysis()
     paths: Paths = Paths()
+    trackers: tuple[Literal["mlflow", "wandb", "tensorboard"], ...] = later(
+        ("mlflow",),
+        description="where results are logged besides the results folder; `wandb` is Weights & Biases; `[]`: nowhere",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Study:

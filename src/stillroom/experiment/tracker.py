@@ -1,193 +1,68 @@
-"""MLflow: one parent run a study, one child a trial. A local SQLite file, or the server MLFLOW_TRACKING_URI names."""
+"""The trackers that a study names: each gets what is in the results folder, and nothing is kept there alone."""
 
 from __future__ import annotations
 
-import atexit
-import importlib.util
-import logging
-import os
-import re
-import shutil
-import sqlite3
-import tempfile
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-from stillroom.config import RESULT, Study
-from stillroom.errors import UserError
-from stillroom.evaluation.metrics import by_column
-from stillroom.files import read_json
+from stillroom.config import Study
+from stillroom.experiment.mlflow_runs import MLflowRuns
+from stillroom.experiment.tensorboard_files import TensorBoardFiles
+from stillroom.experiment.wandb_runs import WandbRuns
 
-_LOG = logging.getLogger("stillroom")
+
+class Kept(Protocol):
+    """One tracker. Whatever is logged twice is there once."""
+
+    @property
+    def where(self) -> str:
+        """Which tracker it is, and where it writes."""
+
+    def check(self) -> None:
+        """Raise `UserError` if it cannot be written: better before a sweep than after it."""
+
+    def check_beforehand(self) -> None:
+        """The same for the doctor, who leaves no file behind."""
+
+    def log_snapshot(self, path: Path, fingerprint: str) -> None:
+        """The archived store's name and fingerprint."""
+
+    def log_trial(self, folder: Path) -> None:
+        """A finished trial: its settings, the metrics of each epoch and of the test splits, its gradients."""
+
+    def log_report(self, path: Path) -> None:
+        """The report."""
 
 
 class Tracker:
-    """Writes what is in the results folder to MLflow; nothing is kept there alone.
-
-    Where MLflow is not installed nothing is tracked, and a warning says so once.
-    """
+    """All of a study's trackers."""
 
     def __init__(self, study: Study, results: Path) -> None:
-        """The tracker is opened when something is first logged."""
-        self.study, self.results = study, results
-        self._mlflow: Any = None
-        self._parent = ""
-        self._installed: bool | None = None
-
-    def _there(self) -> bool:
-        """Whether there is a tracker to write to."""
-        if self._installed is None:
-            self._installed = importlib.util.find_spec("mlflow") is not None
-            if not self._installed:
-                _LOG.warning(
-                    "warning: MLflow is not installed, so nothing is tracked; all of it is in %s", self.results
-                )
-        return self._installed
-
-    def _open(self) -> Any:
-        if self._mlflow is None:
-            server, file = os.environ.get("MLFLOW_TRACKING_URI"), self.results / "mlflow.db"
-            self.results.mkdir(parents=True, exist_ok=True)
-            if not server:
-                _require_sound(file)  # MLflow would try for minutes
-            logging.getLogger("alembic").setLevel(logging.ERROR)
-            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # a sweep must not wait minutes for a server
-            import mlflow
-
-            logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # what goes wrong is in the exception
-            mlflow.set_tracking_uri(server or _address(file))
-            if not server:  # MLflow sets it for its children; another study of this process has a file of its own
-                os.environ.pop("MLFLOW_TRACKING_URI", None)
-            if mlflow.get_experiment_by_name(self.study.name) is None:
-                artifacts = None
-                if not server:
-                    artifacts = (self.results / "mlartifacts").resolve().as_uri()
-                mlflow.create_experiment(self.study.name, artifact_location=artifacts)
-            mlflow.set_experiment(self.study.name)
-            self._mlflow = mlflow
-            self._parent = self._find_or_start(str(self.results.resolve()))
-        return self._mlflow
-
-    def _find_or_start(self, results: str) -> str:
-        """The parent run of this results folder."""
-        studies = self._mlflow.search_runs(filter_string="tags.kind = 'study'", output_format="list")
-        for run in studies:  # compared here: a path may hold what no filter of MLflow's can
-            if run.data.tags.get("results") == results:
-                return str(run.info.run_id)
-        with self._mlflow.start_run(run_name=self.study.name, tags={"results": results, "kind": "study"}) as run:
-            self._mlflow.log_params(_flat(self.study.model_dump(mode="json")))
-            return str(run.info.run_id)
-
-    @contextmanager
-    def _running(self) -> Iterator[Any]:
-        """MLflow with the study's run open; whatever fails there is one message that says nothing is lost."""
-        try:
-            mlflow = self._open()
-            with mlflow.start_run(run_id=self._parent):
-                yield mlflow
-        except Exception as error:
-            server, file = os.environ.get("MLFLOW_TRACKING_URI"), self.results / "mlflow.db"
-            reason = next(iter(str(error).splitlines()), "")
-            remedy = "fix it, or unset MLFLOW_TRACKING_URI" if server else "fix it, or move the file away"
-            raise UserError(
-                f"the tracker, {server or file}, cannot be written ({type(error).__name__}: {reason}); all that goes "
-                f"there is in {self.results} too, so nothing is lost: {remedy}, and run the command again"
-            ) from error
+        """Each is opened when something is first logged."""
+        known: dict[str, Callable[[Study, Path], Kept]] = {
+            "mlflow": MLflowRuns,
+            "wandb": WandbRuns,
+            "tensorboard": TensorBoardFiles,
+        }
+        self.kept: list[Kept] = [known[name](study, results) for name in dict.fromkeys(study.trackers)]
 
     def check(self) -> None:
-        """Raise `UserError` if the tracker cannot be written: better before a sweep than after it."""
-        if self._there():
-            with self._running():
-                pass
-
-    def check_unopened(self) -> None:
-        """The same of a local file, without its tables, whose making takes seconds: MLflow is here, the file sound."""
-        import mlflow  # noqa: F401 - that it can be
-
-        _require_sound(self.results / "mlflow.db")
+        """Raise `UserError` if one of them cannot be written."""
+        for kept in self.kept:
+            kept.check()
 
     def log_snapshot(self, path: Path, fingerprint: str) -> None:
-        """The archived store's name and fingerprint, on the parent run."""
-        if not self._there():
-            return
-        with self._running() as mlflow:
-            mlflow.set_tags({"snapshot": path.name, "snapshot_fingerprint": fingerprint})
+        """The archived store's name and fingerprint."""
+        for kept in self.kept:
+            kept.log_snapshot(path, fingerprint)
 
     def log_trial(self, folder: Path) -> None:
-        """A finished trial, once: its settings, the metrics of each epoch and of the test splits, its gradients."""
-        if not self._there():
-            return
-        result = read_json(folder / RESULT)
-        with self._running() as mlflow:
-            tags = {"kind": "trial", "trial": result["trial"], "study_run": self._parent}
-            if self._whole_run(tags):
-                return
-            with mlflow.start_run(run_name=result["trial"], nested=True, tags=tags):
-                mlflow.log_params(_flat(result["config"]))
-                for epoch in result["epochs"]:
-                    numbers = {k: float(v) for k, v in epoch.items() if isinstance(v, int | float)}
-                    numbers |= by_column(epoch["metrics"])
-                    mlflow.log_metrics(numbers, step=epoch["step"])
-                test = by_column(row for row in result["metrics"] if row["split"] == "test")
-                if "test_evaluation_seconds" in result:
-                    test["test_evaluation_seconds"] = result["test_evaluation_seconds"]
-                shares = {f"gradient_share_{term}": share for term, share in result["gradient_shares"].items()}
-                mlflow.log_metrics({**test, **shares}, step=result["step"])
-                for row in result["gradients"]:
-                    norms = {f"gradient_norm_{term}": value for term, value in row["norms"].items()}
-                    mlflow.log_metrics(norms, step=row["step"])
-
-    def _whole_run(self, tags: dict[str, str]) -> bool:
-        """Whether a finished run has these tags; what a killed process left of one is deleted."""
-        wanted = " and ".join(f"tags.{name} = '{value}'" for name, value in tags.items())
-        found = self._mlflow.search_runs(filter_string=wanted, output_format="list")
-        for run in found:
-            if run.info.status != "FINISHED":
-                self._mlflow.delete_run(run.info.run_id)
-        return any(run.info.status == "FINISHED" for run in found)
+        """A finished trial, once."""
+        for kept in self.kept:
+            kept.log_trial(folder)
 
     def log_report(self, path: Path) -> None:
-        """The report as an artefact of the parent run."""
-        if not self._there():
-            return
-        with self._running() as mlflow:
-            mlflow.log_artifact(str(path))
-
-
-def _require_sound(file: Path) -> None:
-    """Raise `sqlite3.Error` unless the database, if it is there, is whole and can be written."""
-    if file.exists():
-        with closing(sqlite3.connect(file, timeout=30, isolation_level=None)) as database:
-            database.execute("BEGIN IMMEDIATE")
-            (found,) = database.execute("PRAGMA quick_check(1)").fetchone()
-            database.execute("ROLLBACK")
-        if found != "ok":
-            raise sqlite3.DatabaseError(f"damaged: {found}")
-
-
-def _address(file: Path) -> str:
-    """A SQLite file as MLflow is told of it: as a URL.
-
-    What a URL gives a meaning to, MLflow and SQLAlchemy encode and decode at different times: a folder whose name has
-    any such character is reached through a link that has none.
-    """
-    folder = file.resolve().parent
-    if re.search(r"[^\w./ -]", str(folder)):
-        links = Path(tempfile.mkdtemp(prefix="stillroom-"))
-        atexit.register(shutil.rmtree, links, ignore_errors=True)  # of a link, the link alone is removed
-        (links / "results").symlink_to(folder, target_is_directory=True)
-        folder = links / "results"
-    return f"sqlite:///{folder / file.name}"
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as `a.b` keys, values short enough for the tracker."""
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        if isinstance(inner, dict):
-            flat |= _flat(inner, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = str(inner)[:500]
-    return flat
+        """The report, as it is now."""
+        for kept in self.kept:
+            kept.log_report(path)

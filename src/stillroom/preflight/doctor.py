@@ -55,7 +55,7 @@ def examine(study: Study) -> list[Finding]:
         findings.append(Finding("data", False, str(error)))
     else:
         findings += [*_data(plan), *_disk(study, plan), *_memory(study, plan), *_gpu(study, plan)]
-    return [*findings, _design(study), _tracker(study), _launcher(study)]
+    return [*findings, _design(study), *_trackers(study), _launcher(study)]
 
 
 def _design(study: Study) -> Finding:
@@ -306,16 +306,13 @@ def _trial_run(subject: str, action: Callable[[], Any], says: str) -> Finding:
     return Finding(subject, fine, (found[0] or says) if fine else reason)
 
 
-def _tracker(study: Study) -> Finding:
+def _trackers(study: Study) -> Lines:
+    """Whether each tracker's library is here and it can be written."""
     from stillroom.experiment.tracker import Tracker
 
-    server, tracker = os.environ.get("MLFLOW_TRACKING_URI"), Tracker(study, study.paths.results)
-    # a server gets the study's own run, which it will have anyway
-    fine, says = _tried(tracker.check if server else tracker.check_unopened)
-    where = f"the server {server}" if server else "a file in the results folder"
-    return Finding(
-        "tracker", fine, f"MLflow in {where}" if fine else f"{where}: {says}; set or unset MLFLOW_TRACKING_URI"
-    )
+    for kept in Tracker(study, study.paths.results).kept:
+        fine, says = _tried(kept.check_beforehand)
+        yield Finding("tracker", fine, kept.where if fine else f"{kept.where}: {says}")
 
 
 def _launcher(study: Study) -> Finding:
