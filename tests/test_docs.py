@@ -198,7 +198,7 @@ def test_without_a_network_the_hub_is_not_asked_again_and_again(monkeypatch, pro
         models._without_network.cache_clear()
 
 
-FOLLOWED = {"tutorial.md", "api.md", "store.md", "students.md", "chats.md", "data.md"}
+FOLLOWED = {"tutorial.md", "api.md", "store.md", "students.md", "chats.md", "data.md", "trackers.md"}
 """Pages that a test does as they say, block by block."""
 
 
