@@ -25,7 +25,7 @@ from stillroom.data.corpus import (
     split,
     with_test_splits,
 )
-from stillroom.data.encoding import encode, encode_many
+from stillroom.data.encoding import encode, encode_many, supervised_predictions
 from stillroom.data.rows import read_lines
 from stillroom.data.tasks import TASKS, Example, get_task
 from stillroom.data.tasks.gsm8k import extract_flexible, extract_strict
@@ -112,6 +112,39 @@ def test_duplicates_are_dropped_and_long_ones_replaced(tmp_path, tokenizers):
     assert len({e.prompt.lower() for e in built.all}) == 40
     with pytest.raises(UserError, match=r"examples: 41 asked for, but only 40 can be used.*'too_long': 1"):
         build_corpus(local(tmp_path, rows, 41, max_length=64), tokenizers)
+
+
+def test_all_examples_are_those_that_can_be_used(tmp_path, tokenizers):
+    """Every row but the duplicate, in the corpus and in a test split; of built-in rows there is no end."""
+    rows = [*ROWS, {"sentence": "FILM  number 3", "label": 0, "idx": 99}]
+    settings = local(tmp_path, rows, "all", max_length=64)
+    built = build_corpus(settings, tokenizers)
+    assert built.counts["sst2"]["used"] == 40
+    fewer = build_corpus(local(tmp_path, rows, 30, max_length=64), tokenizers)
+    assert {e.example_id for e in fewer.all} < {e.example_id for e in built.all}
+    fewer = with_validation(tmp_path, local(tmp_path, rows, 30, max_length=64), ROWS, "all", tokenizers)
+    assert len(fewer.test) == 10
+    with pytest.raises(UserError, match=r"tasks.sst2.examples: 2 at least asked for, but only 1 can be used"):
+        build_corpus(local(tmp_path, ROWS[:1], "all"), tokenizers)
+    with pytest.raises(UserError, match=r"quiz.examples: built-in rows are made up as they are needed; say how many"):
+        build_corpus(Corpus(tasks={"quiz": TaskData(dataset="builtin", examples="all")}), tokenizers)
+
+
+def test_of_a_plain_text_every_token_is_learnt(tmp_path, tokenizers):
+    """No prompt, no end of the text left out, duplicates told by the text itself."""
+    rows = [{"text": f"On day {n % 20} the river rose."} for n in range(30)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "notes.parquet")
+    data = TaskData(dataset=str(tmp_path / "notes.parquet"), examples="all", text={})
+    built = build_corpus(Corpus(tasks={"notes": data}), tokenizers)
+    assert (built.counts["notes"]["used"], built.counts["notes"]["duplicates"]) == (20, 10)
+    example = built.train[0]
+    for tokenizer in tokenizers:
+        encoded = encode(tokenizer, example.text, add_eos=True)
+        positions, targets = supervised_predictions(encoded, len(example.prompt))
+        learnt = [t for t in range(1, len(encoded)) if encoded.ends[t]]  # all but a space that the tokenizer invented
+        assert (positions + 1).tolist() == learnt
+        assert targets.tolist() == encoded.ids[learnt].tolist()
+        assert len(learnt) >= len(encoded) - 2
 
 
 def test_the_split_depends_on_the_examples_and_the_seed_alone(tmp_path, tokenizers):

@@ -13,6 +13,7 @@ from stillroom.cli import app
 from stillroom.config import ModelRef
 from stillroom.errors import UserError
 from stillroom.models.sizes import shape_of
+from stillroom.preflight import doctor
 from stillroom.preflight.design import examine_design
 from stillroom.preflight.planning import _out_of_reach, plan_study
 from stillroom.studies import load_study
@@ -105,6 +106,21 @@ def test_where_there_is_no_gpu_the_hours_of_this_cpu_are_told_by_its_own_rates(m
     )
     assert slow["training"] == pytest.approx(50 * quick["training"], rel=0.05)
     assert slow["evaluation"] == pytest.approx(quick["evaluation"])
+
+
+def test_all_of_a_tasks_rows_are_counted_by_plan_and_doctor(tmp_path, teacher_ref, student_ref):
+    """What `all` stands for is what the corpus will have; plain texts are in no accuracy."""
+    file = tmp_path / "notes.jsonl"
+    file.write_text("".join(f'{{"text": "Day {n % 20} of many."}}\n' for n in range(30)))
+    tasks = f"{{notes: {{dataset: {file}, examples: all, text: {{}}}}, quiz: {{dataset: builtin, examples: 40}}}}"
+    pair = [f"teacher.model={teacher_ref.model}", f"student.model={student_ref.model}"]
+    study = load_study("quickstart", [f"corpus.tasks={tasks}", "evaluation.test_splits={}", "analysis={}", *pair])
+    plan = plan_study(study)
+    assert plan["corpus"]["by_task"]["notes"]["examples"] == 20
+    assert plan["training"]["train_examples"] == 18 + 36
+    assert plan["design"]["measures"].keys() == {"all tasks", "quiz"}
+    (line,) = (found for found in doctor._tokenizers(study) if found.subject == "coverage")
+    assert "notes" in line.says
 
 
 def test_every_layer_that_is_kept_is_in_the_plan():

@@ -217,8 +217,13 @@ def read_planned(results: Path) -> dict[str, Any]:
 def read_results(results: Path, planned: Mapping[str, Any]) -> list[dict[str, Any]]:
     """`result.json` of every planned trial that has one, in the plan's order."""
     folders = [(results / EXPERIMENT / trial["name"], trial) for trial in planned["trials"]]
-    tasks = list(planned["study"]["corpus"]["tasks"])
+    tasks = scored_tasks(planned["study"])
     return [_read_result(folder / RESULT, trial, tasks) for folder, trial in folders if (folder / RESULT).exists()]
+
+
+def scored_tasks(study: Mapping[str, Any]) -> list[str]:
+    """Tasks whose answers can be right or wrong: all but plain texts."""
+    return [task for task, own in study["corpus"]["tasks"].items() if not own.get("text")]
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -284,7 +289,7 @@ def read_baselines(results: Path, suffix: str = "") -> dict[str, dict[str, Any]]
     `suffix`: "" for the validation part, `_test` for the test splits.
     """
     planned = read_planned(results)
-    split, tasks = ("test", []) if suffix else ("validation", planned["study"]["corpus"]["tasks"])
+    split, tasks = ("test", []) if suffix else ("validation", scored_tasks(planned["study"]))
     needed: list[Key] = [(split, task, "accuracy") for task in (None, *tasks)]
     found = {}
     for role in UNTOUCHED:

@@ -23,6 +23,7 @@ from stillroom.analysis.reading import (
     read_results,
     read_run,
     read_trial_predictions,
+    scored_tasks,
 )
 from stillroom.analysis.sameness import identical_groups
 from stillroom.config import BASELINES, EXPERIMENT, Analysis
@@ -219,7 +220,8 @@ class StudyResults:
     def _validated(self) -> tuple[Path, list[str]]:
         """The ids of the validation part, sorted, and the file they are from: one of the trials' own if need be."""
         if not self.other_corpus:
-            rows = self.examples[self.examples["split"] == "validation"]
+            scored = self.examples["task"].isin(scored_tasks(self.study))
+            rows = self.examples[(self.examples["split"] == "validation") & scored]
             return self.folder / "corpus" / "corpus.parquet", sorted(rows["example_id"])
         first = self.finished[0]
         folder = self.trial_folder(first["trial"])
@@ -357,7 +359,8 @@ class StudyResults:
     @cached_property
     def shared_prompts(self) -> int:
         """Prompts that stand in training and in a held-out part, without regard to white space and case."""
-        prompts, trained = self.examples["prompt"].map(folded), self.examples["split"] == "train"
+        asked = self.examples["prompt"].where(self.examples["prompt"] != "", self.examples["answer"])  # of texts: all
+        prompts, trained = asked.map(folded), self.examples["split"] == "train"
         return len(set(prompts[trained]) & set(prompts[~trained]))
 
 

@@ -19,6 +19,7 @@ from stillroom.config.columns import ChatColumns as ChatColumns
 from stillroom.config.columns import ChoiceColumns as ChoiceColumns
 from stillroom.config.columns import GenerationColumns as GenerationColumns
 from stillroom.config.columns import TaskColumns as TaskColumns
+from stillroom.config.columns import TextColumns as TextColumns
 from stillroom.config.objective import GROUPS as GROUPS
 from stillroom.config.objective import TERMS as TERMS
 from stillroom.config.objective import WEAK_SIGNAL as WEAK_SIGNAL
@@ -29,7 +30,7 @@ from stillroom.config.objective import Objective as Objective
 from stillroom.config.objective import StudyGroup
 from stillroom.config.objective import TermName as TermName
 from stillroom.config.objective import Values as Values
-from stillroom.config.section import Layer, Name, PossiblePath, Section, later
+from stillroom.config.section import Examples, Layer, Name, PossiblePath, Section, later
 from stillroom.errors import UserError
 
 Precision = Literal["float32", "bfloat16", "float16", "auto"]
@@ -172,7 +173,9 @@ class TaskData(TaskColumns):
         max_length=64,
         description="split of the data set; ignored for a file, which has only one",
     )
-    examples: int = Field(ge=2, description="examples used, training and validation together")
+    examples: Examples = Field(
+        description="examples used, training and validation together; `all`: every row that can be used"
+    )
 
 
 class Corpus(Section):
@@ -238,8 +241,8 @@ class BenchmarkSplit(Section):
     subset: str | None = Field(None, description="the hub data set's configuration")
     revision: str | None = Field(None, description="commit of the hub data set")
     split: str = Field("test", pattern=r"^[^/\\]+$", max_length=64, description="split of the data set")
-    examples: int = Field(
-        ge=2, description="examples used; fewer if some are also in the corpus or exceed a model's context"
+    examples: Examples = Field(
+        description="examples used, or `all`; fewer if some are also in the corpus or exceed a model's context"
     )
 
     def data(self, task: TaskData) -> TaskData:
@@ -416,13 +419,30 @@ class Study(Section):
                     )
         if self.signals.teacher_answers and self.has_chats:
             raise ValueError("signals.teacher_answers: the teacher's answers to chats are not kept; leave it out")
-        for task in (*self.analysis.simple_tasks, *self.analysis.hard_tasks):
+        texts = [name for name in self.corpus.tasks if name not in self.scored_tasks]
+        if not self.scored_tasks:
+            raise ValueError(
+                "corpus.tasks has plain texts alone, which have no right answer: add a task that students can be "
+                "compared on (choice, generation or chat, or a registered one)"
+            )
+        if self.signals.teacher_answers and texts:
+            raise ValueError(
+                f"signals.teacher_answers: {texts[0]!r} has texts, which ask nothing; leave one of them out"
+            )
+        named = [("analysis", name) for name in (*self.analysis.simple_tasks, *self.analysis.hard_tasks)]
+        for section, task in [*named, *(("evaluation.test_splits", name) for name in self.evaluation.test_splits)]:
             if task not in self.corpus.tasks:
-                raise ValueError(f"analysis names the task {task!r}, which is not in corpus.tasks")
-        for task in self.evaluation.test_splits:
-            if task not in self.corpus.tasks:
-                raise ValueError(f"evaluation.test_splits names the task {task!r}, which is not in corpus.tasks")
+                raise ValueError(f"{section} names the task {task!r}, which is not in corpus.tasks")
+            if task in texts:
+                raise ValueError(
+                    f"{section} names the task {task!r}, whose texts have no right answer; remove it there"
+                )
         return self
+
+    @property
+    def scored_tasks(self) -> dict[str, TaskData]:
+        """The tasks whose answers can be right or wrong: all but plain texts."""
+        return {name: data for name, data in self.corpus.tasks.items() if data.text is None}
 
     @property
     def test_splits(self) -> dict[str, TaskData]:

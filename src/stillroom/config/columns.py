@@ -118,7 +118,13 @@ class ChatColumns(Section):
     stop: Stop = Field((), description="texts before which a generated answer is cut, besides the turn's end")
 
 
-KINDS = ("choice", "generation", "chat")
+class TextColumns(Section):
+    """A task of plain texts: the student learns every token, and nothing is asked or scored."""
+
+    template: Template = Field("{text}", description="what the student learns to write: text, with `{column}`")
+
+
+KINDS = ("choice", "generation", "chat", "text")
 """Fields of which one at most defines a task."""
 
 
@@ -130,6 +136,8 @@ class TaskColumns(Section):
         None, description="defines a free-form task from the data set's columns"
     )
     chat: ChatColumns | None = later(None, description="defines a task of chats from the data set's columns")
+
+    text: TextColumns | None = later(None, description="defines a task of plain texts from the data set's columns")
 
     @model_validator(mode="after")
     def _one_kind(self) -> TaskColumns:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_\-]*$", max_length=64)]
 """Names of studies, tasks and groups: they become parts of names of folders."""
@@ -26,6 +26,18 @@ def _possible_path(path: TextOrPath) -> TextOrPath:
 
 PossiblePath = AfterValidator(_possible_path)
 """Marks a text or path that a file or folder of that name can stand at."""
+
+
+def _number_or_all(value: object) -> object:
+    digits = isinstance(value, str) and value.strip().isdecimal()
+    whole = isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
+    if value == "all" or ((whole or digits) and int(value) >= 2):  # type: ignore[call-overload]
+        return value
+    raise ValueError("must be a whole number, 2 at least, or all")
+
+
+Examples = Annotated[int | Literal["all"], BeforeValidator(_number_or_all)]
+"""How many of a data set's rows are used."""
 
 
 Layer = Annotated[int, Field(ge=1)] | Literal["last"]

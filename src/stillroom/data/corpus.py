@@ -79,10 +79,11 @@ def _draw(
     unique = _unique(_usable(task, data, rows, dropped, faults, place), dropped)
     ordered = sorted(unique, key=lambda example: _rank(example.example_id, f"sample{corpus.sample_seed}"))
     settled_ = _settled(ordered, tokenizers, dropped, faults) if data.chat else ordered
-    chosen = list(islice(_fitting(settled_, corpus.max_length, tokenizers, dropped), data.examples))
-    if len(chosen) < data.examples:
+    wanted = None if data.examples == "all" else data.examples
+    chosen = list(islice(_fitting(settled_, corpus.max_length, tokenizers, dropped), wanted))
+    if len(chosen) < (wanted or 2):
         raise UserError(
-            f"{place}.examples: {data.examples} asked for, but only {len(chosen)} can be used "
+            f"{place}.examples: {wanted or '2 at least'} asked for, but only {len(chosen)} can be used "
             f"({dict(dropped)}); ask for fewer, or raise corpus.max_length{_first(task, faults)}"
         )
     _require_choices(chosen, tokenizers, place)
@@ -97,23 +98,24 @@ def with_test_splits(
     Duplicates within a split stay, as they count in its published figures. Raises `UserError` where a split has
     fewer rows than asked for, or none that can be used.
     """
-    known = {folded(example.prompt) for example in examples.all}
+    known = {asked(example) for example in examples.all}
     test: list[Example] = []
     counts: dict[str, dict[str, int]] = {}
     faults: dict[str, str] = {}
     for name, data in splits.items():
         task, place = get_task(name, data), f"evaluation.test_splits.{name}"
         rows = load_rows(task, data, corpus.sample_seed + 1, place)  # built-in rows: others than the corpus's
-        if len(rows) < data.examples:
+        wanted = None if data.examples == "all" else data.examples
+        if wanted and len(rows) < wanted:
             raise UserError(f"{place}.examples: {data.examples} asked for, but the split has {len(rows)} rows")
         dropped = Counter({"source_rows": len(rows), "unusable": 0, "in_corpus": 0, "too_long": 0})
         usable = list(_usable(task, data, rows, dropped, faults, place))
-        unseen = [example for example in usable if folded(example.prompt) not in known]
+        unseen = [example for example in usable if asked(example) not in known]
         dropped["in_corpus"] = len(usable) - len(unseen)
         # the word is part of the draw: another one would choose other examples
         ordered = sorted(unseen, key=lambda example: _rank(example.example_id, f"official{corpus.sample_seed}"))
         settled_ = _settled(ordered, tokenizers, dropped, faults) if data.chat else ordered
-        chosen = list(islice(_fitting(settled_, max_length, tokenizers, dropped), data.examples))
+        chosen = list(islice(_fitting(settled_, max_length, tokenizers, dropped), wanted))
         if not chosen:
             source = f"{data.dataset}/{data.split}"
             raise UserError(f"{place}: no example of {source} can be used ({dict(dropped)}){_first(task, faults)}")
@@ -172,10 +174,15 @@ def folded(prompt: str) -> str:
     return re.sub(r"\s+", " ", prompt).strip().casefold()
 
 
+def asked(example: Example) -> str:
+    """The folded prompt; of a plain text, which has none, the text."""
+    return folded(example.prompt or example.answer)
+
+
 def _unique(examples: Iterable[Example], dropped: Counter[str]) -> Iterator[Example]:
     seen: set[str] = set()
     for example in examples:
-        key = folded(example.prompt)
+        key = asked(example)
         if key in seen:
             dropped["duplicates"] += 1
             continue
@@ -230,9 +237,9 @@ def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Ex
 
 def check_leaks(train: Sequence[Example], held_out: Sequence[Example]) -> None:
     """Raise `UserError` naming an example whose prompt stands in both parts."""
-    known = {folded(example.prompt) for example in train}
+    known = {asked(example) for example in train}
     for example in held_out:
-        if folded(example.prompt) in known:
+        if asked(example) in known:
             raise UserError(f"example {example.example_id} ({example.task}) is in training and held-out data")
 
 

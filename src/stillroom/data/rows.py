@@ -38,6 +38,8 @@ def load_rows(task: Task, data: TaskData, seed: int, place: str) -> Sequence[dic
     if data.dataset == "builtin":
         if task.generate_rows is None:
             raise UserError(f"{place}.dataset: this task has no built-in rows")
+        if data.examples == "all":
+            raise UserError(f"{place}.examples: built-in rows are made up as they are needed; say how many, not all")
         return task.generate_rows(seed, 2 * data.examples + 200)
     local = Path(data.dataset)
     if local.is_dir():

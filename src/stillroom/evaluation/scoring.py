@@ -39,11 +39,12 @@ def evaluate(
     settings: Evaluation,
     progress: Progress = silent,
 ) -> pd.DataFrame:
-    """Predictions for every example, one row each, in the order given.
+    """Predictions for every example but plain texts, one row each, in the order given.
 
     Columns: example_id, task, prediction, gold, correct, correct_flexible (generation only, else equal to correct),
     scores (log-likelihood of each choice, nats), generated, answer_nll (nats of the gold answer's text), answer_tokens.
     """
+    examples = [example for example in examples if task_of(example).kind != "text"]
     scores, tokens = answer_scores(model, tokenizer, examples, settings.batch_tokens)
     generating = [n for n, example in enumerate(examples) if example.choices is None]
     progress(len(examples) - len(generating), len(examples))

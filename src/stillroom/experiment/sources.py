@@ -20,7 +20,7 @@ from stillroom.data.corpus import (
 )
 from stillroom.data.encoding import encode
 from stillroom.data.rows import require_unchanged, source_digest
-from stillroom.data.tasks import Example
+from stillroom.data.tasks import Example, task_of
 from stillroom.data.vocabulary import largest_id
 from stillroom.errors import UserError
 from stillroom.evaluation.baselines import Baseline
@@ -124,7 +124,7 @@ class Sources:
                     require_unchanged(sources, digests)
                     self._require_embedded([*examples.all, *examples.test])
                     save_corpus(examples, folder, digest)
-        generated = [example for example in examples.validation if example.choices is None]
+        generated = [example for example in examples.validation if task_of(example).kind == "generation"]
         self._require_room(examples.all if self.study.signals.teacher_answers else generated, longest)
         return examples
 

@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from stillroom.analysis.statistics import detectable_by_signs, equivalence_spread, fewest_seeds
-from stillroom.config import Study
+from stillroom.config import BenchmarkSplit, Study, TaskData
 
 FAMILIES = ("primary", "secondary")
 
@@ -62,8 +62,15 @@ def _family(contrasts: int, seeds: int, alpha: float) -> dict[str, Any]:
 def _validation(study: Study) -> dict[str, int]:
     """Validation examples by what accuracy is taken over: all tasks together, then each."""
     share = study.corpus.validation_share
-    tasks = {name: max(1, round(share * data.examples)) for name, data in study.corpus.tasks.items()}
+    tasks = {name: max(1, round(share * sized(data))) for name, data in study.scored_tasks.items()}
     return {"all tasks": sum(tasks.values()), **tasks}
+
+
+def sized(data: TaskData | BenchmarkSplit) -> int:
+    """Examples of a task, which `planning.counted` has counted where the study says `all`."""
+    if data.examples == "all":
+        raise ValueError("examples: all, and they are not counted")
+    return data.examples
 
 
 def _measure(examples: int, families: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from stillroom.models.builtin_pair import materialise
 from stillroom.models.hub import is_local, load_config, load_tokenizer, require_embedded
 from stillroom.models.precision import DTYPES, default_device, products, resolve_precision
 from stillroom.preflight.design import examine_design
-from stillroom.preflight.planning import plan_study
+from stillroom.preflight.planning import counted, plan_study
 from stillroom.provenance import hardware, package_versions
 
 SAMPLE = 50
@@ -53,14 +53,16 @@ def examine(study: Study) -> list[Finding]:
         plan = plan_study(study)
     except UserError as error:
         findings.append(Finding("data", False, str(error)))
+        if counted(study, {}) == study:  # else it depends on how many rows there are
+            findings.append(_design(examine_design(study)))
     else:
         findings += [*_data(plan), *_disk(study, plan), *_memory(study, plan), *_gpu(study, plan)]
-    return [*findings, _design(study), *_trackers(study), _launcher(study)]
+        findings.append(_design(plan["design"]))
+    return [*findings, *_trackers(study), _launcher(study)]
 
 
-def _design(study: Study) -> Finding:
+def _design(design: dict[str, Any]) -> Finding:
     """Whether the study's tests can give a verdict at all."""
-    design = examine_design(study)
     if design["warnings"]:
         return Finding("design", True, "; ".join(design["warnings"]), warning=True)
     found = design["measures"]["all tasks"]["detectable_difference"]
@@ -194,17 +196,20 @@ def _coverage(study: Study, teacher: Any, student: Any) -> Finding:
     from stillroom.data.corpus import build_corpus
     from stillroom.training.batches import coverage_by_task
 
-    sampled = {n: d.model_copy(update={"examples": min(d.examples, SAMPLE)}) for n, d in study.corpus.tasks.items()}
+    tasks = study.corpus.tasks.items()
+    sampled = {n: d.model_copy(update={"examples": min(d.examples, SAMPLE)}) for n, d in tasks if d.examples != "all"}
     try:
-        examples = build_corpus(study.corpus.model_copy(update={"tasks": sampled}), [teacher, student])
+        examples = build_corpus(
+            study.corpus.model_copy(update={"tasks": {**dict(tasks), **sampled}}), [teacher, student]
+        )
     except UserError as error:
         return Finding("coverage", False, str(error))
-    pairs = zip(
-        encode_examples(teacher, examples.all), encode_examples(student, examples.all, add_eos=True), strict=True
-    )
+    by_task = {name: [e for e in examples.all if e.task == name][:SAMPLE] for name, _ in tasks}
+    some = [example for own in by_task.values() for example in own]
+    pairs = zip(encode_examples(teacher, some), encode_examples(student, some, add_eos=True), strict=True)
     counted = (
         (example.task, coverage(pair[1], align_encodings(*pair), len(example.prompt)))
-        for example, pair in zip(examples.all, pairs, strict=True)
+        for example, pair in zip(some, pairs, strict=True)
     )
     shares = {task: own["token_coverage"] for task, own in coverage_by_task(counted).items()}
     low = min(shares.values()) < study.signals.minimum_coverage

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stillroom.config import Lora, ModelRef, Precision, Signals, Study, Training
+from stillroom.config import BenchmarkSplit, Lora, ModelRef, Precision, Signals, Study, TaskData, Training
 from stillroom.data.chat_templates import encode_examples
 from stillroom.data.tasks import get_task
 from stillroom.errors import UserError
@@ -21,7 +21,7 @@ from stillroom.evaluation.generation import prompts_at_once
 from stillroom.models.precision import DTYPES, products, resolve_precision, scored_by_parts
 from stillroom.models.sizes import Shape, shape_of
 from stillroom.models.split_products import PARTS
-from stillroom.preflight.design import examine_design
+from stillroom.preflight.design import examine_design, sized
 from stillroom.signals import signals_of
 from stillroom.signals.signal import Layout, id_dtype
 
@@ -32,6 +32,8 @@ _TOKENS: dict[str, tuple[float, float, float]] = {
 }
 """Mean teacher tokens, student tokens and T(T+1)/2 of an example, under the tokenizers of Mistral and TinyLlama."""
 
+_UNKNOWN = 1000
+"""Examples of a task where all are asked for and its rows are out of reach."""
 _BYTES_FROM_DISK = 1e9
 _LINE = 16
 """Tokens of a line, which is the teacher's answer to a choice task."""
@@ -91,10 +93,15 @@ def plan_study(study: Study) -> dict[str, Any]:
     unreached: list[str] = []
     teacher, student = (_shape(role, ref, unreached) for role, ref in _models(study).items())
     tokenizers = _tokenizers(study, unreached)
-    _require_data(study, unreached)
+    rows = _require_data(study, unreached)
     assumptions = list(unreached)
-    lengths = _count(study, tokenizers) if tokenizers and not unreached else _assume(study, assumptions)
-    examples = sum(data.examples for data in study.corpus.tasks.values())
+    if tokenizers and not unreached:
+        lengths = _count(study, tokenizers)
+        study = counted(study, rows | {f"corpus.tasks.{name}": len(own.teacher) for name, own in lengths.items()})
+    else:
+        lengths = _assume(study, rows, assumptions)
+        study = counted(study, rows)
+    examples = sum(len(own.teacher) for own in lengths.values())
     tokens = {name: int(own.teacher.sum()) for name, own in lengths.items()}
     student_tokens = {name: int(own.student.sum()) for name, own in lengths.items()}
     store = {**_store_bytes(lengths, _layout(study, teacher)), **_head_bytes(study, teacher)}
@@ -114,7 +121,7 @@ def plan_study(study: Study) -> dict[str, Any]:
             "examples": examples,
             "by_task": {
                 name: {
-                    "examples": study.corpus.tasks[name].examples,
+                    "examples": len(lengths[name].teacher),
                     "teacher_tokens": tokens[name],
                     "student_tokens": student_tokens[name],
                 }
@@ -157,26 +164,45 @@ def _shape(role: str, ref: ModelRef, unreached: list[str]) -> Shape:
         raise _of_field(f"{role}.model", error) from error
 
 
-def _require_data(study: Study, unreached: list[str]) -> None:
-    """Raise `UserError` for a data set that is not there or cannot be read; add one out of reach to `unreached`.
+def counted(study: Study, rows: Mapping[str, int]) -> Study:
+    """The study with numbers in place of `examples: all`: `rows` of each data set, by field."""
 
-    The hub is asked no more once it did not answer: its client tries for half a minute each time.
+    def number(place: str, data: TaskData | BenchmarkSplit) -> dict[str, int]:
+        return {"examples": rows.get(place, _UNKNOWN)} if data.examples == "all" else {}
+
+    tasks = {n: d.model_copy(update=number(f"corpus.tasks.{n}", d)) for n, d in study.corpus.tasks.items()}
+    splits = {
+        n: s.model_copy(update=number(f"evaluation.test_splits.{n}", s))
+        for n, s in study.evaluation.test_splits.items()
+    }
+    corpus = study.corpus.model_copy(update={"tasks": tasks})
+    evaluation = study.evaluation.model_copy(update={"test_splits": splits})
+    return study.model_copy(update={"corpus": corpus, "evaluation": evaluation})
+
+
+def _require_data(study: Study, unreached: list[str]) -> dict[str, int]:
+    """The rows of each data set by its field; those out of reach are added to `unreached`.
+
+    Raises `UserError` for one that is not there or cannot be read. The hub is asked no more once it did not answer:
+    its client tries for half a minute each time.
     """
     from stillroom.data.rows import load_rows
 
     places = {f"corpus.tasks.{name}": (name, data) for name, data in study.corpus.tasks.items()}
     places |= {f"evaluation.test_splits.{name}": (name, data) for name, data in study.test_splits.items()}
+    found: dict[str, int] = {}
     for place, (name, data) in places.items():
         path = Path(data.dataset)
         here = data.dataset.startswith(("/", ".", "~")) or path.exists() or bool(path.suffix)
         if unreached and not here and data.dataset != "builtin":
             continue
         try:
-            load_rows(get_task(name, data), data, study.corpus.sample_seed, place)
+            found[place] = len(load_rows(get_task(name, data), data, study.corpus.sample_seed, place))
         except UserError as error:
             if not _out_of_reach(error):
                 raise _of_field(f"{place}.dataset", error) from error
             unreached.append(_uncounted(error))
+    return found
 
 
 def _of_field(field: str, error: UserError) -> UserError:
@@ -247,14 +273,16 @@ def _count(study: Study, tokenizers: list[Any]) -> dict[str, _Lengths]:
     return result
 
 
-def _assume(study: Study, assumptions: list[str]) -> dict[str, _Lengths]:
-    result = {}
-    for name, data in study.corpus.tasks.items():
+def _assume(study: Study, rows: Mapping[str, int], assumptions: list[str]) -> dict[str, _Lengths]:
+    result, asked = {}, study.corpus.tasks
+    for name, data in counted(study, rows).corpus.tasks.items():
         half = study.corpus.max_length / 2
         teacher, student, triangle = _TOKENS.get(name, (half, half, half * (half + 1) / 2))
         source = "measured with Mistral's and TinyLlama's tokenizers" if name in _TOKENS else "half of max_length"
         assumptions.append(f"{name}: {teacher:g} tokens an example ({source})")
-        result[name] = _Lengths(np.full(data.examples, teacher), np.full(data.examples, student), triangle)
+        if asked[name].examples == "all" and f"corpus.tasks.{name}" not in rows:
+            assumptions.append(f"{name}: all of its rows, {_UNKNOWN:,} (they cannot be counted)")
+        result[name] = _Lengths(np.full(sized(data), teacher), np.full(sized(data), student), triangle)
     return result
 
 
@@ -348,8 +376,9 @@ def _hours(
         batches = written / batch * study.evaluation.max_new_tokens * step
         return 2 * student.parameters * read / rate + batches
 
-    held_out = {name: max(1.0, study.corpus.validation_share * len(own.student)) for name, own in lengths.items()}
-    test = {name: float(split.examples) for name, split in study.test_splits.items()}
+    share, scored = study.corpus.validation_share, study.scored_tasks
+    held_out = {name: max(1.0, share * len(own.student)) for name, own in lengths.items() if name in scored}
+    test = {name: float(sized(split)) for name, split in study.test_splits.items()}
     operations = 8 if study.training.gradient_checkpointing else 6
     computed = operations * student.parameters * training["tokens_per_trial"] / machine.flops[study.training.precision]
     tokens = sum(float(own.teacher.sum()) for own in lengths.values())

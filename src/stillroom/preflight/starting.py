@@ -85,7 +85,8 @@ def _guess(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
     known = f"{', '.join(_ASKED[:4])}, …; {', '.join(_SAID[:4])}, …"
     raise UserError(
         f"columns {columns}: none looks like a question and an answer ({known}), "
-        "or like chats (messages); rename two, or write the study by hand (`stillroom fields corpus.tasks`)"
+        "or like chats (messages); rename two, or write the study by hand (`stillroom fields corpus.tasks`); "
+        "for plain texts, too: beside them it needs a task to compare students on"
     )
 
 

@@ -22,7 +22,7 @@ def get_task(name: str, columns: TaskColumns | None = None) -> Task:
     if name not in TASKS:
         raise UserError(
             f"corpus.tasks.{name}: unknown task; registered: {', '.join(TASKS)}; or define it there with choice, "
-            "generation or chat"
+            "generation, chat or text"
         )
     return TASKS[name]
 

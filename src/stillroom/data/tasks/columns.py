@@ -1,4 +1,4 @@
-"""Tasks that a study file makes of columns: `corpus.tasks.<name>.choice`, `.generation` or `.chat`."""
+"""Tasks that a study file makes of columns: `corpus.tasks.<name>.choice`, `.generation`, `.chat` or `.text`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ def columns_task(name: str, definition: str) -> Task:
         return _choice_task(name, definition, columns.choice)
     if columns.chat is not None:
         return chat_task(name, definition, columns.chat)
+    if columns.text is not None:
+        return _text_task(name, definition, columns.text.template)
     assert columns.generation is not None
     return _generation_task(name, definition, columns.generation)
 
@@ -117,6 +119,13 @@ def _generation_task(name: str, definition: str, columns: GenerationColumns) -> 
 
     used = dict.fromkeys([*fields_of(columns.prompt), *fields_of(columns.answer)])
     return Task(name, "generation", tuple(used), build, first, last, stop=columns.stop)
+
+
+def _text_task(name: str, definition: str, template: str) -> Task:
+    def build(row: Row) -> Example:
+        return Example(name, "", render(template, row), definition=definition)
+
+    return Task(name, "text", tuple(dict.fromkeys(fields_of(template))), build)
 
 
 def _prompt(columns: ChoiceColumns | GenerationColumns, row: Row) -> str:

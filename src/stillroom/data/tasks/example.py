@@ -130,7 +130,7 @@ class Task:
     """A task: how a row becomes an example, and how an answer is scored."""
 
     name: str
-    kind: Literal["choice", "generation"]
+    kind: Literal["choice", "generation", "text"]
     columns: tuple[str, ...]
     build: Callable[[Row], Example]
     """Turns a row into an example; raises ValueError, saying what is wrong, if the row cannot be used."""
