@@ -33,7 +33,7 @@ from stillroom.offline_teacher_data.recomputation import recompute, sample_ids
 from stillroom.signals import compute_signals
 from stillroom.training.batches import Prefetched
 from stillroom.training.train_student import Trial, train
-from training import Bench
+from training import FULL, Bench
 
 Figures = dict[str, Any]
 
@@ -86,7 +86,8 @@ def capture(inputs: Inputs, figures: Figures) -> None:
     """The teacher at its own size: a bare pass, its signals alone, and the whole capture with its store."""
     signals, precision = inputs.study.signals, inputs.study.teacher.dtype
     config, tokenizer = inputs.config(0), inputs.tokenizers[0]
-    signals = signals.model_copy(update={"top_k": min(signals.top_k, config.vocab_size)})
+    kept = {"top_k": min(signals.top_k, config.vocab_size), "teacher_head": True}  # the head for the step of `full`
+    signals = signals.model_copy(update=kept)
     model = random_model(config, DTYPES[precision], inputs.device)
     examples = inputs.examples.all
     encodings = encode_many(tokenizer, [example.text for example in examples])
@@ -132,7 +133,7 @@ def steps(inputs: Inputs, figures: Figures) -> None:
     bench, count = bench_of(inputs), 2 if inputs.tiny else 60
     examples = inputs.stored(inputs.examples.train)
     workers = max(1, min(8, (os.cpu_count() or 1) - 1))
-    for group in inputs.groups:
+    for group in (*inputs.groups[:-1], FULL.name, inputs.groups[-1]):
         makers = bench.batches(group, examples, count)
         began = time.perf_counter()
         batches = [batch.pinned() if inputs.cuda else batch for batch in (make() for make in makers)]

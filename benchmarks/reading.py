@@ -160,9 +160,14 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, A
 
     system: dict[str, list[float]] = {"between others": [], "in a row": []}
 
-    def collated(threads: int, noted: str = "") -> None:
+    def collated(threads: int, noted: str = "", squared: bool = False) -> None:
+        def make(chosen: Sequence[int]) -> None:
+            part = collate([items[i] for i in chosen]).parts["attention"]
+            if squared:
+                part.teacher("attention")
+
         before = resource.getrusage(resource.RUSAGE_SELF).ru_stime
-        for _ in Prefetched(batches, lambda batch: collate([items[i] for i in batch]), threads, 2 * threads):
+        for _ in Prefetched(batches, make, threads, 2 * threads):
             pass
         if noted:
             system[noted].append(resource.getrusage(resource.RUSAGE_SELF).ru_stime - before)
@@ -173,6 +178,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, A
             "unchecked": lambda: read_epoch(store.path, order, checked=False),
             "collated": lambda: collated(1, "between others"),
             "by threads": lambda: collated(options.threads),
+            "squared": lambda: collated(1, squared=True),
             "lists": lambda: list(map(len, outline_way.read(lists, range(len(few))))),
         },
         options.rounds,
@@ -199,6 +205,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, A
         ratio("tokens/s read, data beyond the page cache", every, cold["read"], "≥ 120,000"),
         ratio("tokens/s read and collated over the alignment, all signals", every, seconds["collated"], "≥ 60,000"),
         ratio("… time after time, nothing else in between", every, alone),
+        ratio("… and the maps made float32 squares, which else the step's device does", every, seconds["squared"]),
         *(
             ratio(f"µs the system spends, on memory, a token collated {when}", [1e6 * s for s in own[1:]], every)
             for when, own in system.items()  # the first of each was the warm-up

@@ -23,18 +23,21 @@ from transformers import PreTrainedModel
 
 from inputs import mixed, open_study, study_arguments
 from ratios import begin, finish, in_turn, ratio, value
-from stillroom.config import GROUPS, ModelRef, Objective, Study
+from stillroom.config import GROUPS, Group, ModelRef, Objective, Study
 from stillroom.data.tasks import Example
 from stillroom.models.hub import load_model, load_tokenizer
 from stillroom.models.precision import DTYPES, default_device
-from stillroom.models.sizes import vocabulary_size
 from stillroom.offline_teacher_data import capture, made_from
 from stillroom.offline_teacher_data.store import SignalStore
-from stillroom.terms import NextToken, Term, teacher_to_student_ids, terms_of
+from stillroom.terms import NextToken, Term, next_token_of, terms_of
 from stillroom.training.batches import epoch_order, prepare
 from stillroom.training.collation import Batch, Collator
 from stillroom.training.distillation_student import DistillationStudent
 from stillroom.training.step import StepRunner
+
+FULL = Group(name="full", terms=("task", "kd"), kd={"support": "full"})
+"""`black_box` over every token: its store has the teacher's output head."""
+TRIED = {**GROUPS, FULL.name: FULL}
 
 
 class Bench:
@@ -49,7 +52,7 @@ class Bench:
 
     def batches(self, group: str, examples: Sequence[Example], count: int) -> list[Callable[[], Batch]]:
         """How to make the first batches of an epoch; the same examples for every group. `task_only` reads no store."""
-        objective = GROUPS[group].objective(Objective())
+        objective = TRIED[group].objective(Objective())
         items = prepare(examples, self.tokenizer, None if group == "task_only" else self.store)
         head, terms = self.terms(objective)
         collate = Collator(None if group == "task_only" else self.store, head, terms)
@@ -59,13 +62,13 @@ class Bench:
 
     def terms(self, objective: Objective) -> tuple[NextToken, Sequence[Term]]:
         """An objective's terms for this student."""
-        sizes = self.store.manifest["vocabulary"], vocabulary_size(self.student.model)
-        mapped = teacher_to_student_ids(self.store.tokenizer, self.tokenizer, *sizes)
-        return NextToken(objective, mapped), terms_of(objective, self.store, self.student.model.config)
+        model = self.student.model
+        head = next_token_of(objective, self.store, self.tokenizer, model)
+        return head, terms_of(objective, self.store, model.config)
 
     def runner(self, group: str) -> StepRunner:
         """What makes a group's optimizer steps."""
-        objective = GROUPS[group].objective(Objective())
+        objective = TRIED[group].objective(Objective())
         return StepRunner(self.student, *self.terms(objective), objective, self.study.training, self.scaler())
 
     def scaler(self) -> torch.amp.GradScaler:

@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import SHARED, real_tokenizer, texts
 from stillroom.data import vocabulary
-from stillroom.data.alignment import align, align_encodings, coverage
+from stillroom.data.alignment import Segments, align, align_encodings, coverage
 from stillroom.data.encoding import encode, ending_tokens, supervised_predictions
 from stillroom.data.vocabulary import compare_vocabularies, map_vocabulary, token_bytes
 from stillroom.models.builtin_pair import sentencepiece_tokenizer
-from stillroom.terms.attention_maps import aligned_attention, segment_map
+from stillroom.terms.attention_maps import aligned_attention, packed_maps, square_maps
 
 PIECES = [
     "the", " cat", "Question: ", " 12,345.67", "<<3+4=7>>", "\n", "\n\n", "\t", "   ", " ", "  \n \n", "Answer:",
@@ -241,24 +241,32 @@ def test_aligned_attention_rows_sum_to_one_on_both_sides(tokenizer, text, seed):
         scores = torch.randn(2, size, size).masked_fill(torch.ones(size, size).triu(1).bool(), -torch.inf)
         square = scores.softmax(-1)
         lower = torch.tril_indices(size, size)
-        packed = segment_map(square[:, lower[0], lower[1]].numpy(), segments, pair_heads=True)
+        triangle = square[:, lower[0], lower[1]].numpy()
+        (maps,) = over_segments([triangle], [segments])
         rows = torch.from_numpy(segments.rows.astype("int64"))[None]
         lengths = segments.rows - segments.starts + 1
         member = np.full(size, -1)
         member[: lengths.sum()] = np.repeat(np.arange(len(rows[0])), lengths)
         dense = aligned_attention(square[None], rows, torch.from_numpy(member)[None])[0]
-        assert np.allclose(packed, dense.numpy(), atol=1e-6)
-        assert np.allclose(packed.sum(-1), 1, atol=1e-5)
-        half = square[:, lower[0], lower[1]].half().numpy()
+        assert np.allclose(maps, dense, atol=1e-6)
+        assert np.allclose(maps.sum(-1), 1, atol=1e-5)
+        half = triangle.astype(np.float16)
         half.flags.writeable = False  # as a cell of the store is
         for pair_heads in (True, False):
-            whole = segment_map(half.astype(np.float32), segments, pair_heads)
-            assert (segment_map(half, segments, pair_heads) == whole).all()
+            whole = over_segments([half.astype(np.float32)], [segments], pair_heads)
+            assert torch.equal(over_segments([half], [segments], pair_heads), whole)
         count = len(segments.rows)
-        wider = np.full((2, count + 2, count + 2), np.nan, np.float32)
-        segment_map(square[:, lower[0], lower[1]].numpy(), segments, True, wider)
-        assert (wider[:, :count, :count] == packed).all()
-        assert wider.sum() == pytest.approx(packed.sum(), rel=1e-5)  # what lies beyond is 0
+        wider = Segments(*2 * [np.arange(count + 2, dtype=np.int32)])  # an example of more tokens, before and after
+        more = np.ones((2, (count + 2) * (count + 3) // 2), np.float32)
+        _, padded, _ = over_segments([more, triangle, more], [wider, segments, wider])
+        assert torch.equal(padded[:, :count, :count], maps)
+        assert float(padded.sum()) == pytest.approx(float(maps.sum()), rel=1e-5)  # what lies beyond is 0
+
+
+def over_segments(triangles, segments, pair_heads=True):
+    """Packed maps of several texts as squares over segments."""
+    index, cells, sums = packed_maps({"attention": triangles}, segments, pair_heads)
+    return square_maps(cells["attention"], sums["attention"], index)
 
 
 once_per_tokenizer = cache(vocabulary.token_bytes)

@@ -104,7 +104,7 @@ def test_an_attention_rows_columns_are_moved_within_its_causal_part(pair, studen
     assert torch.equal(one.rows, other.rows)
     assert one.count == other.count
     for n, size in enumerate(one.segments.tolist()):
-        own, found = one.teacher["attention"][n], other.teacher["attention"][n]
+        own, found = one.teacher("attention")[n], other.teacher("attention")[n]
         assert torch.equal(own.sort(-1).values, found.sort(-1).values)
         assert not found.triu(1).any()
         cells = torch.ones(size, size).tril().bool()

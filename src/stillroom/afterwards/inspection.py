@@ -25,7 +25,7 @@ from stillroom.models.hub import load_tokenizer
 from stillroom.offline_teacher_data.store import SignalStore, StoredExample
 from stillroom.offline_teacher_data.verification import VERIFIED
 from stillroom.signals.next_token import top_k
-from stillroom.terms.attention_maps import segment_map
+from stillroom.terms.attention_maps import packed_maps, square_maps
 from stillroom.terms.next_token import map_outcomes, teacher_to_student_ids
 
 
@@ -236,7 +236,8 @@ def _segment_map(
         visible("".join(token["token"] for token in tokens[start : row + 1]))
         for start, row in zip(segments.starts, segments.rows, strict=True)
     ]
-    return segment_map(stored["attention"], segments, pair_heads=False)[0], texts
+    index, cells, sums = packed_maps({"attention": [stored["attention"]]}, [segments], pair_heads=False)
+    return square_maps(cells["attention"], sums["attention"], index)[0, 0].numpy(), texts
 
 
 def visible(text: str) -> str:

@@ -35,8 +35,16 @@ class AttentionPart(Part):
     """Segment of each token; −1 for one in none, and for padding."""
     segments: Int[Tensor, "B"]
     """How many segments each example has."""
-    teacher: Mapping[str, Float[Tensor, "B H G G"]]
-    """Lower triangle, by column of the store; one head, their mean, unless heads pair."""
+    index: Int[Tensor, "B G G"]
+    """Where each cell of the teacher's map over segments is, in a row of `cells` followed by that of `sums`."""
+    cells: Mapping[str, Float[Tensor, "H C"]]
+    """Triangles as they are stored, example after example, then a 0, by column of the store; see `packed_maps`."""
+    sums: Mapping[str, Float[Tensor, "H S"]]
+    """What the cells of segments of several tokens add up to, float32."""
+
+    def teacher(self, column: str) -> Float[Tensor, "B H G G"]:
+        """The teacher's maps, lower triangles; one head, their mean, unless heads pair."""
+        return square_maps(self.cells[column], self.sums[column], self.index)
 
 
 class AttentionMaps:
@@ -59,25 +67,20 @@ class AttentionMaps:
         """Every example's map over segments, padded to the most segments."""
         alignments = [item.alignment for item in items if item.alignment is not None]
         sizes = np.array([len(a.student.rows) for a in alignments])
-        size = int(sizes.max())
-        shape = (len(items), self._heads, size, size)
-        teacher = {column: np.empty(shape, dtype=np.float32) for column in self.columns}
-        rows = np.zeros((len(items), size), dtype=np.int64)
+        rows = np.zeros((len(items), int(sizes.max())), dtype=np.int64)
         segment_of = np.full((len(items), longest), -1, dtype=np.int64)
-        for n, (example, alignment) in enumerate(zip(stored, alignments, strict=True)):
-            segments = sizes[n]
-            for column, maps in teacher.items():
-                segment_map(example[column], alignment.teacher, self._pair_heads, maps[n])
-            rows[n, :segments] = alignment.student.rows
+        for n, alignment in enumerate(alignments):
+            rows[n, : sizes[n]] = alignment.student.rows
             lengths = alignment.student.rows - alignment.student.starts + 1
-            segment_of[n, : lengths.sum()] = np.repeat(np.arange(segments), lengths)
-        cells = sizes if self._by_row else sizes * (sizes + 1) // 2
+            segment_of[n, : lengths.sum()] = np.repeat(np.arange(sizes[n]), lengths)
+        compared = sizes if self._by_row else sizes * (sizes + 1) // 2
+        triangles = {column: [example[column] for example in stored] for column in self.columns}
         return AttentionPart(
-            int(cells.sum()) * self._heads * len(self._pairs),
+            int(compared.sum()) * self._heads * len(self._pairs),
             torch.from_numpy(rows),
             torch.from_numpy(segment_of),
             torch.from_numpy(sizes),
-            {column: torch.from_numpy(maps) for column, maps in teacher.items()},
+            *packed_maps(triangles, [alignment.teacher for alignment in alignments], self._pair_heads),
         )
 
     def misplaced(self, items: Sequence[Prepared], placebo: Placebo, longest: int) -> AttentionPart:
@@ -86,9 +89,8 @@ class AttentionMaps:
         part = self.collate(items, stored, longest)
         for n, item in enumerate(items):
             size = int(part.segments[n])
-            source = torch.from_numpy(placebo.columns(item, size)).expand(self._heads, -1, -1)
-            for maps in part.teacher.values():
-                maps[n, :, :size, :size] = maps[n, :, :size, :size].gather(-1, source)
+            cells = part.index[n, :size, :size]
+            cells[:] = cells.gather(-1, torch.from_numpy(placebo.columns(item, size)))
         return part
 
     def loss(self, forward: Forward, part: AttentionPart, trained: nn.Module | None) -> Float[Tensor, ""]:
@@ -99,7 +101,7 @@ class AttentionMaps:
             if not self._pair_heads:
                 attention = attention.mean(1, keepdim=True)
             aligned = aligned_attention(attention.float(), part.rows, part.segment_of)
-            losses.append(self._distance(aligned, part.teacher[column], part.segments))
+            losses.append(self._distance(aligned, part.teacher(column), part.segments))
         return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
     def trained(self, seed: int) -> None:
@@ -150,31 +152,63 @@ def row_divergence(
     return values.sum(-1).masked_fill(~real[:, None], 0.0).sum()
 
 
-def segment_map(triangle: ndarray, segments: Segments, pair_heads: bool, out: ndarray | None = None) -> ndarray:
-    """A packed map (H, T(T+1)/2) over segments: (H or 1, G, G) float32, zero above the diagonal.
+def packed_maps(
+    triangles: Mapping[str, Sequence[ndarray]], segments: Sequence[Segments], pair_heads: bool
+) -> tuple[Int[Tensor, "B G G"], dict[str, Float[Tensor, "H C"]], dict[str, Float[Tensor, "H S"]]]:
+    """What `square_maps` makes maps over segments of: an index, and by column the cells and the sums that it points at.
 
-    Row g is the query at rows[g]; column s the sum over tokens starts[s] … rows[s]. One head, their mean, unless
-    heads pair. `out`: a contiguous array to be written into, which may have more rows and columns: they become zero.
+    `triangles`: of each column, every example's packed map (H, T(T+1)/2). A batch travels to a GPU as these bytes: the
+    float32 squares have four times as many. Sums are taken here, in one order on every machine; most segments are one
+    token. Unless heads pair, the cells are the heads' mean in float32: one row.
     """
-    rows, starts = segments.rows.astype(np.int64), segments.starts.astype(np.int64)
-    count, offsets = len(rows), rows * (rows + 1) // 2
-    values = from_dlpack(triangle)  # of read-only memory too; casts float16 ten times as fast as NumPy
-    values = values if pair_heads else torch.from_numpy(values.float().numpy().mean(0, keepdims=True))
-    heads, cells = values.shape
-    square = np.empty((heads, count, count), np.float32) if out is None else out
-    causal = np.tri(count, dtype=bool)
-    several = np.flatnonzero(rows > starts)  # most segments are one token
-    row, column = np.nonzero(causal[:, several])
-    column = several[column]
-    # the square is gathered from the triangle's cells, a zero, and the sums
-    source = torch.empty(heads, cells + 1 + len(row))
-    source[:, :cells], source[:, cells] = values, 0.0
-    bounds = np.stack([offsets[row] + starts[column], offsets[row] + rows[column] + 1], 1).ravel()
-    sums = np.add.reduceat(source.numpy()[:, : cells + 1], bounds, axis=1)[:, ::2]  # the rest lies between
-    source[:, cells + 1 :] = torch.from_numpy(sums)
-    index = np.full(square.shape[1:], cells)
-    index[:count, :count][causal] = (offsets[:, None] + starts)[causal]
-    index[row, column] = np.arange(cells + 1, source.shape[1])
-    flat = torch.from_numpy(square.reshape(heads, -1))
-    torch.index_select(source, 1, torch.from_numpy(index.ravel()), out=flat)
-    return square
+    cells = {column: _in_a_row(maps, pair_heads) for column, maps in triangles.items()}
+    examples = next(iter(triangles.values()))
+    ends = np.cumsum([triangle.shape[1] for triangle in examples])
+    size, zero = max(len(own.rows) for own in segments), int(ends[-1])
+    causal, index = np.tri(size, dtype=bool), np.full((len(examples), size, size), zero, dtype=np.int32)
+    firsts, lengths, summed = [], [], zero + 1
+    for own, square, triangle, end in zip(segments, index, examples, ends, strict=True):
+        rows, starts, count = own.rows, own.starts, len(own.rows)
+        places = (rows * (rows + 1) // 2 + np.int32(end - triangle.shape[1]))[:, None] + starts
+        np.copyto(square[:count, :count], places, where=causal[:count, :count])
+        several = np.flatnonzero(rows > starts)
+        row, column = np.nonzero(causal[:count, several])
+        column = several[column]
+        square[row, column] = np.arange(summed, summed + len(row))
+        summed += len(row)
+        firsts.append(places[row, column])
+        lengths.append((rows - starts + 1)[column])
+    first, length = np.concatenate(firsts), np.concatenate(lengths)
+    begins = np.cumsum(length) - length
+    added = torch.from_numpy(np.repeat(first - begins, length) + np.arange(length.sum()))
+    sums = {column: _sums(own.index_select(1, added).float(), begins) for column, own in cells.items()}
+    return torch.from_numpy(index), cells, sums
+
+
+def _in_a_row(triangles: Sequence[ndarray], pair_heads: bool) -> Float[Tensor, "H C"]:
+    """Packed maps one after the other, then a 0; the heads' mean unless they pair."""
+    if not pair_heads:  # from_dlpack: of read-only memory too; it casts float16 ten times as fast as NumPy
+        triangles = [from_dlpack(triangle).float().numpy().mean(0, keepdims=True) for triangle in triangles]
+    zero = np.zeros((len(triangles[0]), 1), triangles[0].dtype)
+    return torch.from_numpy(np.concatenate([*triangles, zero], axis=1))
+
+
+def _sums(values: Float[Tensor, "H N"], begins: Int[ndarray, "S"]) -> Float[Tensor, "H S"]:
+    if not len(begins):
+        return values
+    return torch.from_numpy(np.add.reduceat(values.numpy(), begins, axis=1))
+
+
+def square_maps(
+    cells: Float[Tensor, "H C"], sums: Float[Tensor, "H S"], index: Int[Tensor, "B G G"]
+) -> Float[Tensor, "B H G G"]:
+    """Maps over segments, zero above the diagonal, from what `packed_maps` gives; float32, the same on every device.
+
+    Row g is the query at a segment's last token; column s the sum over the tokens of a segment.
+    """
+    source = sums.new_empty(len(cells), cells.shape[1] + sums.shape[1])
+    source[:, : cells.shape[1]], source[:, cells.shape[1] :] = cells, sums
+    maps = source.new_empty(len(index), len(cells), *index.shape[1:])
+    for own, square in zip(index.flatten(1), maps.flatten(2), strict=True):
+        torch.index_select(source, 1, own, out=square)
+    return maps

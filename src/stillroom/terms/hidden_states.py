@@ -18,7 +18,7 @@ from stillroom.offline_teacher_data.store import SignalStore, StoredExample
 from stillroom.signals.signal import column_of
 from stillroom.terms.distances import DISTANCES
 from stillroom.terms.placebo import Placebo, aligned_rows
-from stillroom.terms.term import Part
+from stillroom.terms.term import Part, rows_taken
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,8 @@ class HiddenStates:
         """The aligned tokens of every example."""
         aligned = [item.alignment.pairs for item in items if item.alignment is not None]
         rows = np.concatenate([n * longest + pair[:, 1].astype(np.int64) for n, pair in enumerate(aligned)])
-        teacher = {
-            column: torch.from_numpy(np.concatenate([s[column][p[:, 0]] for s, p in zip(stored, aligned, strict=True)]))
-            for column in self.columns
-        }
+        places = [pair[:, 0] for pair in aligned]
+        teacher = {column: rows_taken(stored, column, places) for column in self.columns}
         of_pair = {"values": len(rows) * self._widths[1], "tokens": len(rows), "examples": len(items)}
         count = of_pair[self._distance.counts] * len(self._pairs)
         return HiddenPart(count, torch.from_numpy(rows), tuple(map(len, aligned)), teacher)

@@ -6,8 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol, TypeVar
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
+from numpy import ndarray
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
 
 from stillroom.data.prepared import Prepared
 from stillroom.models.forward import Forward, Taps
@@ -46,6 +49,16 @@ class Term(Protocol):
 
     def trained(self, seed: int) -> nn.Module | None:
         """What is trained beside the student, if anything; the same for every group of a seed."""
+
+
+def rows_taken(stored: Sequence[StoredExample], column: str, rows: Sequence[Int[ndarray, "n"]]) -> Tensor:
+    """Chosen rows of a column, example after example, as stored: each value is copied once."""
+    sources = [from_dlpack(example[column]) for example in stored]  # of read-only memory too
+    lengths = [len(own) for own in rows]
+    taken = torch.empty(sum(lengths), *sources[0].shape[1:], dtype=sources[0].dtype)
+    for source, own, part in zip(sources, rows, taken.split(lengths), strict=True):
+        torch.index_select(source, 0, torch.from_numpy(own.astype("int64")), out=part)
+    return taken
 
 
 def each_tensor(value: T, change: Callable[[Tensor], Tensor]) -> T:

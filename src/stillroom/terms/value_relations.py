@@ -19,7 +19,7 @@ from stillroom.models.sizes import value_width
 from stillroom.offline_teacher_data.store import SignalStore, StoredExample
 from stillroom.signals.signal import column_of
 from stillroom.terms.placebo import Placebo, aligned_rows
-from stillroom.terms.term import Part
+from stillroom.terms.term import Part, rows_taken
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,8 @@ class ValueRelations:
         """The aligned tokens of every example."""
         aligned = [item.alignment.pairs for item in items if item.alignment is not None]
         rows = np.concatenate([n * longest + pair[:, 1].astype(np.int64) for n, pair in enumerate(aligned)])
-        teacher = {
-            column: torch.from_numpy(np.concatenate([s[column][p[:, 0]] for s, p in zip(stored, aligned, strict=True)]))
-            for column in self.columns
-        }
+        places = [pair[:, 0] for pair in aligned]
+        teacher = {column: rows_taken(stored, column, places) for column in self.columns}
         count = len(rows) * self._heads * len(self._pairs)
         return ValuePart(count, torch.from_numpy(rows), tuple(map(len, aligned)), teacher)
 
