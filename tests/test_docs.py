@@ -19,7 +19,7 @@ from stillroom.studies import load_study, shipped_studies
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-COMMANDS = [command.callback.__name__ for command in app.registered_commands]
+COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -198,7 +198,7 @@ def test_without_a_network_the_hub_is_not_asked_again_and_again(monkeypatch, pro
         models._without_network.cache_clear()
 
 
-FOLLOWED = {"tutorial.md", "api.md", "store.md", "students.md", "chats.md", "data.md", "trackers.md"}
+FOLLOWED = {"tutorial.md", "api.md", "store.md", "students.md", "chats.md", "data.md", "trackers.md", "imported.md"}
 """Pages that a test does as they say, block by block."""
 
 

@@ -71,6 +71,16 @@ def test_students(follow):
     assert torch.allclose(merged, adapter, atol=1e-5)
 
 
+def test_imported(follow):
+    """Served log-probabilities to a report, without a forward pass of the teacher; DistillKit's columns, too."""
+    folder = follow("imported.md")
+    results = [read_json(p) for p in folder.glob("results/knowledge_distillation_experiment/*/result.json")]
+    assert {result["config"]["distill_type"] for result in results} == {"task_only", "black_box"}
+    assert [p.name for p in (folder / "results" / "baselines").glob("*.json")] == ["student.json"]
+    assert read_json(folder / "from_distillkit" / "manifest.json")["layout"]["top_k"] == 20
+    assert (folder / "results" / "report.html").is_file()
+
+
 def test_trackers(follow):
     """Every tracker has the one trial; Weights & Biases where it is installed, added to a finished study."""
     folder = follow("trackers.md")

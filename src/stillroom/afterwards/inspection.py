@@ -54,7 +54,7 @@ def describe_store(path: Path) -> dict[str, Any]:
         "shards": len(shards),
         "tasks": {task: {"examples": count, "tokens": tokens[task]} for task, count in sorted(examples.items())},
         "layout": store.manifest["layout"],
-        "hidden_mean_square": store.hidden_mean_square,
+        **({"hidden_mean_square": store.hidden_mean_square} if "hidden" in store.columns else {}),
         **({"teacher_answers": _answer_counts(store)} if "teacher_answers" in store.manifest["made_from"] else {}),
         "ids": list(store.index),
     }
@@ -122,7 +122,8 @@ def describe_example(
         best = zip(arrays["topk_ids"][row, :top].tolist(), probabilities[row, :top].tolist(), strict=True)
         token["predictions"] = [{"token": words.get(i, f"<{i}>"), "probability": p} for i, p in best]
         token["tail"] = float(np.exp(arrays["tail_logprobs"][row]))
-        token["hidden_norm"] = float(np.linalg.norm(stored["hidden"][row].astype(np.float64)))
+        if "hidden" in arrays:
+            token["hidden_norm"] = float(np.linalg.norm(stored["hidden"][row].astype(np.float64)))
     facts: dict[str, Any] = {"example_id": example_id, "task": stored.task, "text": example.text, "teacher": teacher}
     if "teacher_answers" in store.manifest["made_from"]:
         facts["teacher_answer"] = store.answers[example_id]
@@ -196,6 +197,8 @@ def attention_figure(store: SignalStore, example_id: str, example: Example, stud
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
+    if "attention" not in store.columns:
+        raise UserError(f"{store.path}: this store has no attention maps: its log-probabilities were imported")
     stored = store.read(example_id, ("attention",))
     tokenizer = store.tokenizer
     tokens = _tokens(stored.encoding, example, _words(tokenizer))

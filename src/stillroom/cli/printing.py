@@ -134,7 +134,9 @@ def print_store(facts: dict[str, Any]) -> None:
         f"{facts['store']}: {facts['examples']:,} examples, {facts['tokens']:,} teacher tokens, "
         f"{facts['bytes'] / 1e6:.1f} MB in {facts['shards']} shards, "
         f"{'verified' if facts['verified'] else 'not verified'}, made {facts['created']}",
-        f"a token: top {layout['top_k']} next tokens, hidden state of {layout['width']}, {layout['heads']} heads' "
+        f"a token: top {layout['top_k']} next tokens, imported, in {layout['dtype']}"
+        if "hidden_mean_square" not in facts
+        else f"a token: top {layout['top_k']} next tokens, hidden state of {layout['width']}, {layout['heads']} heads' "
         f"attention, in {layout['dtype']}; hidden mean square {facts['hidden_mean_square']:.4g}",
         *(f"{task}: {own['examples']:,} examples, {own['tokens']:,} tokens" for task, own in facts["tasks"].items()),
         *_answers_line(facts),
@@ -142,6 +144,10 @@ def print_store(facts: dict[str, Any]) -> None:
     ]
     for line in lines:
         console.print(control_free(line), markup=False, highlight=False, soft_wrap=True)
+
+
+def _norm(token: dict[str, Any]) -> str:
+    return f"{token['hidden_norm']:.3g}" if "hidden_norm" in token else "–"
 
 
 def _answers_line(facts: dict[str, Any]) -> list[str]:
@@ -186,7 +192,7 @@ def print_example(facts: dict[str, Any]) -> None:
             partner.get(token["position"], "–"),
             expected,
         )
-        table.add_row(*map(_plain, cells), f"{token['tail']:.1%}", other, f"{token['hidden_norm']:.3g}")
+        table.add_row(*map(_plain, cells), f"{token['tail']:.1%}", other, _norm(token))
     console.print(table)
 
 

@@ -101,6 +101,40 @@ def capture(
     return finish(json, facts, f"{store.path}: signals of {len(store)} examples.", following("verify", study, set_))
 
 
+@app.command("import", rich_help_panel=STAGES)
+def import_(
+    study: StudyArgument,
+    files: Annotated[
+        list[Path] | None, typer.Argument(metavar="[FILES]...", help="JSON Lines with prompt_logprobs of every example")
+    ] = None,
+    requests: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="write what the teacher has to read, as token ids")
+    ] = None,
+    set_: SetOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Fill the store with log-probabilities captured elsewhere, such as by a vLLM server, instead of `capture`.
+
+    Example: stillroom import study.yaml answers.jsonl
+    """
+    from stillroom.errors import UserError
+    from stillroom.offline_teacher_data import write_requests
+
+    if bool(files) == bool(requests):
+        raise UserError("give the FILES to import, or --requests FILE to write what the teacher has to read")
+    workspace = open_workspace(study, set_)
+    _tell_unusable(workspace)
+    if requests:
+        write_requests(workspace.tokenizers[0], workspace.examples.all, requests)
+        facts: dict[str, Any] = {"requests": requests, "examples": len(workspace.examples.all)}
+        then = f"capture their prompt_logprobs, then {following('import', study, set_)} FILES"
+        return finish(json, facts, f"{requests}: {facts['examples']} examples.", then)
+    store = workspace.import_signals(files or [])
+    facts = {"store": store.path, "examples": len(store)}
+    made = f"{store.path}: log-probabilities of {len(store)} examples."
+    return finish(json, facts, made, following("verify", study, set_))
+
+
 @app.command(rich_help_panel=STAGES)
 def verify(
     study: StudyArgument,
@@ -218,7 +252,7 @@ def _tell_baselines(baselines: dict[str, Any], as_json: bool) -> None:
     from stillroom.evaluation.metrics import by_key
 
     for name, label in UNTOUCHED.items():
-        if not as_json:
+        if not as_json and name in baselines:
             say(f"{label}: accuracy {by_key(baselines[name]['metrics'])['validation', None, 'accuracy']:.3f}")
     for task in baselines["teacher_no_better"]["tasks"]:
         warn(f"on {task} the teacher is no better than the student before training; distillation cannot help there")

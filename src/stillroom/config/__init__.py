@@ -191,6 +191,11 @@ class Corpus(Section):
 class Signals(Section):
     """What is stored of the teacher."""
 
+    imported: bool = later(
+        False,
+        description="log-probabilities captured elsewhere are all that is kept, by `stillroom import`; the teacher's "
+        "weights are not needed",
+    )
     teacher_head: bool = later(
         False, description="keep the teacher's output head, for the whole distribution (objective.kd.support: full)"
     )
@@ -199,10 +204,18 @@ class Signals(Section):
         ge=0,
         description="number of highest next-token log-probabilities kept per token; 0, with teacher_head: none",
     )
-    hidden_layers: tuple[Layer, ...] = Field(("last",), min_length=1, description="layers whose hidden state is kept")
-    attention_layers: tuple[Layer, ...] = Field(("last",), min_length=1, description="layers whose attention is kept")
+    hidden_layers: tuple[Layer, ...] = Field(("last",), description="layers whose hidden state is kept")
+    attention_layers: tuple[Layer, ...] = Field(("last",), description="layers whose attention is kept")
     value_layers: tuple[Layer, ...] = Field((), description="layers whose value vectors are kept, for value relations")
     teacher_answers: bool = later(False, description="generate and keep the teacher's greedy answer to every prompt")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _imported_alone(cls, given: Any) -> Any:
+        """Of what was captured elsewhere no layer is kept."""
+        if isinstance(given, dict) and given.get("imported") is True:
+            return {"hidden_layers": (), "attention_layers": (), **given}
+        return given
 
     @field_validator("top_k")
     @classmethod
@@ -213,8 +226,11 @@ class Signals(Section):
 
     @field_validator("hidden_layers", "attention_layers")
     @classmethod
-    def _has_the_last(cls, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
-        if "last" not in layers:
+    def _has_the_last(cls, layers: tuple[Layer, ...], info: ValidationInfo) -> tuple[Layer, ...]:
+        if info.data.get("imported"):
+            if layers:
+                raise ValueError("must be [] or left out where imported is true: log-probabilities alone are kept")
+        elif "last" not in layers:
             raise ValueError("must include last: the store is checked and shown with it")
         return layers
 
@@ -425,6 +441,7 @@ class Study(Section):
                 "corpus.tasks has plain texts alone, which have no right answer: add a task that students can be "
                 "compared on (choice, generation or chat, or a registered one)"
             )
+        self._require_imported(self.signals)
         if self.signals.teacher_answers and texts:
             raise ValueError(
                 f"signals.teacher_answers: {texts[0]!r} has texts, which ask nothing; leave one of them out"
@@ -438,6 +455,20 @@ class Study(Section):
                     f"{section} names the task {task!r}, whose texts have no right answer; remove it there"
                 )
         return self
+
+    def _require_imported(self, signals: Signals) -> None:
+        """ValueError where the study asks for what log-probabilities that were captured elsewhere cannot give."""
+        if not signals.imported:
+            return
+        for field in ("teacher_head", "teacher_answers", "value_layers"):
+            if getattr(signals, field):
+                raise ValueError(f"signals.{field}: nothing but log-probabilities is imported; leave it out")
+        if self.teacher.adapt.method != "none":
+            raise ValueError("teacher.adapt: the teacher's weights are elsewhere, and are not fine-tuned here")
+        for group in self.groups:
+            kd = group.objective(self.objective).kd
+            if "kd" in group.terms and kd.temperature != 1:  # a tail that is 1 − Σ has few digits, and τ magnifies it
+                raise ValueError(f"group {group.name!r}: kd.temperature must be 1 where signals.imported is true")
 
     @property
     def scored_tasks(self) -> dict[str, TaskData]:

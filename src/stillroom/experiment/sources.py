@@ -52,7 +52,10 @@ class Sources:
         Raises `UserError` naming one that cannot do what the study asks. One of which no small model can be built is
         checked when it is loaded.
         """
-        for ref, captured in ((self.teacher_ref, True), (self.student_ref, self.study.captures_student)):
+        models = [(self.student_ref, self.study.captures_student)]
+        if not self.study.signals.imported:
+            models.insert(0, (self.teacher_ref, True))
+        for ref, captured in models:
             if (model := try_miniature(load_config(ref))) is not None:
                 (check_capture if captured else check_model)(model, PROBE)
 
@@ -167,7 +170,7 @@ class Sources:
             Baseline(folder, role, part, *model, examples, settings)
             for role, model in zip(UNTOUCHED, (teacher, student), strict=True)
             for part, examples in parts.items()
-            if examples
+            if examples and not (role == "teacher" and self.study.signals.imported)  # whose weights are elsewhere
         ]
 
     def adaptation_fingerprint(self, base: str) -> str:

@@ -7,6 +7,7 @@ run again. Stages meet in files, so each can be run alone.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from stillroom.experiment.sources import Sources
 from stillroom.experiment.tracker import Tracker
 from stillroom.experiment.watching import SweepWatch
 from stillroom.files import exclusive, read_json, remove_tree, write_json
-from stillroom.models.hub import absolute, load_model, model_identity
+from stillroom.models.hub import absolute, load_config, load_model, model_identity
 from stillroom.models.output_head import load_output_head
 from stillroom.models.precision import DTYPES, default_device, release_memory
 from stillroom.offline_teacher_data.recomputation import check_with_head, full_support_error, recompute, sample_ids
@@ -84,6 +85,11 @@ class Workspace(Sources):
             store = SignalStore.open(captured)
             otd.require_matching(store, origin)
             return store
+        if self.study.signals.imported:
+            raise UserError(
+                f"{captured}: no log-probabilities are imported yet (signals.imported): `stillroom import STUDY "
+                "--requests FILE` writes what the teacher has to read, `stillroom import STUDY FILES` reads the answers"
+            )
         plan = CapturePlan(
             teacher=absolute(self.adapt()),
             tokenizer=absolute(self.teacher_ref),
@@ -102,6 +108,28 @@ class Workspace(Sources):
             return None
         self._record("capture", {"made_from": origin, "store": str(self.store_path)})
         return SignalStore.open(self.store_path)
+
+    def import_signals(self, files: Sequence[Path]) -> SignalStore:
+        """Fill the store with log-probabilities that were captured elsewhere; see `otd.import_signals`."""
+        if not self.study.signals.imported:
+            raise UserError("signals.imported is not set: set it, and the study keeps log-probabilities alone")
+        origin = self.origin()
+        self._make_room(origin)
+        vocabulary = load_config(self.teacher_ref).get_text_config().vocab_size
+        store = otd.import_signals(
+            files,
+            self.tokenizers[0],
+            self.examples.all,
+            self.study.signals,
+            vocabulary,
+            self.store_path,
+            origin,
+            partial(self.progress, "importing log-probabilities, examples"),
+        )
+        self._record(
+            "capture", {"made_from": origin, "store": str(self.store_path), "imported": store.manifest["imported"]}
+        )
+        return store
 
     def _captured(self) -> Path:
         """The store to go on with: the working one or, where that is gone or another study's, this one's snapshot."""
@@ -135,6 +163,10 @@ class Workspace(Sources):
         if (snapshot := self._archived(self.origin())) is not None:
             otd.require_record(snapshot)
         teacher, signals = self.adapt(), self.study.signals
+        if signals.imported and recomputed:
+            raise UserError(
+                "the store was imported (signals.imported), and this teacher is not run: leave out --recompute"
+            )
         if not signals.top_k:  # no log-probability is stored that the remade ones could be compared with
             recomputed = max(recomputed, 2)
         if recomputed:
@@ -144,6 +176,8 @@ class Workspace(Sources):
             record["recomputed"] = recompute(store, model, sample_ids(store, recomputed))
             if signals.teacher_answers:
                 record["answers_that_differ"] = self._answers_that_differ(store, model, sample_ids(store, recomputed))
+        elif signals.imported:
+            record["imported"] = [file["name"] for file in store.manifest["imported"]]
         elif (head := store.teacher_head if signals.teacher_head else load_output_head(teacher)) is not None:
             dtype = DTYPES[self.study.teacher.dtype]
             record["with_output_head"] = check_with_head(store, head, sample_ids(store, 2), dtype)
@@ -198,8 +232,9 @@ class Workspace(Sources):
                 release_memory()  # of one model, before the next is loaded
             self._record("evaluate", {"measured": [baseline.name for baseline in due]})
         found = {baseline.name: baseline.read() or {} for baseline in self.untouched}
-        no_better = worse_or_equal(found["teacher"]["metrics"], found["student"]["metrics"])
-        return {**{role: found[role] for role in UNTOUCHED}, "teacher_no_better": {"tasks": no_better}}
+        measured = {role: found[role] for role in UNTOUCHED if role in found}
+        no_better = worse_or_equal(*(own["metrics"] for own in measured.values())) if len(measured) == 2 else []
+        return {**measured, "teacher_no_better": {"tasks": no_better}}
 
     def _measure(self, role: str, due: list[Baseline]) -> None:
         if not due:

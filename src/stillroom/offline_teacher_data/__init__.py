@@ -5,6 +5,7 @@ capture → store/part-*.parquet, manifest.json → verify_saved_data → verifi
 
 from stillroom.offline_teacher_data.capturing import capture, capture_share, made_from
 from stillroom.offline_teacher_data.cells import _to_numpy_array, _to_py
+from stillroom.offline_teacher_data.importing import import_signals, write_requests
 from stillroom.offline_teacher_data.snapshots import archive, snapshots_of
 from stillroom.offline_teacher_data.verification import (
     require_matching,
@@ -20,6 +21,7 @@ __all__ = [
     "archive",
     "capture",
     "capture_share",
+    "import_signals",
     "made_from",
     "require_matching",
     "require_record",
@@ -27,4 +29,5 @@ __all__ = [
     "seal",
     "snapshots_of",
     "verify_saved_data",
+    "write_requests",
 ]

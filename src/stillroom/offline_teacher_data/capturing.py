@@ -77,6 +77,7 @@ def made_from(
             for name in ("hidden_layers", "attention_layers", "value_layers")
             if getattr(signals, name) != Signals.model_fields[name].default
         },
+        **({"imported": True} if signals.imported else {}),
         **({"teacher_head": True} if signals.teacher_head else {}),
         **({"teacher_answers": max_new_tokens} if signals.teacher_answers else {}),
         **({"chat_template": chat_template_hash(tokenizer)} if any(e.turns for e in examples) else {}),
@@ -276,23 +277,35 @@ def _finish(
     """Write the manifest, and beside it the tokenizer and the output head if it is kept, unless they are there."""
     if (store / MANIFEST).exists():
         return
+    kept: dict[str, Any] = {"fingerprint": fingerprint(origin), "vocabulary": vocabulary_size(model)}
+    if "teacher_head" in origin:
+        with atomic_path(store / HEAD) as temporary:
+            head = save_output_head(head_of(model), temporary)
+        file = {"bytes": (store / HEAD).stat().st_size, "sha256": file_sha256(store / HEAD)}
+        kept["teacher_head"] = {**head, **file}
+    finish_store(store, layout, origin, shards, examples, tokenizer, kept)
+
+
+def finish_store(
+    store: Path,
+    layout: Layout,
+    origin: dict[str, Any],
+    shards: int,
+    examples: Sequence[Example],
+    tokenizer: Any,
+    kept: dict[str, Any],
+) -> None:
+    """Write the tokenizer and, last, the manifest. `kept`: the store's fingerprint, its vocabulary and more."""
     tokenizer.save_pretrained(store / "tokenizer")
     prompts: dict[str, str] = {}
     for example in examples:
         prompts.setdefault(example.task, example.prompt)
-    kept: dict[str, Any] = {}
-    if "teacher_head" in origin:
-        with atomic_path(store / HEAD) as temporary:
-            kept = save_output_head(head_of(model), temporary)
-        kept = {"teacher_head": {**kept, "bytes": (store / HEAD).stat().st_size, "sha256": file_sha256(store / HEAD)}}
     manifest = {
         "schema_version": SCHEMA_VERSION,
-        "fingerprint": fingerprint(origin),
         "made_from": origin,
         "created": utc_now(),
         "versions": package_versions(),
         "layout": layout.__dict__,
-        "vocabulary": vocabulary_size(model),
         **kept,
         "prompts": prompts,
     }

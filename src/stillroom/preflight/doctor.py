@@ -108,6 +108,8 @@ def _models(study: Study) -> Lines:
             continue
         where = "local directory" if is_local(ref) else f"hub id, revision {ref.revision or 'not pinned'}"
         yield Finding(role, True, f"{ref.model}: {config.model_type}, {where}")
+        if role == "teacher" and study.signals.imported:
+            continue  # its weights are not read here
         yield _weights(role, ref)
         yield _architecture(role, config, role == "teacher" or study.captures_student)
 

@@ -135,7 +135,9 @@ def plan_study(study: Study) -> dict[str, Any]:
         "training": training,
         "disk_bytes": disk,
         "memory_bytes": {
-            "capture": capture_memory(teacher, study.teacher.dtype, study.signals, study.corpus.max_length),
+            "capture": 0
+            if study.signals.imported
+            else capture_memory(teacher, study.teacher.dtype, study.signals, study.corpus.max_length),
             "trial": trial_memory(
                 student,
                 teacher.width,
@@ -382,6 +384,9 @@ def _hours(
     operations = 8 if study.training.gradient_checkpointing else 6
     computed = operations * student.parameters * training["tokens_per_trial"] / machine.flops[study.training.precision]
     tokens = sum(float(own.teacher.sum()) for own in lengths.values())
+    read_by_teacher = 2 * teacher.parameters * tokens / machine.flops[study.teacher.dtype]
+    if study.signals.imported:
+        read_by_teacher = 0.0
     answers = 0.0
     if study.signals.teacher_answers:
         reading = DTYPES[study.teacher.dtype].itemsize * teacher.parameters / machine.bytes_from_memory
@@ -390,7 +395,7 @@ def _hours(
         written = sum(len(own.teacher) * made[kinds[name]] for name, own in lengths.items())
         answers = written / batch * max(reading, computing, machine.launch)
     seconds = {
-        "teacher": 2 * teacher.parameters * tokens / machine.flops[study.teacher.dtype] + store,
+        "teacher": read_by_teacher + store,
         **({"teacher_answers": answers} if answers else {}),
         "training": training["trials"] * max(computed, study.training.epochs * store),
         "evaluation": training["trials"] * study.training.epochs * evaluation(held_out),
