@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from stillroom.cli.options import BEFORE, JsonOption, SetOption, StudyArgument, app, finish, following, say, warn
+from stillroom.cli.options import BARS, BEFORE, JsonOption, SetOption, StudyArgument, app, finish, following, say, warn
 
 
 @app.command(rich_help_panel=BEFORE)
@@ -54,7 +54,14 @@ def fields(
 
 
 @app.command(rich_help_panel=BEFORE)
-def plan(study: StudyArgument, set_: SetOption = None, json: JsonOption = False) -> None:
+def plan(
+    study: StudyArgument,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="time a few pieces of each stage on this machine; needs the weights")
+    ] = False,
+    set_: SetOption = None,
+    json: JsonOption = False,
+) -> None:
     """Estimate what a study will cost (bytes, steps, hours), and what it can find out. Needs no weights.
 
     Example: stillroom plan paper
@@ -63,7 +70,12 @@ def plan(study: StudyArgument, set_: SetOption = None, json: JsonOption = False)
     from stillroom.preflight.planning import plan_study
     from stillroom.studies import load_study
 
-    planned = plan_study(load_study(study, set_ or []))
+    loaded = load_study(study, set_ or [])
+    planned = plan_study(loaded, guess_this_cpu=not measure)
+    if measure:
+        from stillroom.preflight.measuring import measure_study
+
+        planned["measured"] = measure_study(loaded, BARS)
     for text in (*planned["warnings"], *planned["design"]["warnings"]):
         warn(text)
     print_plan(planned, as_json=json)

@@ -33,6 +33,15 @@ def print_plan(plan: dict[str, Any], as_json: bool = False) -> None:
     if plan["cpu_hours"]:
         hours = _rows(plan["cpu_hours"], "{:.2f}".format)
         console.print(_table("Hours of this CPU, estimated", ("stage", "hours"), hours))
+    if plan["measured"]:
+        found = plan["measured"]["hours"].items()
+        times: list[tuple[str, ...]] = [
+            (name.replace("_", " "), _time(own["hours"]), _time(own["error"])) for name, own in found
+        ]
+        console.print(_table("Time on this machine, measured", ("stage", "time", "±"), times))
+        console.print("Measured")
+        for how in plan["measured"]["how"]:
+            console.print(f"  - {how}", markup=False, highlight=False)
     console.print("Assumptions")
     for assumption in plan["assumptions"]:
         console.print(f"  - {assumption}", markup=False, highlight=False)
@@ -102,6 +111,13 @@ def _table(title: str, headings: tuple[str, ...], rows: list[tuple[str, ...]]) -
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _time(hours: float) -> str:
+    for unit, size in (("h", 1), ("min", 1 / 60)):
+        if hours >= size:
+            return f"{hours / size:.1f} {unit}"
+    return f"{3600 * hours:.1f} s"
 
 
 def _bytes(value: int) -> str:

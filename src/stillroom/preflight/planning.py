@@ -81,13 +81,13 @@ class _Lengths:
     """Mean of T(T+1)/2 under the teacher's tokenizer."""
 
 
-def plan_study(study: Study) -> dict[str, Any]:
+def plan_study(study: Study, guess_this_cpu: bool = True) -> dict[str, Any]:
     """The plan as nested figures.
 
     `models`, `corpus`, `design` (see `examine_design`), `store_bytes`, `training`, `disk_bytes`, `memory_bytes`,
-    `hours` of a GPU, `cpu_hours` where there is none here, `assumptions`, and in
-    `warnings` those assumptions that stand for what cannot be reached from here. `UserError` names a field whose model
-    or data set is not there or cannot be read.
+    `hours` of a GPU, `cpu_hours` where there is none here, `measured` (None: see `measuring.measure_study`),
+    `assumptions`, and in `warnings` those assumptions that stand for what cannot be reached from here. `UserError`
+    names a field whose model or data set is not there or cannot be read. Not `guess_this_cpu`: no `cpu_hours`.
     """
     study = resolve_precision(study)
     unreached: list[str] = []
@@ -106,7 +106,7 @@ def plan_study(study: Study) -> dict[str, Any]:
     student_tokens = {name: int(own.student.sum()) for name, own in lengths.items()}
     store = {**_store_bytes(lengths, _layout(study, teacher)), **_head_bytes(study, teacher)}
     training = _training(study, lengths)
-    machines = [GPU] if torch.cuda.is_available() else [GPU, this_cpu()]
+    machines = [GPU] if torch.cuda.is_available() or not guess_this_cpu else [GPU, this_cpu()]
     hours = [_hours(study, (teacher, student), training, lengths, machine) for machine in machines]
     design = examine_design(study)
     assumptions += [_how_differences_are_made(design), *_how_hours_are_made(study, machines)]
@@ -150,6 +150,7 @@ def plan_study(study: Study) -> dict[str, Any]:
         },
         "hours": hours[0],
         "cpu_hours": hours[1] if len(hours) > 1 else None,
+        "measured": None,
         "assumptions": assumptions,
         "warnings": unreached,
     }
