@@ -36,7 +36,7 @@ def recompute(store: SignalStore, model: PreTrainedModel, ids: Sequence[str]) ->
     for example_id in ids:
         stored = store.read(example_id)
         with torch.no_grad():
-            again, _ = run_teacher(model, [stored.encoding], signals)
+            again = run_teacher(model, [stored.encoding], signals)
             errors = {signal.name: signal.error(model, stored.arrays, again) for signal in signals}
         _require(store, example_id, errors, TOLERANCE[model.dtype])
         worst = {name: max(value, errors[name]) for name, value in worst.items()}
@@ -53,7 +53,7 @@ def full_support_error(store: SignalStore, model: PreTrainedModel, ids: Sequence
     found: list[torch.Tensor] = []
     for example_id in ids:
         stored = store.read(example_id, ["hidden"])
-        again, _ = run_teacher(model, [stored.encoding], signals_of(store.layout))
+        again = run_teacher(model, [stored.encoding], signals_of(store.layout))
         own = output_logits(model, again.last_hidden[0]).double().log_softmax(-1).cpu()
         remade = (
             store.teacher_head.logits(torch.from_numpy(stored["hidden"].astype(np.float32))).double().log_softmax(-1)

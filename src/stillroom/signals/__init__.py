@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -27,15 +28,13 @@ def signals_of(layout: Layout) -> tuple[Signal, ...]:
 
 
 @torch.no_grad()
-def run_teacher(
-    model: PreTrainedModel, encodings: Sequence[Encoding], signals: Sequence[Signal]
-) -> tuple[Forward, Tensor]:
-    """One forward pass that leaves behind what the signals ask for, and the batch's mask (B, T)."""
-    ids, mask = padded(encodings, device=model.device)
+def run_teacher(model: PreTrainedModel, encodings: Sequence[Encoding], signals: Sequence[Signal]) -> Forward:
+    """One forward pass that leaves behind what the signals ask for."""
+    ids, _ = padded(encodings, device=model.device)
     taps = Taps()
     for signal in signals:
         taps |= signal.taps
-    return forward(model, ids, taps), mask
+    return forward(model, ids, taps)
 
 
 @torch.no_grad()
@@ -46,20 +45,30 @@ def compute_signals(
 
     Raises `UserError` on a non-finite value, with its place in the batch.
     """
-    signals = signals_of(layout)
-    passed, mask = run_teacher(model, encodings, signals)
+    signals, lengths = signals_of(layout), [len(encoding) for encoding in encodings]
+    passed = run_teacher(model, encodings, signals)
     examples: list[dict[str, Tensor]] = [{} for _ in encodings]
     for signal in signals:
-        for example, columns in zip(examples, signal.extract(model, passed, mask, dtype), strict=True):
+        for example, columns in zip(examples, signal.extract(model, passed, lengths, dtype), strict=True):
             example.update(columns)
-    for row, example in enumerate(examples):
-        for column in (column for signal in signals for column in signal.columns):
-            if column.finite and not torch.isfinite(example[column.name]).all():
-                raise UserError(
-                    f"the teacher's {column.name} has NaN or infinite values (row {row} of the batch); "
-                    "try teacher.dtype=bfloat16 or float32, or signals.dtype=float32"
-                )
+    checked = [column.name for signal in signals for column in signal.columns if column.finite]
+    finite = {name: torch.stack([torch.isfinite(example[name]).all() for example in examples]) for name in checked}
+    finite, *examples = _on_the_cpu([finite, *examples])
+    for row, name in product(range(len(examples)), checked):
+        if not finite[name][row]:
+            raise UserError(
+                f"the teacher's {name} has NaN or infinite values (row {row} of the batch); "
+                "try teacher.dtype=bfloat16 or float32, or signals.dtype=float32"
+            )
     return examples
+
+
+def _on_the_cpu(named: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The same there; from a GPU all of them travel to page-locked memory, and the host waits once, at the end."""
+    moved = [{name: tensor.to("cpu", non_blocking=True) for name, tensor in own.items()} for own in named]
+    for device in {tensor.device for own in named for tensor in own.values() if tensor.is_cuda}:
+        torch.cuda.synchronize(device)
+    return moved
 
 
 __all__ = ["SIGNALS", "Column", "Layout", "Signal", "compute_signals", "id_dtype", "run_teacher", "signals_of"]

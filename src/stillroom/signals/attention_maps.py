@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from stillroom.models.architecture import relative_error
 from stillroom.models.forward import Forward, Taps
-from stillroom.signals.signal import Arrays, Column, Layout, column_of, tokens_of
+from stillroom.signals.signal import Arrays, Column, Layout, column_of
 
 # what a row's sum may be off by in 8 bits: the rounding of a row has a standard deviation of 2/(255·√12) = 0.0023, and
 # this is nine of them
@@ -49,13 +49,13 @@ class AttentionMaps:
         return tuple(Column(name, "uint8", shape, pack=_companded, unpack=_SQUARES.__getitem__) for name in names)
 
     def extract(
-        self, model: PreTrainedModel, forward: Forward, mask: Int[Tensor, "B T"], dtype: torch.dtype
+        self, model: PreTrainedModel, forward: Forward, lengths: Sequence[int], dtype: torch.dtype
     ) -> list[dict[str, Tensor]]:
         """The causal triangle of each example's square, without padding."""
         maps = {column_of("attention", tap): forward.attention[tap].to(dtype) for tap in self.layout.attention_layers}
         return [
-            {name: triangle(squares[row, :, tokens, tokens]).cpu() for name, squares in maps.items()}
-            for row, tokens in enumerate(tokens_of(mask))
+            {name: triangle(squares[row, :, :tokens, :tokens]) for name, squares in maps.items()}
+            for row, tokens in enumerate(lengths)
         ]
 
     def faults(self, arrays: Arrays, tolerance: float) -> Iterator[str]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -37,16 +36,16 @@ class HiddenStates:
         return tuple(Column(name, self.layout.dtype, lambda tokens: (tokens, width)) for name in names)
 
     def extract(
-        self, model: PreTrainedModel, forward: Forward, mask: Int[Tensor, "B T"], dtype: torch.dtype
+        self, model: PreTrainedModel, forward: Forward, lengths: Sequence[int], dtype: torch.dtype
     ) -> list[dict[str, Tensor]]:
         """As the model leaves it."""
-        lengths, examples = mask.sum(1).tolist(), [dict[str, Tensor]() for _ in mask]
-        for layer in self.layout.hidden_layers:
-            hidden = forward.hidden[layer]
-            rows = hidden[mask.bool().to(hidden.device)].to(dtype).cpu()
-            for example, part in zip(examples, rows.split(lengths), strict=True):
-                example[column_of("hidden", layer)] = part
-        return examples
+        return [
+            {
+                column_of("hidden", layer): forward.hidden[layer][row, :tokens].to(dtype)
+                for layer in self.layout.hidden_layers
+            }
+            for row, tokens in enumerate(lengths)
+        ]
 
     def faults(self, arrays: Arrays, tolerance: float) -> Iterator[str]:
         """Any finite value can be one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from stillroom.models.forward import Forward, Taps
 from stillroom.models.output_head import output_logits
-from stillroom.signals.signal import Arrays, Column, Layout
+from stillroom.signals.signal import Arrays, Column, Layout, without_padding
 
 _HEAD_ROWS = 512
 """Positions the output head sees at a time: a 150 k vocabulary makes 0.3 GB of float32 logits of them."""
@@ -46,17 +46,15 @@ class NextToken:
         )
 
     def extract(
-        self, model: PreTrainedModel, forward: Forward, mask: Int[Tensor, "B T"], dtype: torch.dtype
+        self, model: PreTrainedModel, forward: Forward, lengths: Sequence[int], dtype: torch.dtype
     ) -> list[dict[str, Tensor]]:
         """Of the output head's logits, which never exist whole."""
         if not self.columns:
-            return [{} for _ in mask]
-        hidden = forward.last_hidden
-        rows = hidden[mask.bool().to(hidden.device)]
+            return [{} for _ in lengths]
+        rows = without_padding(forward.last_hidden, lengths)
         found = [top_k(output_logits(model, part).float(), self.layout.top_k) for part in rows.split(_HEAD_ROWS)]
-        ids, logprobs, tails = (torch.cat(column).cpu() for column in zip(*found, strict=True))
-        lengths = mask.sum(1).tolist()
-        columns = (ids.to(torch.int32).split(lengths), logprobs.to(dtype).split(lengths), tails.split(lengths))
+        ids, logprobs, tails = (torch.cat(column) for column in zip(*found, strict=True))
+        columns = (column.split(list(lengths)) for column in (ids.to(torch.int32), logprobs.to(dtype), tails))
         names = [column.name for column in self.columns]
         return [dict(zip(names, example, strict=True)) for example in zip(*columns, strict=True)]
 

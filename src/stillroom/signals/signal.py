@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -94,9 +94,12 @@ class Signal(Protocol):
         """What is kept of it."""
 
     def extract(
-        self, model: PreTrainedModel, forward: Forward, mask: Int[Tensor, "B T"], dtype: torch.dtype
+        self, model: PreTrainedModel, forward: Forward, lengths: Sequence[int], dtype: torch.dtype
     ) -> list[dict[str, Tensor]]:
-        """Its columns of each example of a batch, on the CPU; floating-point values in `dtype`."""
+        """Its columns of each example of a batch, padded on the right to the longest; floating-point values in `dtype`.
+
+        On the device that made them; nothing here may wait for it.
+        """
 
     def faults(self, arrays: Arrays, tolerance: float) -> Iterator[str]:
         """What cannot have come from a forward pass; `tolerance` is that of a sum of stored values."""
@@ -108,7 +111,6 @@ class Signal(Protocol):
         """What a shard adds up of it over its examples; `is_text` (T,) tells tokens of text from special ones."""
 
 
-def tokens_of(mask: Int[Tensor, "B T"]) -> list[slice]:
-    """Where each example's tokens stand in a padded batch."""
-    lengths, starts = mask.sum(1).tolist(), mask.argmax(1).tolist()
-    return [slice(start, start + length) for start, length in zip(starts, lengths, strict=True)]
+def without_padding(values: Float[Tensor, "B T D"], lengths: Sequence[int]) -> Float[Tensor, "N D"]:
+    """The tokens of every example, one after the other."""
+    return torch.cat([row[:length] for row, length in zip(values, lengths, strict=True)])

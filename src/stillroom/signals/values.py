@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from stillroom.models.architecture import relative_error
 from stillroom.models.forward import Forward, Taps
-from stillroom.signals.signal import Arrays, Column, Layout, column_of, tokens_of
+from stillroom.signals.signal import Arrays, Column, Layout, column_of
 
 
 @dataclass(frozen=True)
@@ -37,15 +36,15 @@ class Values:
         return tuple(Column(name, self.layout.dtype, lambda tokens: (tokens, width)) for name in names)
 
     def extract(
-        self, model: PreTrainedModel, forward: Forward, mask: Int[Tensor, "B T"], dtype: torch.dtype
+        self, model: PreTrainedModel, forward: Forward, lengths: Sequence[int], dtype: torch.dtype
     ) -> list[dict[str, Tensor]]:
         """Head after head, without padding."""
         return [
             {
-                column_of("values", layer): forward.values[layer][row, tokens].to(dtype).cpu()
+                column_of("values", layer): forward.values[layer][row, :tokens].to(dtype)
                 for layer in self.layout.value_layers
             }
-            for row, tokens in enumerate(tokens_of(mask))
+            for row, tokens in enumerate(lengths)
         ]
 
     def faults(self, arrays: Arrays, tolerance: float) -> Iterator[str]:
