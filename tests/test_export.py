@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import subprocess
@@ -15,9 +16,12 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from stillroom.afterwards import export
 from stillroom.afterwards.export import export_trial
 from stillroom.cli import app
 from stillroom.config import ModelRef
+from stillroom.data.corpus import Examples, save_corpus
+from stillroom.data.tasks.chats import chat
 from stillroom.errors import UserError
 from stillroom.evaluation.metrics import by_column
 from stillroom.evaluation.scoring import evaluate
@@ -75,6 +79,19 @@ def test_its_generation_config_is_how_it_was_measured(exported):
     assert settings["max_new_tokens"] == 8
     assert not settings.get("do_sample", False)
     assert settings["eos_token_id"] == AutoTokenizer.from_pretrained(exported).eos_token_id
+
+
+def test_a_student_of_chats_stops_at_what_ends_a_turn(tokenizer, tmp_path, monkeypatch):
+    """As it was measured: its template's own end of a turn besides EOS; elsewhere it would write the user's turns."""
+    own = copy.deepcopy(tokenizer)
+    own.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    own.chat_template = "{% for m in messages %}{{ m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    own.save_pretrained(tmp_path / "student")
+    talk = chat("talk", [("user", "Hi"), ("assistant", "Hello")], [False, True])
+    save_corpus(Examples([talk], [], {}), tmp_path / "results" / "corpus", "0")
+    monkeypatch.setattr(export, "_planned", lambda trial: {"study": {"evaluation": {"max_new_tokens": 8}}})
+    made = export._generation_config(tmp_path / "results" / "trials" / "trial", tmp_path / "student")
+    assert made.eos_token_id == [own.eos_token_id, own.convert_tokens_to_ids("<|im_end|>")]
 
 
 def test_the_card_says_data_method_metrics_and_limits(exported, trial, finished_study):

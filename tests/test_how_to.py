@@ -12,8 +12,11 @@ from typer.testing import CliRunner
 
 import pages
 from conftest import STUDENT_SHAPE, TEACHER_SHAPE, write_model
+from stillroom.afterwards.export import export_trial
 from stillroom.cli import app
+from stillroom.config import ModelRef
 from stillroom.files import read_json
+from stillroom.models.hub import load_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -39,6 +42,10 @@ def test_chats(follow):
     results = [read_json(p) for p in folder.glob("results/knowledge_distillation_experiment/*/result.json")]
     assert {result["config"]["distill_type"] for result in results} == {"task_only", "combined"}
     assert all(result["coverage"]["adding"]["token_coverage"] > 0.5 for result in results)
+    (trial,) = folder.glob("results/knowledge_distillation_experiment/trial_*_combined_*")
+    exported = export_trial(trial, folder / "exported")
+    ends = read_json(exported / "generation_config.json")["eos_token_id"]
+    assert ends == load_tokenizer(ModelRef(model=str(exported))).eos_token_id, "plain.jinja ends a turn with EOS"
     counts = read_json(folder / "results" / "corpus" / "corpus.json")["counts"]["adding"]
     assert (counts["used"], counts["unusable"], counts["trimmed"]) == (20, 0, 0)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from stillroom.cli import app
@@ -86,3 +88,14 @@ def test_fields_lists_sections_and_single_fields():
     done = CliRunner().invoke(app, ["fields", "sweep.seeds"])
     assert done.exit_code == 0, done.output
     assert "seeds: list of integer, required" in done.output
+
+
+def test_a_default_is_spelt_as_a_study_spells_it():
+    """What `stillroom fields` shows can be copied into a file and is the default."""
+    for rows in fields_of("").values():
+        for row in rows:
+            assert not re.search(r"True|False|\('", row["default"]), row
+    (stop,) = fields_of("corpus.tasks.generation.stop")["corpus.tasks.<name>.generation"]
+    assert yaml.safe_load(stop["default"].strip("`")) == ["Question:"]
+    (primary,) = fields_of("analysis.primary")["analysis"]
+    assert yaml.safe_load(primary["default"].strip("`"))[0] == ["hidden", "black_box"]

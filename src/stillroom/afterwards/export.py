@@ -15,6 +15,7 @@ from stillroom.analysis.escaping import control_free, fence, markdown_plain
 from stillroom.analysis.frame import accuracy_keys
 from stillroom.analysis.reading import read_baselines, read_planned, read_result
 from stillroom.config import RESULT, ModelRef
+from stillroom.data.chat_templates import turn_ends
 from stillroom.data.corpus import load_corpus
 from stillroom.data.rows import names_a_file
 from stillroom.errors import UserError
@@ -79,14 +80,16 @@ def push(folder: Path, repository: str, private: bool = True) -> str:
 
 
 def _generation_config(trial: Path, folder: Path) -> GenerationConfig:
-    """Greedy, as the model was measured."""
+    """Greedy, as the model was measured; it stops at EOS and, where it learnt chats, at what ends a turn."""
     tokenizer = load_tokenizer(ModelRef(model=str(folder)))
     pad = tokenizer.pad_token_id
+    examples, _ = load_corpus(_results(trial) / "corpus")
+    ends = list(dict.fromkeys([tokenizer.eos_token_id, *turn_ends(tokenizer, examples.train)]))
     return GenerationConfig(
         do_sample=False,
         max_new_tokens=_planned(trial)["study"]["evaluation"]["max_new_tokens"],
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends if len(ends) > 1 else ends[0],
         pad_token_id=tokenizer.eos_token_id if pad is None else pad,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -82,7 +83,16 @@ def _default(field: FieldInfo) -> str:
         return "required"
     if value is PydanticUndefined or isinstance(value, BaseModel):
         return "its own"
-    return "none" if value is None or value in ((), {}) else f"`{value}`"
+    return "none" if value is None or value in ((), {}) else f"`{_in_yaml(value)}`"
+
+
+def _in_yaml(value: Any) -> str:
+    """A default as a study file would have it."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_in_yaml, value))}]"
+    if isinstance(value, str):
+        return value if re.fullmatch(r"[\w./-]+", value) else f'"{value}"'
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _type(field: FieldInfo) -> str:
