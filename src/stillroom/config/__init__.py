@@ -36,6 +36,8 @@ from stillroom.errors import UserError
 Precision = Literal["float32", "bfloat16", "float16", "auto"]
 """`auto` stands for bfloat16 where the device multiplies it natively, else for float32: `models.resolve_precision`."""
 Retention = Literal["last", "best", "all"]
+Quantization = Literal["8bit", "4bit"]
+"""Of a teacher's weights, by bitsandbytes: LLM.int8 without outliers, or NF4."""
 
 
 def default_store_path(environ: Mapping[str, str] | None = None, system: str = os.name) -> Path:
@@ -136,6 +138,9 @@ class Teacher(ModelRef):
     """The model that teaches."""
 
     dtype: Precision = Field("auto", description="dtype of the weights in the forward pass; `auto` as in training")
+    quantization: Quantization | None = later(
+        None, description="load its weights in 8 or 4 bits, by bitsandbytes, once it is fine-tuned; default: in dtype"
+    )
     adapt: Adaptation = Adaptation()
 
 
@@ -463,6 +468,8 @@ class Study(Section):
         for field in ("teacher_head", "teacher_answers", "value_layers"):
             if getattr(signals, field):
                 raise ValueError(f"signals.{field}: nothing but log-probabilities is imported; leave it out")
+        if self.teacher.quantization:
+            raise ValueError("teacher.quantization: the teacher's weights are elsewhere; leave it out")
         if self.teacher.adapt.method != "none":
             raise ValueError("teacher.adapt: the teacher's weights are elsewhere, and are not fine-tuned here")
         for group in self.groups:

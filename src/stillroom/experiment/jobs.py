@@ -16,6 +16,7 @@ from stillroom.config import (
     ModelRef,
     Objective,
     Precision,
+    Quantization,
     Retention,
     Signals,
     Training,
@@ -71,13 +72,15 @@ class CapturePlan:
     corpus: Path
     store: Path
     origin: dict[str, Any]
+    quantization: Quantization | None = None
 
 
 def run_capture(plan: CapturePlan, share: Share, progress: Progress = silent) -> bool:
     """Capture one share of the store; returns whether the store is finished with it."""
     with hold(plan.store, share):  # refused now, not once a large teacher is loaded
         examples = _load_examples(plan.corpus, plan.origin["corpus"])
-    teacher, tokenizer = load_model(plan.teacher, plan.precision, "auto"), load_tokenizer(plan.tokenizer)
+    teacher = load_model(plan.teacher, plan.precision, "auto", plan.quantization)
+    tokenizer = load_tokenizer(plan.tokenizer)
 
     def answer(asked: Sequence[Example]) -> list[str | None]:
         return teacher_answers(teacher, tokenizer, asked, plan.evaluation)

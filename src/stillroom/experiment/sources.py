@@ -27,7 +27,14 @@ from stillroom.evaluation.baselines import Baseline
 from stillroom.files import exclusive, remove_leftovers
 from stillroom.models.architecture import PROBE, check_capture, check_model, try_miniature
 from stillroom.models.builtin_pair import materialise
-from stillroom.models.hub import load_config, load_tokenizer, model_identity, require_embedded, tokenizer_hash
+from stillroom.models.hub import (
+    load_config,
+    load_tokenizer,
+    model_identity,
+    require_embedded,
+    require_quantization,
+    tokenizer_hash,
+)
 from stillroom.models.precision import resolve_precision
 from stillroom.models.sizes import context_length
 from stillroom.progress import NamedProgress, silent
@@ -52,6 +59,7 @@ class Sources:
         Raises `UserError` naming one that cannot do what the study asks. One of which no small model can be built is
         checked when it is loaded.
         """
+        require_quantization(self.study.teacher.quantization)
         models = [(self.student_ref, self.study.captures_student)]
         if not self.study.signals.imported:
             models.insert(0, (self.teacher_ref, True))
@@ -156,9 +164,10 @@ class Sources:
     def teacher_identity(self) -> str:
         """What pins the teacher: its weights and, if it is adapted, how and on what."""
         base = model_identity(self.teacher_ref)
+        quantised = f" in {self.study.teacher.quantization}" if self.study.teacher.quantization else ""
         if self.study.teacher.adapt.method == "none":
-            return base
-        return f"{base} adapted {self.adaptation_fingerprint(base)}"
+            return base + quantised
+        return f"{base} adapted {self.adaptation_fingerprint(base)}{quantised}"
 
     @cached_property
     def untouched(self) -> list[Baseline]:

@@ -99,6 +99,7 @@ class Workspace(Sources):
             corpus=(self.results / "corpus").resolve(),
             store=self.store_path.resolve(),
             origin=origin,
+            quantization=self.study.teacher.quantization,
         )
         of_share = f", share {share.number} of {share.of}" if share else ""
         progress = partial(self.progress, f"capturing the teacher's signals{of_share}, examples")
@@ -170,7 +171,7 @@ class Workspace(Sources):
         if not signals.top_k:  # no log-probability is stored that the remade ones could be compared with
             recomputed = max(recomputed, 2)
         if recomputed:
-            model = load_model(teacher, self.study.teacher.dtype, "auto")
+            model = load_model(teacher, self.study.teacher.dtype, "auto", self.study.teacher.quantization)
             if signals.teacher_head:
                 record["full_support"] = full_support_error(store, model, sample_ids(store, recomputed))
             record["recomputed"] = recompute(store, model, sample_ids(store, recomputed))
@@ -240,7 +241,9 @@ class Workspace(Sources):
         if not due:
             return
         ref, device = (self.adapt(), "auto") if role == "teacher" else (self.student_ref, default_device())
-        model = load_model(ref, due[0].precision, device)
+        model = load_model(
+            ref, due[0].precision, device, self.study.teacher.quantization if role == "teacher" else None
+        )
         for baseline in due:
             shown = partial(self.progress, f"evaluating the {UNTOUCHED[role]}, examples")
             baseline.measure(model, self.tokenizers[role == "student"], shown)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
+import logging
 import socket
 from collections.abc import Iterable
 from functools import cache
@@ -15,10 +17,10 @@ from urllib.request import getproxies
 import torch
 from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from stillroom.config import ModelRef, Precision
+from stillroom.config import ModelRef, Precision, Quantization
 from stillroom.errors import UserError
 from stillroom.files import file_sha256, read_text
 from stillroom.models.precision import DTYPES, default_device
@@ -63,14 +65,20 @@ def require_embedded(ref: ModelRef, tokenizer: Any, ids: Iterable[int]) -> None:
         )
 
 
-def load_model(ref: ModelRef, dtype: Precision = "float32", device: Any = None) -> PreTrainedModel:
+def load_model(
+    ref: ModelRef, dtype: Precision = "float32", device: Any = None, quantization: Quantization | None = None
+) -> PreTrainedModel:
     """The model in evaluation mode, as Transformers loads it.
 
-    `device`: one device, or "auto" to spread the layers over the GPUs found.
+    `device`: one device, or "auto" to spread the layers over the GPUs found. `quantization`: of the linear layers
+    but the output head.
     """
     if device == "auto" and torch.cuda.device_count() < 2:
         device = default_device()
-    placement = {"device_map": "auto"} if device == "auto" else {}
+    placement: dict[str, Any] = {"device_map": "auto"} if device == "auto" else {}
+    if quantization:
+        placement = {"device_map": "auto" if device == "auto" else {"": device or default_device()}}
+        placement["quantization_config"] = _quantization(quantization, dtype)
     _require_safetensors(ref)
     model, loaded = from_hub(
         AutoModelForCausalLM,
@@ -84,6 +92,23 @@ def load_model(ref: ModelRef, dtype: Precision = "float32", device: Any = None) 
         raise UserError(f"{ref.model}: its files lack {len(missing)} of its weights, {missing[0]} among them")
     model.eval()
     return model if placement or device is None else model.to(device)
+
+
+def require_quantization(wanted: Quantization | None) -> None:
+    """Raise `UserError` where a quantised model is wanted, and the library for it is not installed."""
+    if wanted and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "teacher.quantization: bitsandbytes is not installed: pip install bitsandbytes, or leave the field out"
+        )
+
+
+def _quantization(wanted: Quantization, dtype: Precision) -> Any:
+    require_quantization(wanted)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says on every call that it casts
+    if wanted == "4bit":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype])
+    # by default a column stays whole where any token of the batch is large: later text would change earlier signals
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
 
 
 def _require_safetensors(ref: ModelRef) -> None:

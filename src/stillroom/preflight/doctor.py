@@ -17,7 +17,7 @@ from stillroom.data.vocabulary import compare_vocabularies
 from stillroom.errors import UserError
 from stillroom.experiment.resources import cores, trial_resources
 from stillroom.models.builtin_pair import materialise
-from stillroom.models.hub import is_local, load_config, load_tokenizer, require_embedded
+from stillroom.models.hub import is_local, load_config, load_tokenizer, require_embedded, require_quantization
 from stillroom.models.precision import DTYPES, default_device, products, resolve_precision
 from stillroom.preflight.design import examine_design
 from stillroom.preflight.planning import counted, plan_study
@@ -110,6 +110,12 @@ def _models(study: Study) -> Lines:
         yield Finding(role, True, f"{ref.model}: {config.model_type}, {where}")
         if role == "teacher" and study.signals.imported:
             continue  # its weights are not read here
+        if role == "teacher" and study.teacher.quantization:
+            yield _trial_run(
+                "quantization",
+                lambda: require_quantization(study.teacher.quantization),
+                f"the teacher's weights in {study.teacher.quantization}, by bitsandbytes",
+            )
         yield _weights(role, ref)
         yield _architecture(role, config, role == "teacher" or study.captures_student)
 

@@ -144,7 +144,7 @@ def _captured(sources: Sources, needed: Sequence[Example], store: Path, progress
         ends.append(time.perf_counter())
         progress(done, total)
 
-    model = load_model(sources.teacher_ref, study.teacher.dtype, "auto")
+    model = load_model(sources.teacher_ref, study.teacher.dtype, "auto", study.teacher.quantization)
     origin = made_from("measured", study.teacher.dtype, tokenizer, signals, sample)
     capture(model, tokenizer, sample, signals, store, origin, reported)
     verify_saved_data(store)

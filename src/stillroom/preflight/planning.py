@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from stillroom.config import BenchmarkSplit, Lora, ModelRef, Precision, Signals, Study, TaskData, Training
+from stillroom.config import BenchmarkSplit, Lora, ModelRef, Precision, Quantization, Signals, Study, TaskData, Training
 from stillroom.data.chat_templates import encode_examples
 from stillroom.data.tasks import get_task
 from stillroom.errors import UserError
@@ -137,7 +137,9 @@ def plan_study(study: Study, guess_this_cpu: bool = True) -> dict[str, Any]:
         "memory_bytes": {
             "capture": 0
             if study.signals.imported
-            else capture_memory(teacher, study.teacher.dtype, study.signals, study.corpus.max_length),
+            else capture_memory(
+                teacher, study.teacher.dtype, study.signals, study.corpus.max_length, study.teacher.quantization
+            ),
             "trial": trial_memory(
                 student,
                 teacher.width,
@@ -435,12 +437,18 @@ def _how_hours_are_made(study: Study, machines: Sequence[Machine]) -> list[str]:
     ]
 
 
-def capture_memory(teacher: Shape, dtype: Precision, signals: Signals, longest: int) -> int:
+def capture_memory(
+    teacher: Shape, dtype: Precision, signals: Signals, longest: int, quantization: Quantization | None = None
+) -> int:
     """Bytes that capturing takes at its peak, by estimate: the weights, and three maps of the last layer's attention.
 
     The maps are float32 and padded to the `longest` example, in tokens.
     """
     weights = teacher.parameters * DTYPES[dtype].itemsize
+    if quantization:  # the head and the embeddings stay as they are
+        kept = min(2 * teacher.vocabulary * teacher.width, teacher.parameters)
+        bits = {"8bit": 8, "4bit": 4.5}[quantization]  # NF4 has a scale for every 64 weights
+        weights = kept * DTYPES[dtype].itemsize + int((teacher.parameters - kept) * bits / 8)
     return weights + 3 * 4 * signals.batch_tokens * longest * teacher.heads
 
 
