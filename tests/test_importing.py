@@ -21,6 +21,7 @@ from stillroom.offline_teacher_data import (
     verify_saved_data,
     write_requests,
 )
+from stillroom.preflight.measuring import measure_study
 from stillroom.studies import load_study
 
 TOP = 32
@@ -198,3 +199,9 @@ def test_what_log_probabilities_cannot_give_is_refused_at_once(override, message
     """By the study, before anything is sent to a server."""
     with pytest.raises(UserError, match=message):
         load_study("quickstart", [*IMPORTED, override])
+
+
+def test_a_plan_measures_no_teacher_that_runs_elsewhere():
+    """Neither its weights nor its rate are this machine's."""
+    with pytest.raises(UserError, match="--measure times the teacher, which runs elsewhere"):
+        measure_study(load_study("quickstart", IMPORTED))

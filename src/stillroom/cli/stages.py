@@ -105,7 +105,7 @@ def capture(
 def import_(
     study: StudyArgument,
     files: Annotated[
-        list[Path] | None, typer.Argument(metavar="[FILES]...", help="JSON Lines with prompt_logprobs of every example")
+        list[Path] | None, typer.Argument(metavar="FILES", help="JSON Lines with prompt_logprobs of every example")
     ] = None,
     requests: Annotated[
         Path | None, typer.Option(metavar="FILE", help="write what the teacher has to read, as token ids")

@@ -113,7 +113,9 @@ class Workspace(Sources):
     def import_signals(self, files: Sequence[Path]) -> SignalStore:
         """Fill the store with log-probabilities that were captured elsewhere; see `otd.import_signals`."""
         if not self.study.signals.imported:
-            raise UserError("signals.imported is not set: set it, and the study keeps log-probabilities alone")
+            raise UserError(
+                "the study captures its teacher: set signals.imported: true to import log-probabilities instead"
+            )
         origin = self.origin()
         self._make_room(origin)
         vocabulary = load_config(self.teacher_ref).get_text_config().vocab_size

@@ -21,6 +21,7 @@ from stillroom.config import GROUPS, Evaluation, Group, Study
 from stillroom.data.chat_templates import encode_examples
 from stillroom.data.corpus import Examples
 from stillroom.data.tasks import Example, task_of
+from stillroom.errors import UserError
 from stillroom.evaluation.generation import prompts_at_once
 from stillroom.evaluation.scoring import evaluate
 from stillroom.experiment.sources import Sources
@@ -64,6 +65,8 @@ def measure_study(study: Study, progress: NamedProgress = silent) -> dict[str, A
     `machine`, `hours` by stage (`hours`, `error`, `pieces`) of all trials one after the other, and in `how` what was
     timed and what is left out.
     """
+    if study.signals.imported:
+        raise UserError("--measure times the teacher, which runs elsewhere (signals.imported): leave it out")
     with tempfile.TemporaryDirectory(prefix="stillroom-measure-") as temporary:
         folder = Path(temporary)
         paths = study.paths.model_copy(update={"results": folder / "results", "store": folder / "store"})
