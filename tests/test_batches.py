@@ -30,7 +30,7 @@ def test_every_tensor_of_a_batch_moves_but_the_rows_that_the_host_cuts(student_r
     found = devices(batch.to(torch.device("meta")))
     assert found["head"]["outcomes"].pop("rows") == "cpu"
     assert {*devices_in(found)} == {"meta"}
-    assert len([*devices_in(found)]) == 2 + 2 + 4 + 2 + 4
+    assert len([*devices_in(found)]) == 2 + 2 + 4 + 2 + 6
     assert batch.to(torch.device("cpu")) is batch
 
 

@@ -17,7 +17,7 @@ from stillroom.terms.divergences import DIVERGENCES
 
 def test_the_shipped_studies_load():
     """They are there and valid."""
-    assert shipped_studies() == ["paper", "paper-llama2", "quickstart", "signals", "small"]
+    assert shipped_studies() == ["control", "paper", "paper-llama2", "quickstart", "signals", "small"]
     for name in shipped_studies():
         assert load_study(name).name == name
 
@@ -262,7 +262,7 @@ def test_a_divergence_without_a_mixing_weight_is_given_none():
 
 FIRST = {
     "paper": ("95938d02b0972e7d", "02f65350e1fe151c", "ea7b160da4118f27", "dd23235790b1e86d", "b497ea594f5fa74d"),
-    "quickstart": ("5c426b5b7d339cc9", "052debba817261c2", "12bec2afaac6cdef", "0f546bfa5e16d82a", "b497ea594f5fa74d"),
+    "quickstart": ("ba0df82052436bd2", "e044bfe56562c603", "d252b2b3d03e4103", "1bf35ae39b5cca76", "bcff879dc0b2fb07"),
     "small": ("d642886eb62e0d8d", "228e1db2260d1b4d", "90617b442e0d5de7", "ee082d770e83d67e", "b497ea594f5fa74d"),
 }
 """Fingerprints of the shipped studies' sections as they were first run."""

@@ -81,10 +81,11 @@ def test_built_in_answers_are_right():
             total = int(left) + int(right) if sign == "+" else int(left) - int(right)
             assert total == int(result) >= 0
         assert extract_strict(example.answer) == str(total)
-    kinds = {"fruit", "animal", "tool", "metal"}
-    for row in TASKS["quiz"].generate_rows(3, 50):
-        assert row["question"].split()[-1].strip("?") in kinds
-        assert len(set(row["choices"])) == 4
+    kinds = {"pear": "fruit", "otter": "animal", "wrench": "tool", "kayak": "boat"}
+    asked = [TASKS["quiz"].build(row) for row in TASKS["quiz"].generate_rows(3, 200)]
+    known = [(e.answer, kinds[thing]) for e in asked if (thing := e.prompt.split(".")[0].split()[-1]) in kinds]
+    assert len(known) > 10
+    assert all(answer == f" {kind}" for answer, kind in known)
 
 
 def local(tmp_path, rows, examples, task="sst2", **settings):
@@ -206,9 +207,8 @@ def test_no_row_is_read_as_the_word_none(task, row, column):
 def test_no_choice_is_read_as_the_word_none():
     """Nor is a null an option to choose, in a registered task or in one of columns."""
     row = {"question": "1+1?", "subject": "", "choices": ["1", None, "3", "4"], "answer": 0}
-    for name in ("mmlu", "quiz"):
-        with pytest.raises(ValueError, match="each must be text"):
-            get_task(name).build(row)
+    with pytest.raises(ValueError, match="each must be text"):
+        get_task("mmlu").build(row)
     columns = TaskColumns(choice=ChoiceColumns(prompt="{question}", choices="choices", label="answer"))
     with pytest.raises(ValueError, match="column 'choices' is empty or not text: None"):
         get_task("own", columns).build(row)
@@ -476,15 +476,13 @@ def test_a_corpus_with_a_leak_is_not_built(tmp_path, tokenizers, monkeypatch):
 
 
 def test_a_damaged_corpus_is_refused(tmp_path, examples):
-    """No flipped bit gives other examples: a prompt may not change between two trials."""
+    """No flipped bit is read, in names of columns or anywhere: a prompt may not change between two trials."""
     save_corpus(examples, tmp_path, "f")
-    path, read = tmp_path / "corpus.parquet", []
+    path = tmp_path / "corpus.parquet"
     whole = path.read_bytes()
-    for place in range(10, len(whole) - 10, len(whole) // 150):
+    for place in range(0, len(whole), len(whole) // 150):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        try:
-            read.append(load_corpus(tmp_path)[0])
-        except UserError as error:
-            assert "cannot be read" in str(error)  # noqa: PT017 - a flipped bit may also change nothing
-    assert all(found.all == examples.all for found in read)
-    assert len(read) < 75
+        with pytest.raises(UserError, match="cannot be read: its bytes are not those that were written; delete"):
+            load_corpus(tmp_path)
+    path.write_bytes(whole)
+    assert load_corpus(tmp_path)[0].all == examples.all

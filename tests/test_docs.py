@@ -98,7 +98,7 @@ def test_plan_of_the_embedded_study_needs_nothing():
     """No network, weights or data."""
     planned = CliRunner().invoke(app, ["plan", "quickstart", "--json"])
     assert planned.exit_code == 0
-    assert '"trials": 15' in planned.output
+    assert '"trials": 35' in planned.output
 
 
 def test_plan_of_the_paper_works_without_network_and_says_what_it_assumes():

@@ -182,7 +182,7 @@ def test_rows_that_are_left_out_are_told_of_once(tmp_path, monkeypatch, capsys, 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("corpus.tasks.sentiment.examples=9000", "corpus.tasks.sentiment.examples: 9000 asked for, but only"),
+        ("corpus.tasks.quiz.examples=9000", "corpus.tasks.quiz.examples: 9000 asked for, but only"),
         ("corpus.max_length=8", "can be used"),
         ("corpus.tasks.sst2={dataset: builtin, examples: 9}", "corpus.tasks.sst2.dataset: this task has no built-in"),
         ("corpus.tasks.poetry={dataset: builtin, examples: 9}", "corpus.tasks.poetry: unknown task"),

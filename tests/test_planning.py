@@ -117,7 +117,7 @@ def test_all_of_a_tasks_rows_are_counted_by_plan_and_doctor(tmp_path, teacher_re
     study = load_study("quickstart", [f"corpus.tasks={tasks}", "evaluation.test_splits={}", "analysis={}", *pair])
     plan = plan_study(study)
     assert plan["corpus"]["by_task"]["notes"]["examples"] == 20
-    assert plan["training"]["train_examples"] == 18 + 36
+    assert plan["training"]["train_examples"] == 16 + 32
     assert plan["design"]["measures"].keys() == {"all tasks", "quiz"}
     (line,) = (found for found in doctor._tokenizers(study) if found.subject == "coverage")
     assert "notes" in line.says
@@ -157,7 +157,7 @@ def test_a_plan_says_what_the_design_can_find_out():
         (["sweep.seeds=[0, 1, 2]"], "with 3 seeds the smallest p over 3 contrasts is 0.75, so no verdict at 0.05"),
         (["sweep.seeds=[0]"], "with 1 seed the smallest p"),
         ([SEVEN, "groups=[task_only, black_box]"], "analysis.primary: the study has no two groups that it compares"),
-        ([SEVEN, "corpus.tasks.sentiment.examples=40"], "sentiment has 4 validation examples, of which one is more"),
+        ([SEVEN, "corpus.tasks.sentiment.examples=20"], "sentiment has 4 validation examples, of which one is more"),
         ([SEVEN, "analysis.alpha=0.01"], "it takes 10 seeds"),
     ],
 )

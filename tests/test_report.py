@@ -227,6 +227,19 @@ def test_a_row_that_could_not_be_used_is_shown(results, tmp_path, quick):
     assert "<li>quiz, test split: row 9: no answer</li>" in page
 
 
+def test_labels_that_were_made_wrong_are_counted(results, tmp_path, quick):
+    """Who reads accuracies on noisy labels has to know; a study without label noise has no such column."""
+    copy = shutil.copytree(results, tmp_path / "copy")
+    assert "made wrong" not in (results / "report.html").read_text()
+    described = copy / "corpus" / "corpus.json"
+    corpus = read_json(described)
+    corpus["counts"]["quiz"]["mislabelled"] = 17
+    write_json(described, corpus)
+    table = write_report(copy).read_text().split('id="corpus-table"')[1].split("</table>")[0]
+    assert "training labels made wrong" in table
+    assert [row.rsplit("<td>", 1)[1].split("<")[0] for row in table.split('scope="row"')[1:]] == ["0", "17", "0"]
+
+
 @pytest.mark.parametrize("method", ["none", "lora"])
 def test_a_fine_tuned_teacher_is_called_so(results, tmp_path, capsys, quick, method):
     """In tables, captions, LaTeX and on the terminal: a model that the study trained is not said to be untrained."""
@@ -346,7 +359,7 @@ def test_groups_of_other_weights_or_of_one_objective_are_no_error(tmp_path, weig
     assert identical_groups([one, same]) == {}
     objective = {
         **one["config"]["objective"],
-        "attention": {**one["config"]["objective"]["attention"], "scale": "row_sum"},
+        "attention": {**one["config"]["objective"]["attention"], "scale": "none"},
     }
     scaled = {**one, "config": {**one["config"], "distill_type": "scaled", "objective": objective}}
     assert identical_groups([one, scaled]) == {("attention", "scaled"): [0]}

@@ -129,6 +129,7 @@ class _Counts(_Shape):
     duplicates: int
     too_long: int
     unusable: int
+    mislabelled: int = 0
 
 
 class _TestCounts(_Shape):

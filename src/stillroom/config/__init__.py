@@ -181,6 +181,13 @@ class TaskData(TaskColumns):
     examples: Examples = Field(
         description="examples used, training and validation together; `all`: every row that can be used"
     )
+    label_noise: float = later(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of a choice task's training examples whose answer is wrong for students; a teacher that is "
+        "fine-tuned learns the right ones",
+    )
 
 
 class Corpus(Section):

@@ -19,11 +19,12 @@ import pyarrow.parquet as pq
 from stillroom.config import Corpus, TaskData
 from stillroom.data.chat_templates import encode_examples, require_chat_template, settled
 from stillroom.data.encoding import encode_many, ending_tokens, fits, in_answer
+from stillroom.data.label_noise import is_mislabelled, with_label_noise
 from stillroom.data.rows import load_rows
 from stillroom.data.tasks import Example, Task, get_task
-from stillroom.data.tasks.example import Turn
+from stillroom.data.tasks.example import Turn, shown
 from stillroom.errors import UserError
-from stillroom.files import atomic_path, read_json, write_json
+from stillroom.files import atomic_path, file_sha256, read_json, write_json
 
 Split = Literal["train", "validation"]
 
@@ -35,7 +36,7 @@ class Examples:
     train: list[Example]
     validation: list[Example]
     counts: dict[str, dict[str, int]]
-    """Per task: used, train, validation, source_rows, unusable, duplicates, too_long."""
+    """Per task: used, train, validation, source_rows, unusable, duplicates, too_long; mislabelled, with label noise."""
     test: list[Example] = field(default_factory=list)
     """Of the test splits; the teacher's data does not cover them."""
     test_counts: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -61,13 +62,35 @@ def build_corpus(corpus: Corpus, tokenizers: Sequence[Any]) -> Examples:
     counts: dict[str, dict[str, int]] = {}
     faults: dict[str, str] = {}
     for name, data in corpus.tasks.items():
+        if data.label_noise and get_task(name, data).kind != "choice":
+            raise UserError(f"corpus.tasks.{name}.label_noise: {name} has no choices; leave it out")
         chosen, count = _draw(get_task(name, data), data, corpus, tokenizers, faults)
         parts = split(chosen, corpus.validation_share, corpus.split_seed)
         counts[name] = {"used": len(chosen), "train": len(parts[0]), "validation": len(parts[1]), **count}
         train += parts[0]
         validation += parts[1]
     check_leaks(train, validation)
+    train = _with_label_noise(train, corpus, tokenizers, counts)
     return Examples(train, validation, counts, faults=faults)
+
+
+def _with_label_noise(
+    train: Sequence[Example], corpus: Corpus, tokenizers: Sequence[Any], counts: Mapping[str, dict[str, int]]
+) -> list[Example]:
+    """The training part with each task's declared share of wrong answers, which `counts` then has."""
+    noise = {name: data.label_noise for name, data in corpus.tasks.items() if data.label_noise}
+    noisy = with_label_noise(train, noise)
+    for name in noise:
+        counts[name]["mislabelled"] = sum(example.task == name and is_mislabelled(example) for example in noisy)
+    for tokenizer in tokenizers:
+        wrong = [example for example in noisy if example.task in noise]
+        for example, encoding in zip(wrong, encode_examples(tokenizer, wrong, add_eos=True), strict=True):
+            if not fits(encoding, corpus.max_length):
+                raise UserError(
+                    f"corpus.tasks.{example.task}.label_noise: with the wrong answer {shown(example.answer)} the "
+                    f"example that begins {example.prompt[:60]!r} has {len(encoding)} tokens; raise corpus.max_length"
+                )
+    return noisy
 
 
 def _draw(
@@ -281,21 +304,23 @@ def save_corpus(examples: Examples, folder: Path, fingerprint: str) -> None:
     ]
     with atomic_path(folder / "corpus.parquet") as path:
         (folder / "corpus.json").unlink(missing_ok=True)  # it says what the other file is: it goes first, comes last
-        pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), path, write_page_checksum=True)
+        pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), path)
     dropped = {name: getattr(examples, name) for name in _DROPPED}
-    write_json(folder / "corpus.json", {"fingerprint": fingerprint, **dropped})
+    described = {"fingerprint": fingerprint, "sha256": file_sha256(folder / "corpus.parquet"), **dropped}
+    write_json(folder / "corpus.json", described)
 
 
 def load_corpus(folder: Path) -> tuple[Examples, str]:
     """Read what `save_corpus` wrote: the examples and their fingerprint."""
-    described = read_json(folder / "corpus.json", "fingerprint", *_DROPPED)
+    path = folder / "corpus.parquet"
+    described = read_json(folder / "corpus.json", "fingerprint", "sha256", *_DROPPED)
     parts: dict[str, Any] = {"train": [], "validation": [], "test": []}
     try:
-        rows = pq.read_table(folder / "corpus.parquet", schema=_SCHEMA, page_checksum_verification=True).to_pylist()
+        if file_sha256(path) != described["sha256"]:
+            raise OSError("its bytes are not those that were written")
+        rows = pq.read_table(path, schema=_SCHEMA).to_pylist()
     except (OSError, pa.ArrowException) as error:
-        raise UserError(
-            f"{folder / 'corpus.parquet'} cannot be read: {error}; delete {folder} and it is built again"
-        ) from None
+        raise UserError(f"{path} cannot be read: {error}; delete {folder} and it is built again") from None
     for row in rows:
         choices = tuple(row["choices"]) if row["choices"] is not None else None
         turns = tuple(Turn(*turn) for turn in json.loads(row["turns"] or "[]"))

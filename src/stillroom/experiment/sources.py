@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from stillroom.data.corpus import (
     with_test_splits,
 )
 from stillroom.data.encoding import encode
+from stillroom.data.label_noise import without_label_noise
 from stillroom.data.rows import require_unchanged, source_digest
 from stillroom.data.tasks import Example, task_of
 from stillroom.data.vocabulary import largest_id
@@ -184,7 +185,12 @@ class Sources:
 
     def adaptation_fingerprint(self, base: str) -> str:
         """What an adapted teacher was made from; `base` pins the teacher before it."""
-        return fingerprint(base, self.study.teacher.adapt, examples_digest(self.examples.train))
+        return fingerprint(base, self.study.teacher.adapt, examples_digest(self.adaptation_examples.train))
+
+    @cached_property
+    def adaptation_examples(self) -> Examples:
+        """The corpus as the teacher is fine-tuned on it: without label noise."""
+        return replace(self.examples, train=without_label_noise(self.examples.train))
 
 
 def _known_corpus(folder: Path, digest: str) -> Examples | None:

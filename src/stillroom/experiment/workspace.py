@@ -56,7 +56,7 @@ class Workspace(Sources):
                 self.teacher_ref,
                 self.study.teacher.adapt,
                 self.study.evaluation,
-                self.examples,
+                self.adaptation_examples,
                 folder,
                 origin,
                 partial(self.progress, "adapting the teacher, steps"),

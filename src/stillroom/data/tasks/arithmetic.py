@@ -1,4 +1,4 @@
-"""Built-in: word problems of one or two steps with worked answers that end in `#### n`, as in GSM8K."""
+"""Built-in: word problems of one step with worked answers that end in `#### n`, as in GSM8K."""
 
 from __future__ import annotations
 
@@ -13,23 +13,19 @@ _THINGS = ("apples", "books", "coins", "pens", "cards", "shells")
 
 
 def generate_rows(seed: int, count: int) -> list[dict[str, Any]]:
-    """Seeded problems: a number, then one or two gains or losses; nothing falls below zero."""
+    """Seeded problems: a number, then a gain or a loss; nothing falls below zero."""
     rng = random.Random(f"arithmetic{seed}")
     return [_problem(rng) for _ in range(count)]
 
 
 def _problem(rng: random.Random) -> dict[str, Any]:
-    name, thing, total = rng.choice(_NAMES), rng.choice(_THINGS), rng.randint(2, 9)
-    question, lines = f"{name} has {total} {thing}", []
-    for _ in range(rng.choice((1, 1, 2))):
-        change = rng.randint(1, 9)
-        gains = change > total or rng.random() < 0.5
-        result = total + change if gains else total - change
-        question += f", {'finds' if gains else 'loses'} {change}"
-        sum_ = f"{total}{'+' if gains else '-'}{change}"
-        lines.append(f"<<{sum_}={result}>>{result}")
-        total = result
-    return {"question": f"{question}. How many now?", "answer": "\n".join([*lines, f"#### {total}"])}
+    name, thing, before, change = rng.choice(_NAMES), rng.choice(_THINGS), rng.randint(2, 6), rng.randint(1, 3)
+    gains = change > before or rng.random() < 0.5
+    after = before + change if gains else before - change
+    return {
+        "question": f"{name} has {before} {thing}, {'finds' if gains else 'loses'} {change}. How many now?",
+        "answer": f"<<{before}{'+' if gains else '-'}{change}={after}>>{after}\n#### {after}",
+    }
 
 
 def build(row: Row) -> Example:

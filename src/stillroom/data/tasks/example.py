@@ -25,8 +25,8 @@ class Turn(NamedTuple):
 class Example:
     """One prompt and the text that follows it.
 
-    `answer` includes its leading space. A choice task gives the answer strings and the index of the right one;
-    a generation task leaves both None.
+    `answer` includes its leading space. A choice task gives the answer strings and the index of the right one, which
+    is the answer unless label noise put another in its place; a generation task leaves both None.
     """
 
     task: str

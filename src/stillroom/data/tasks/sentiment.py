@@ -1,4 +1,4 @@
-"""Built-in: the sentiment of a made-up review; `not` turns a clause round, `but` and `although` weigh two."""
+"""Built-in: the sentiment of a made-up review of one or two clauses; `not` turns a clause round."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _DEGREES = ("", "very ", "quite ", "truly ")
 
 
 def generate_rows(seed: int, count: int) -> list[dict[str, Any]]:
-    """Seeded reviews with labels; two in five have a second clause, of the other mood, that is outweighed."""
+    """Seeded reviews with labels; half of them have a second clause, of the same mood."""
     rng = random.Random(f"sentiment{seed}")
     return [_review(rng) for _ in range(count)]
 
 
 def _clause(rng: random.Random, positive: bool) -> str:
-    negated = rng.random() < 0.3
+    negated = rng.random() < 0.1
     adjective = rng.choice(_GOOD if positive != negated else _BAD)
     return f"the {rng.choice(_THINGS)} was {'not ' if negated else ''}{rng.choice(_DEGREES)}{adjective}"
 
@@ -29,9 +29,8 @@ def _clause(rng: random.Random, positive: bool) -> str:
 def _review(rng: random.Random) -> dict[str, Any]:
     label = rng.randrange(2)
     text = _clause(rng, bool(label))
-    if rng.random() < 0.4:
-        other = _clause(rng, not label)
-        text = f"{text} although {other}" if rng.random() < 0.3 else f"{other} but {text}"
+    if rng.random() < 0.5:
+        text = f"{text} and {_clause(rng, bool(label))}"
     return {"sentence": text, "label": label}
 
 
