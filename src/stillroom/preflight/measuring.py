@@ -63,7 +63,7 @@ def measure_study(study: Study, progress: NamedProgress = silent) -> dict[str, A
     """Time pieces of a study's stages; needs its models and data, and writes in a temporary folder alone.
 
     `machine`, `hours` by stage (`hours`, `error`, `pieces`) of all trials one after the other, and in `how` what was
-    timed and what is left out.
+    timed and what is left out. `UserError` for a study whose teacher data are imported.
     """
     if study.signals.imported:
         raise UserError("--measure times the teacher, which runs elsewhere (signals.imported): leave it out")
@@ -268,5 +268,5 @@ def _how(study: Study, group: Group, hours: dict[str, dict[str, float]], threads
         f"all trials together, one after the other, each with {threads} of the processor's threads; ± is half of a "
         "95 % interval by the spread of those pieces: it does not know how busy this machine will be",
         f"left out: fine-tuning the teacher, {'its answers, ' if study.signals.teacher_answers else ''}evaluating both "
-        "models before training, the validation loss, gradient measurements, checkpoints",
+        "models before training, loading and aligning, the validation loss, gradient measurements, checkpoints",
     ]
