@@ -108,7 +108,7 @@ def student_ref(tmp_path_factory, sentencepiece):
 
 @pytest.fixture(scope="session")
 def model(student_ref):
-    """The student, untouched; tests that change a model load their own."""
+    """The student before training; tests that change a model load their own."""
     return load_model(student_ref)
 
 

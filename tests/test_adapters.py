@@ -25,10 +25,10 @@ def test_peft_reads_from_an_export_what_the_checkpoint_has_merged(tmp_path, stud
     base, whole = load_model(student_ref), load_model(ModelRef(model=str(checkpoint)))
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
-        untouched, expected = base(ids).logits, whole(ids).logits
+        alone, expected = base(ids).logits, whole(ids).logits
         found = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(ids).logits
     assert torch.allclose(found, expected, atol=1e-5)
-    assert not torch.allclose(untouched, expected, atol=1e-3)
+    assert not torch.allclose(alone, expected, atol=1e-3)
     before, after = load_model(student_ref).state_dict(), whole.state_dict()
     moved = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
     assert moved == {"q_proj", "down_proj"}

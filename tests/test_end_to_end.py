@@ -95,7 +95,7 @@ def test_a_second_run_computes_nothing_again(tmp_path, teacher_ref, student_ref,
     assert sorted(pd.read_csv(tmp_path / "results" / "results_summary.csv")["config/seed"]) == [0, 1]
 
 
-def test_the_test_splits_are_evaluated_for_trials_teacher_and_untouched_student(tmp_path, teacher_ref, student_ref):
+def test_the_test_splits_are_evaluated_for_trials_and_baselines(tmp_path, teacher_ref, student_ref):
     """The same examples for all three; another split is another trial, a second run computes nothing again."""
     evaluation = {"max_new_tokens": 8, "test_splits": {"quiz": {"examples": 12}, "arithmetic": {"examples": 6}}}
     path = study_file(tmp_path, teacher_ref.model, student_ref.model, groups=["task_only"], evaluation=evaluation)
@@ -310,7 +310,7 @@ def test_the_teachers_dtype_is_part_of_its_data(tmp_path, teacher_ref, student_r
         Workspace(load_study(path, ["teacher.dtype=bfloat16"])).capture()
 
 
-def test_one_untouched_model_at_a_time_is_in_memory(tmp_path, teacher_ref, student_ref, monkeypatch):
+def test_one_baseline_at_a_time_is_in_memory(tmp_path, teacher_ref, student_ref, monkeypatch):
     """A GPU that holds the teacher has no room for the student beside it; what is measured is not measured again."""
     alive, loaded = weakref.WeakSet(), []
 

@@ -279,7 +279,7 @@ def test_a_baseline_is_kept_only_for_the_very_same_measurement(tmp_path, model, 
     for other_way in ({"identity": "n"}, {"settings": other}, {"precision": "bfloat16"}, {"examples": own[:3]}):
         assert replace(first, **other_way).read() is None, other_way
     shutil.copy(first.path, tmp_path / "student_test.json")
-    assert replace(first, part="test").read() is None
+    assert replace(first, split="test").read() is None
 
 
 def test_what_a_model_writes_after_the_next_question_does_not_count(model, tokenizer, monkeypatch):

@@ -103,11 +103,11 @@ def test_the_card_says_data_method_metrics_and_limits(exported, trial, finished_
     for heading in ("Data", "Method", "Metrics", "Limits"):
         assert f"\n## {heading}\n" in card
     result = read_json(trial / "result.json")
-    untouched = read_json(finished_study.results / "baselines" / "student.json")["metrics"]
+    before = read_json(finished_study.results / "baselines" / "student.json")["metrics"]
     teacher = read_json(finished_study.results / "baselines" / "teacher.json")["metrics"]
     for task in ("sentiment", "quiz", "arithmetic"):
         cells = re.search(rf"^\| {task} \| 3 \| (.*) \| (.*) \| (.*) \|$", card, re.M).groups()
-        values = [by_column(rows)[f"validation_accuracy_{task}"] for rows in (untouched, result["metrics"], teacher)]
+        values = [by_column(rows)[f"validation_accuracy_{task}"] for rows in (before, result["metrics"], teacher)]
         assert cells == tuple(f"{value:.1%}" for value in values)
         assert f"| {task} | builtin | train | 27 | 3 |" in card
     for term, weight in {"task": 1.0, "kd": 0.5, "hidden": 0.1, "attention": 0.1}.items():

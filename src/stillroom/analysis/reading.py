@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stillroom.analysis.escaping import control_free
-from stillroom.config import BASELINES, ERROR, EXPERIMENT, RESULT, UNTOUCHED, Analysis, Study
+from stillroom.config import BASELINE_LABELS, BASELINES, ERROR, EXPERIMENT, RESULT, Analysis, Study
 from stillroom.errors import UserError
 from stillroom.evaluation.metrics import TASK_MEASURES, Key, Metric, by_key
 from stillroom.files import read_json
@@ -293,7 +293,7 @@ def read_baselines(results: Path, suffix: str = "") -> dict[str, dict[str, Any]]
     split, tasks = ("test", []) if suffix else ("validation", scored_tasks(planned["study"]))
     needed: list[Key] = [(split, task, "accuracy") for task in (None, *tasks)]
     found = {}
-    for role in UNTOUCHED:
+    for role in BASELINE_LABELS:
         path = results / BASELINES / f"{role}{suffix}.json"
         if not path.exists():
             continue
@@ -360,7 +360,7 @@ def read_trial_predictions(trial: Path, result: Mapping[str, Any]) -> pd.DataFra
 
 
 def read_baseline_predictions(results: Path, role: str, metrics: Sequence[Metric]) -> pd.DataFrame:
-    """An untouched model's predictions on the validation part."""
+    """A baseline's predictions on the validation split."""
     path = results / BASELINES / f"{role}.parquet"
     return _read_predictions(path, metrics, _measure_again(path))
 

@@ -248,10 +248,10 @@ def _finish_report(folder: Path, as_json: bool, errors: dict[str, str]) -> None:
 
 
 def _tell_baselines(baselines: dict[str, Any], as_json: bool) -> None:
-    from stillroom.config import UNTOUCHED
+    from stillroom.config import BASELINE_LABELS
     from stillroom.evaluation.metrics import by_key
 
-    for name, label in UNTOUCHED.items():
+    for name, label in BASELINE_LABELS.items():
         if not as_json and name in baselines:
             say(f"{label}: accuracy {by_key(baselines[name]['metrics'])['validation', None, 'accuracy']:.3f}")
     for task in baselines["teacher_no_better"]["tasks"]:

@@ -61,9 +61,9 @@ EXPERIMENT = "knowledge_distillation_experiment"
 RESULT, ERROR = "result.json", "error.json"
 """What a trial leaves in its own: all its numbers, or what stopped it."""
 BASELINES = "baselines"
-"""Folder of what was measured of the models that no trial touches, in the results folder."""
-UNTOUCHED = {"teacher": "teacher", "student": "untouched student"}
-"""Those models, and what a reader is told they are."""
+"""Folder of what was measured of the baselines, in the results folder."""
+BASELINE_LABELS = {"teacher": "teacher", "student": "student before training"}
+"""The baselines by role, and what messages call them."""
 
 
 class ModelRef(Section):

@@ -1,4 +1,4 @@
-"""The models that no trial has touched, measured: what a student starts from, and what its teacher can do."""
+"""Baselines: the student before training, which trials start from, and the teacher, measured."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from stillroom.progress import Progress, silent
 
 @dataclass(frozen=True)
 class Baseline:
-    """One untouched model on one part of the examples, and where its measurement is kept."""
+    """One baseline on one split, and where its measurement is kept."""
 
     folder: Path
     role: str
     """`teacher` or `student`."""
-    part: str
+    split: str
     """`validation` or `test`."""
     identity: str
     """What pins the model."""
@@ -38,7 +38,7 @@ class Baseline:
     @property
     def name(self) -> str:
         """File name: the role; with `_test` on the test splits."""
-        return self.role if self.part == "validation" else f"{self.role}_{self.part}"
+        return self.role if self.split == "validation" else f"{self.role}_{self.split}"
 
     @property
     def path(self) -> Path:
@@ -49,7 +49,7 @@ class Baseline:
     def fingerprint(self) -> str:
         """Of all that decides the numbers."""
         how = self.settings.model_dump(exclude={"test_splits"})
-        return fingerprint(self.identity, self.precision, how, self.part, [e.example_id for e in self.examples])
+        return fingerprint(self.identity, self.precision, how, self.split, [e.example_id for e in self.examples])
 
     def read(self) -> dict[str, Any] | None:
         """The measurement, if it was made; None for one of another model, other examples or other settings."""
@@ -67,7 +67,7 @@ class Baseline:
         result = {
             "fingerprint": self.fingerprint,
             "identity": self.identity,
-            "metrics": accuracy_metrics(predictions, self.part),
+            "metrics": accuracy_metrics(predictions, self.split),
             "answer_nll": nll_metrics(predictions),
         }
         write_json(self.path, result)

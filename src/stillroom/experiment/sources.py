@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from stillroom.config import BASELINES, UNTOUCHED, ModelRef, Study, fingerprint
+from stillroom.config import BASELINE_LABELS, BASELINES, ModelRef, Study, fingerprint
 from stillroom.data.chat_templates import chat_template_hash, encode_examples, encode_prompts
 from stillroom.data.corpus import (
     Examples,
@@ -85,7 +85,7 @@ class Sources:
 
     @cached_property
     def student_ref(self) -> ModelRef:
-        """The untouched student."""
+        """The student before training, a built-in one written to disk."""
         return materialise(self.study.student, self.results / "models")
 
     @cached_property
@@ -171,15 +171,15 @@ class Sources:
         return f"{base} adapted {self.adaptation_fingerprint(base)}{quantised}"
 
     @cached_property
-    def untouched(self) -> list[Baseline]:
-        """What is measured of the models that no trial touches: each on the validation part and on test splits."""
+    def measured_baselines(self) -> list[Baseline]:
+        """The baselines that are measured: teacher and student before training, on validation and on test splits."""
         settings, folder = self.study.evaluation, self.results / BASELINES
         teacher, student = (self.teacher_identity, self.study.teacher.dtype), (self.student_identity, settings.dtype)
-        parts = {"validation": self.examples.validation, "test": self.examples.test}
+        splits = {"validation": self.examples.validation, "test": self.examples.test}
         return [
-            Baseline(folder, role, part, *model, examples, settings)
-            for role, model in zip(UNTOUCHED, (teacher, student), strict=True)
-            for part, examples in parts.items()
+            Baseline(folder, role, split, *model, examples, settings)
+            for role, model in zip(BASELINE_LABELS, (teacher, student), strict=True)
+            for split, examples in splits.items()
             if examples and not (role == "teacher" and self.study.signals.imported)  # whose weights are elsewhere
         ]
 

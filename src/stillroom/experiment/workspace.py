@@ -16,7 +16,7 @@ from typing import Any
 from stillroom import offline_teacher_data as otd
 from stillroom.analysis.frame import PLANNED, worse_or_equal, write_summary
 from stillroom.analysis.report import write_report
-from stillroom.config import EXPERIMENT, UNTOUCHED, Group, ModelRef, fingerprint
+from stillroom.config import BASELINE_LABELS, EXPERIMENT, Group, ModelRef, fingerprint
 from stillroom.data.chat_templates import chat_template_hash
 from stillroom.data.corpus import examples_digest
 from stillroom.errors import UserError
@@ -228,14 +228,14 @@ class Workspace(Sources):
         return found
 
     def baselines(self) -> dict[str, dict[str, Any]]:
-        """Teacher and untouched student on validation part and test splits; where the teacher is no better."""
-        if due := [baseline for baseline in self.untouched if baseline.read() is None]:
-            for role in UNTOUCHED:
+        """Metrics of the teacher and the student before training; tasks on which the teacher is no better."""
+        if due := [baseline for baseline in self.measured_baselines if baseline.read() is None]:
+            for role in BASELINE_LABELS:
                 self._measure(role, [baseline for baseline in due if baseline.role == role])
                 release_memory()  # of one model, before the next is loaded
             self._record("evaluate", {"measured": [baseline.name for baseline in due]})
-        found = {baseline.name: baseline.read() or {} for baseline in self.untouched}
-        measured = {role: found[role] for role in UNTOUCHED if role in found}
+        found = {baseline.name: baseline.read() or {} for baseline in self.measured_baselines}
+        measured = {role: found[role] for role in BASELINE_LABELS if role in found}
         no_better = worse_or_equal(*(own["metrics"] for own in measured.values())) if len(measured) == 2 else []
         return {**measured, "teacher_no_better": {"tasks": no_better}}
 
@@ -247,7 +247,7 @@ class Workspace(Sources):
             ref, due[0].precision, device, self.study.teacher.quantization if role == "teacher" else None
         )
         for baseline in due:
-            shown = partial(self.progress, f"evaluating the {UNTOUCHED[role]}, examples")
+            shown = partial(self.progress, f"evaluating the {BASELINE_LABELS[role]}, examples")
             baseline.measure(model, self.tokenizers[role == "student"], shown)
 
     def plans(self) -> list[TrialPlan]:
@@ -277,7 +277,7 @@ class Workspace(Sources):
             "snapshot": store.name,
             "fingerprint": read_json(store / MANIFEST)["fingerprint"],
             "corpus": read_json(self.results / "corpus" / "corpus.json")["fingerprint"],
-            "baselines": {baseline.name: baseline.fingerprint for baseline in self.untouched},
+            "baselines": {baseline.name: baseline.fingerprint for baseline in self.measured_baselines},
             "trials": trials,
         }
         write_json(self.results / PLANNED, planned)
