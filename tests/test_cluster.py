@@ -171,7 +171,7 @@ def archived(path, *overrides, **capture):
 
 
 def test_workers_on_a_cluster_make_the_store_of_one_process(tmp_path, study, cluster, second_node):
-    """The same files, byte for byte, and the same manifest; each node did a share of them."""
+    """The same files, byte for byte, and the same manifest; each node captured some of them."""
     with threads(1):  # as many as a worker has
         alone = archived(study, f"paths.store={tmp_path / 'alone'}", f"paths.results={tmp_path / 'results_alone'}")
     shown = []

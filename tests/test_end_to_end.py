@@ -27,7 +27,7 @@ from stillroom.evaluation.metrics import by_column
 from stillroom.experiment.workspace import Workspace
 from stillroom.files import read_json
 from stillroom.models.hub import load_model
-from stillroom.offline_teacher_data.shards import Share
+from stillroom.offline_teacher_data.shards import Slice
 from stillroom.offline_teacher_data.store import SignalStore
 from stillroom.studies import load_study
 from studies import run, study_file
@@ -288,7 +288,7 @@ def test_a_snapshot_alone_is_enough_and_stays_as_it_is(tmp_path, teacher_ref, st
         if gone:
             shutil.rmtree(workspace.store_path)
         assert workspace.capture().path == snapshot
-        assert workspace.capture(Share(1, 2)).path == snapshot
+        assert workspace.capture(Slice(1, 2)).path == snapshot
         checked = workspace.verify()
         assert (checked["examples"], checked["store"]) == (60, str(snapshot))
         assert workspace.archive() == snapshot == workspace.snapshot()

@@ -120,14 +120,14 @@ def test_a_capture_killed_at_ten_moments_is_finished_by_the_same_command(tmp_pat
     assert not list(store.glob(".*.tmp*"))
 
 
-def test_shares_of_a_capture_made_by_processes_of_their_own_are_one_store(tmp_path, whole, teacher_ref, dropout_ref):
-    """`--shard 1/2` and `--shard 2/2`, at once, equal a single capture; the first says that others are missing."""
+def test_slices_that_processes_capture_at_once_are_one_store(tmp_path, whole, teacher_ref, dropout_ref):
+    """`--slice 1/2` and `--slice 2/2`, at once, equal a single capture; the first says that others are missing."""
     path = elsewhere(tmp_path, teacher_ref, dropout_ref)
-    alone = done(tmp_path / "log1", "capture", path, "--shard", "1/3")
+    alone = done(tmp_path / "log1", "capture", path, "--slice", "1/3")
     store = tmp_path / "offline_teacher_data"
     assert "finished" not in alone
     assert not (store / "manifest.json").exists()
-    others = [stillroom(tmp_path / f"log{n}", "capture", path, "--shard", f"{n}/3") for n in (2, 3)]
+    others = [stillroom(tmp_path / f"log{n}", "capture", path, "--slice", f"{n}/3") for n in (2, 3)]
     assert [other.end() for other in others] == [0, 0]
     done(tmp_path / "log4", "verify", path)
     assert equal_stores(whole[0] / "offline_teacher_data", store)

@@ -317,6 +317,6 @@ def test_stages_out_of_order(mistaken, tmp_path, teacher_ref, student_ref):
     assert "run `stillroom capture`" in mistaken("sweep", path)
     assert "stillroom sweep" in mistaken("report", path)
     assert "group 'grey_box' is not in study 'tiny'" in mistaken("train", path, "--group", "grey_box", "--seed", 0)
-    assert "expected i/n" in mistaken("capture", path, "--shard", "3/2")
+    assert "expected i/n" in mistaken("capture", path, "--slice", "3/2")
     assert "does not exist" in mistaken("inspect", tmp_path / "nowhere")
     assert str(tmp_path) in mistaken("export", tmp_path, tmp_path / "out")

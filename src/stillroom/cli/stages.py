@@ -74,7 +74,9 @@ def evaluate(study: StudyArgument, set_: SetOption = None, json: JsonOption = Fa
 def capture(
     study: StudyArgument,
     set_: SetOption = None,
-    shard: Annotated[str | None, typer.Option(metavar="I/N", help="capture part I of N, in this process")] = None,
+    slice_: Annotated[
+        str | None, typer.Option("--slice", metavar="I/N", help="capture slice I of N, in this process")
+    ] = None,
     workers: Annotated[
         int, typer.Option(min=0, help="Ray workers that share the work; 0: this process does it alone")
     ] = 0,
@@ -82,21 +84,21 @@ def capture(
 ) -> None:
     """Run the teacher once over the corpus and store its signals; resumes after an interruption.
 
-    Example: stillroom capture small --shard 1/2
+    Example: stillroom capture small --slice 1/2
     """
     from stillroom.errors import UserError
-    from stillroom.offline_teacher_data.shards import Share
+    from stillroom.offline_teacher_data.shards import Slice
 
-    if shard and workers:
-        raise UserError("--shard and --workers: give one of them; workers divide the examples themselves")
+    if slice_ and workers:
+        raise UserError("--slice and --workers: give one of them; workers divide the store among themselves")
     workspace = open_workspace(study, set_)
     _tell_unusable(workspace)
-    store = workspace.capture(Share.parse(shard) if shard else None, workers)
+    store = workspace.capture(Slice.parse(slice_) if slice_ else None, workers)
     facts: dict[str, Any]
     if store is None:
-        facts = {"store": workspace.store_path, "part": shard, "finished": False}
-        made = f"{workspace.store_path}: part {shard} is done; whichever part ends last completes the store."
-        return finish(json, facts, made, f"the other parts, or {following('capture', study, set_)}")
+        facts = {"store": workspace.store_path, "slice": slice_, "finished": False}
+        made = f"{workspace.store_path}: slice {slice_} is captured; the last slice to finish completes the store."
+        return finish(json, facts, made, f"the other slices, or {following('capture', study, set_)}")
     facts = {"store": store.path, "examples": len(store)}
     return finish(json, facts, f"{store.path}: signals of {len(store)} examples.", following("verify", study, set_))
 

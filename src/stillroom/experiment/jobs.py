@@ -1,4 +1,4 @@
-"""Work that any process can do that sees the same files: one trial, or one share of a capture; and what it gets."""
+"""Work for any process that sees the same files: one trial, or one slice of a capture."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from stillroom.evaluation.generation import teacher_answers
 from stillroom.files import exclusive, read_json, write_json
 from stillroom.models.adapters import lora_adapter
 from stillroom.models.hub import load_model, load_tokenizer
-from stillroom.offline_teacher_data.capturing import capture_share
-from stillroom.offline_teacher_data.shards import Share, hold
+from stillroom.offline_teacher_data.capturing import capture_slice
+from stillroom.offline_teacher_data.shards import Slice, hold
 from stillroom.offline_teacher_data.store import SignalStore
 from stillroom.progress import Progress, silent
 from stillroom.provenance import package_digest
@@ -75,9 +75,9 @@ class CapturePlan:
     quantization: Quantization | None = None
 
 
-def run_capture(plan: CapturePlan, share: Share, progress: Progress = silent) -> bool:
-    """Capture one share of the store; returns whether the store is finished with it."""
-    with hold(plan.store, share):  # refused now, not once a large teacher is loaded
+def run_capture(plan: CapturePlan, slice_: Slice, progress: Progress = silent) -> bool:
+    """Capture one slice of the store; returns whether the store is finished with it."""
+    with hold(plan.store, slice_):  # refused now, not once a large teacher is loaded
         examples = _load_examples(plan.corpus, plan.origin["corpus"])
     teacher = load_model(plan.teacher, plan.precision, "auto", plan.quantization)
     tokenizer = load_tokenizer(plan.tokenizer)
@@ -86,7 +86,9 @@ def run_capture(plan: CapturePlan, share: Share, progress: Progress = silent) ->
         return teacher_answers(teacher, tokenizer, asked, plan.evaluation)
 
     kept = answer if plan.signals.teacher_answers else None
-    return capture_share(teacher, tokenizer, examples.all, plan.signals, plan.store, plan.origin, share, progress, kept)
+    return capture_slice(
+        teacher, tokenizer, examples.all, plan.signals, plan.store, plan.origin, slice_, progress, kept
+    )
 
 
 def run_trial(

@@ -31,7 +31,7 @@ from stillroom.experiment.launching import (
 from stillroom.experiment.ray_processes import guarded
 from stillroom.experiment.resources import trial_resources, worker_resources
 from stillroom.files import exclusive, write_text
-from stillroom.offline_teacher_data.shards import Share
+from stillroom.offline_teacher_data.shards import Slice
 from stillroom.offline_teacher_data.store import MANIFEST, SHARDS
 from stillroom.progress import Progress, silent
 from stillroom.provenance import package_digest
@@ -76,7 +76,7 @@ def describe_cluster(settings: Sweep) -> dict[str, float]:
 
 
 def capture_on_workers(plan: CapturePlan, workers: int, address: str | None, examples: int, progress: Progress) -> None:
-    """Capture a store of so many examples by so many Ray workers, a share each.
+    """Capture a store of so many examples with so many Ray workers, one slice each.
 
     `progress` counts the examples of whole shards. Raises a worker's `UserError`, or one that names a node which
     does not see what the work needs.
@@ -89,8 +89,8 @@ def capture_on_workers(plan: CapturePlan, workers: int, address: str | None, exa
         resources = worker_resources(workers, [node["Resources"] for node in cluster])
         models = [Path(ref.model) for ref in (plan.teacher, plan.tokenizer) if Path(ref.model).is_dir()]
         _require_sight(cluster, resources, [plan.corpus, *models], [plan.store])
-        work = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))(_capture_share)
-        pending = [work.remote(plan, Share(n + 1, workers), resources["CPU"]) for n in range(workers)]
+        work = ray.remote(num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0))(_capture_slice)
+        pending = [work.remote(plan, Slice(n + 1, workers), resources["CPU"]) for n in range(workers)]
         try:
             while pending:
                 done, pending = ray.wait(pending, timeout=2)
@@ -103,9 +103,9 @@ def capture_on_workers(plan: CapturePlan, workers: int, address: str | None, exa
                 ray.cancel(reference, force=True)
 
 
-def _capture_share(plan: CapturePlan, share: Share, threads: float) -> None:
+def _capture_slice(plan: CapturePlan, slice_: Slice, threads: float) -> None:
     torch.set_num_threads(max(1, int(threads)))
-    run_capture(plan, share)
+    run_capture(plan, slice_)
 
 
 def _await(reference: Any) -> None:

@@ -33,7 +33,7 @@ from stillroom.models.hub import absolute, load_config, load_model, model_identi
 from stillroom.models.output_head import load_output_head
 from stillroom.models.precision import DTYPES, default_device, release_memory
 from stillroom.offline_teacher_data.recomputation import check_with_head, full_support_error, recompute, sample_ids
-from stillroom.offline_teacher_data.shards import Share
+from stillroom.offline_teacher_data.shards import Slice
 from stillroom.offline_teacher_data.store import MANIFEST, SignalStore
 from stillroom.provenance import record_run
 from stillroom.training.fine_tuning import adapt_teacher, adapted_teacher
@@ -71,12 +71,12 @@ class Workspace(Sources):
         tokenizer, examples = self.tokenizers[0], self.examples.all
         return otd.made_from(self.teacher_identity, teacher.dtype, tokenizer, signals, examples, limit)
 
-    def capture(self, share: Share | None = None, workers: int = 0) -> SignalStore | None:
+    def capture(self, slice_: Slice | None = None, workers: int = 0) -> SignalStore | None:
         """Run the teacher over the corpus, unless a finished store of the same origin, or its snapshot, is there.
 
-        With a share, this process does that part, and the result is None until every part is done. With workers,
-        so many on Ray share the work. A finished and archived store of another origin gives way; one that is not
-        archived is refused.
+        With a slice, this process captures that slice, and the result is None until every slice is done. With
+        workers, so many on Ray divide the work. A finished and archived store of another origin is replaced; one
+        that is not archived is refused.
         """
         origin = self.origin()
         if (captured := self._captured()) == self.store_path:
@@ -101,11 +101,11 @@ class Workspace(Sources):
             origin=origin,
             quantization=self.study.teacher.quantization,
         )
-        of_share = f", share {share.number} of {share.of}" if share else ""
-        progress = partial(self.progress, f"capturing the teacher's signals{of_share}, examples")
+        of_slice = f", slice {slice_.number} of {slice_.of}" if slice_ else ""
+        progress = partial(self.progress, f"capturing the teacher's signals{of_slice}, examples")
         if workers:
             capture_on_workers(plan, workers, self.study.sweep.address, len(self.examples.all), progress)
-        elif not run_capture(plan, share or Share(), progress):
+        elif not run_capture(plan, slice_ or Slice(), progress):
             return None
         self._record("capture", {"made_from": origin, "store": str(self.store_path)})
         return SignalStore.open(self.store_path)

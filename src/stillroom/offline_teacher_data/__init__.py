@@ -3,7 +3,7 @@
 capture → store/part-*.parquet, manifest.json → verify_saved_data → verified.json → archive → store_<UTC date>/
 """
 
-from stillroom.offline_teacher_data.capturing import capture, capture_share, made_from
+from stillroom.offline_teacher_data.capturing import capture, capture_slice, made_from
 from stillroom.offline_teacher_data.cells import _to_numpy_array, _to_py
 from stillroom.offline_teacher_data.importing import import_signals, write_requests
 from stillroom.offline_teacher_data.snapshots import archive, snapshots_of
@@ -20,7 +20,7 @@ __all__ = [
     "_to_py",
     "archive",
     "capture",
-    "capture_share",
+    "capture_slice",
     "import_signals",
     "made_from",
     "require_matching",

@@ -27,7 +27,7 @@ from stillroom.models.architecture import check_capture
 from stillroom.models.hub import tokenizer_hash
 from stillroom.models.output_head import head_of, save_output_head
 from stillroom.models.sizes import heads, value_width, vocabulary_size, width
-from stillroom.offline_teacher_data.shards import Share, hold, plan_shards, token_batches
+from stillroom.offline_teacher_data.shards import Slice, hold, plan_shards, token_batches
 from stillroom.offline_teacher_data.store import (
     HEAD,
     MANIFEST,
@@ -98,23 +98,23 @@ def capture(
     progress: Progress = silent,
     answer: Answer | None = None,
 ) -> SignalStore:
-    """Run the teacher over every example and write the store: `capture_share` of all of it."""
-    capture_share(model, tokenizer, examples, signals, store, origin, Share(), progress, answer)
+    """Run the teacher over every example and write the store: `capture_slice` of all of it."""
+    capture_slice(model, tokenizer, examples, signals, store, origin, Slice(), progress, answer)
     return SignalStore.open(store)
 
 
-def capture_share(
+def capture_slice(
     model: PreTrainedModel,
     tokenizer: Any,
     examples: Sequence[Example],
     signals: Signals,
     store: Path,
     origin: dict[str, Any],
-    share: Share,
+    slice_: Slice,
     progress: Progress = silent,
     answer: Answer | None = None,
 ) -> bool:
-    """Run the teacher over a share of the examples; shards that are whole already are kept.
+    """Run the teacher over one slice of the examples; finished shards are kept.
 
     The process that makes the last missing shard also writes the manifest. Returns whether the store is finished.
     `origin` comes from `made_from`; `answer` gives the teacher's answers, where kept. Raises `UserError` if the
@@ -129,12 +129,12 @@ def capture_share(
     def missing() -> list[int]:
         return [n for n, rows in enumerate(shards) if not _done(store, n, rows, examples, capture_fingerprint)]
 
-    with hold(store, share):
+    with hold(store, slice_):
         _claim(store, origin)
         absent = missing()
         beside = head_of(model).weight.nbytes if signals.teacher_head else 0
         _require_space(store, sum(len(encodings[i]) for n in absent for i in shards[n]), encodings, layout, beside)
-        mine = share.shards(len(shards))
+        mine = slice_.shards(len(shards))
         total = sum(len(shards[n]) for n in mine)
         done = sum(len(shards[n]) for n in mine if n not in absent)
         if done < total:

@@ -1,6 +1,6 @@
-"""What a capturing process does: the shards of a store, its share of them, and the lock it holds meanwhile.
+"""What a capturing process does: the shards of a store, its slice of them, and the lock it holds meanwhile.
 
-Which examples stand in which shard, and in which batch, is the same however many processes share the work; so the
+Which examples are in which shard, and in which batch, is the same however many processes share the work; so the
 files are the same too.
 """
 
@@ -18,22 +18,22 @@ from stillroom.files import exclusive
 
 
 @dataclass(frozen=True)
-class Share:
-    """Share `number` of `of`: every `of`-th shard, from shard `number` on. The default is the whole store."""
+class Slice:
+    """Slice `number` of `of`: every `of`-th shard, from shard `number` on. The default is the whole store."""
 
     number: int = 1
     of: int = 1
 
     @classmethod
-    def parse(cls, text: str) -> Share:
+    def parse(cls, text: str) -> Slice:
         """Read `i/n`; `UserError` unless 1 ≤ i ≤ n."""
         match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
         if match is None or not 1 <= int(match[1]) <= int(match[2]):
-            raise UserError(f"--shard {text}: expected i/n with i from 1 to n, such as 2/4")
+            raise UserError(f"--slice {text}: expected i/n with i from 1 to n, such as 2/4")
         return cls(int(match[1]), int(match[2]))
 
     def shards(self, count: int) -> range:
-        """Numbers of this share's shards, of a store that has so many."""
+        """Numbers of this slice's shards, in a store of `count`."""
         return range(self.number - 1, count, self.of)
 
     @property
@@ -43,11 +43,11 @@ class Share:
 
 
 @contextmanager
-def hold(store: Path, share: Share) -> Iterator[None]:
-    """Hold a share of a store; refused if it is held, or if the work is being divided in another way."""
-    with exclusive(store, "capture", share.lock):
+def hold(store: Path, slice_: Slice) -> Iterator[None]:
+    """Hold a slice of a store; refused if it is held, or if the work is being divided in another way."""
+    with exclusive(store, "capture", slice_.lock):
         for other in store.glob(".lock*"):
-            if not other.name.endswith(f"-of-{share.of}") and other.name != share.lock:
+            if not other.name.endswith(f"-of-{slice_.of}") and other.name != slice_.lock:
                 with exclusive(store, "capture", other.name):
                     pass
         yield
