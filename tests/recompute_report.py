@@ -1,4 +1,4 @@
-"""Every number of a report, computed anew from `predictions.parquet` and `result.json` alone.
+"""Every number of a report, computed again from `predictions.parquet` and `result.json` alone.
 
 Shares no code with the package: plain Python, NumPy and SciPy's distributions. `python tests/recompute_report.py
 RESULTS` checks a finished study's folder; the tests check a made-up one and the quickstart's.

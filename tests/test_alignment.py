@@ -316,7 +316,7 @@ def test_the_trap_of_equal_sizes_reproduces_the_published_counts(tokenizer):
     ],
 )
 def test_coverage_on_real_text_is_that_of_the_specification(tokenizer, teacher, student, expected):
-    """400 examples a task, within half a point.
+    """400 examples per task, within half a point.
 
     The specification's 95.3 % for Qwen and SmolLM2 on MMLU is that of the questions alone. The harness' header line
     ends in `.\n\n`, one token to Qwen and three to SmolLM2, of which two have no partner: 94.2 % with it.

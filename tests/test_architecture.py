@@ -1,4 +1,4 @@
-"""An architecture is computed rightly or refused by name: never wrong, whatever Transformers can build."""
+"""An architecture is computed correctly or refused by name: never wrong, whatever Transformers can build."""
 
 from __future__ import annotations
 

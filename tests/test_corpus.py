@@ -160,7 +160,7 @@ def test_the_split_depends_on_the_examples_and_the_seed_alone(tmp_path, tokenize
 
 
 def test_a_leak_is_named():
-    """The same prompt in both parts stops the study."""
+    """The same prompt in both splits stops the study."""
     example = Example("sst2", "A prompt", " positive")
     held_out = Example("sst2", "a  PROMPT", " negative")
     with pytest.raises(UserError, match=held_out.example_id):
@@ -374,7 +374,7 @@ def test_a_test_split_that_cannot_be_used_is_named(tmp_path, tokenizers):
 
 
 def test_built_in_test_examples_are_others_than_the_corpus(corpus_settings, examples, tokenizers):
-    """They are drawn anew, and those that fall together with the corpus are dropped."""
+    """They are drawn again, and those that fall together with the corpus are dropped."""
     splits = {name: BenchmarkSplit(examples=50).data(data) for name, data in corpus_settings.tasks.items()}
     built = with_test_splits(examples, splits, corpus_settings, tokenizers, 128)
     assert {name: count["used"] for name, count in built.test_counts.items()} == dict.fromkeys(splits, 50)

@@ -38,7 +38,7 @@ TABLES = [
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A study of two groups and two seeds, one trial of which failed."""
+    """A study of two groups and two seeds with one failed trial."""
     folder = tmp_path_factory.mktemp("whole") / "results"
     write_results(folder, seeds=(0, 1), drop=[("combined", 0)], overrides=["groups=[task_only, combined]"])
     return folder

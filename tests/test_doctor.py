@@ -373,7 +373,7 @@ def test_the_embedded_study_is_sound_on_this_machine(monkeypatch, tmp_path):
 
 
 def test_a_gpu_is_tried_and_each_failure_is_a_line(study, monkeypatch):
-    """Memory, kernels, a capture and a step. This CPU stands in for the card, and fakes for what only one can say."""
+    """Memory, kernels, a capture and a step. This CPU replaces the card, and fakes for what only one can say."""
     here, plan = torch.device("cpu"), {"memory_bytes": {"trial": 1000}}
     study = study.model_copy(update={"evaluation": study.evaluation.model_copy(update={"dtype": "float32"})})
     kernels, rehearse = accelerator.run_kernels, accelerator.rehearse

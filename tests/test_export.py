@@ -1,4 +1,4 @@
-"""A trained student leaves the study as a plain model: no projector, its own numbers on its card, whole or absent."""
+"""A trained student leaves the study as a plain model: no projector, its own numbers on its card, all files or none."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_it_loads_where_this_package_is_not_and_is_the_trained_model(exported, t
 
 
 def test_its_predictions_are_those_of_the_trial(exported, trial, finished_study):
-    """Scored anew from the exported folder."""
+    """Scored again from the exported folder."""
     ref = ModelRef(model=str(exported))
     settings, held_out = finished_study.study.evaluation, finished_study.examples.validation
     found = evaluate(load_model(ref), load_tokenizer(ref), held_out, settings)
@@ -82,7 +82,7 @@ def test_its_generation_config_is_how_it_was_measured(exported):
 
 
 def test_a_student_of_chats_stops_at_what_ends_a_turn(tokenizer, tmp_path, monkeypatch):
-    """As it was measured: its template's own end of a turn besides EOS; elsewhere it would write the user's turns."""
+    """As it was measured: its template's own end of a turn, or EOS; elsewhere it would write the user's turns."""
     own = copy.deepcopy(tokenizer)
     own.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
     own.chat_template = "{% for m in messages %}{{ m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

@@ -1,4 +1,4 @@
-"""Files are whole or absent, whoever is killed meanwhile, and what a killed writer leaves is removed."""
+"""Files are complete or absent, whoever is killed meanwhile, and what a killed writer leaves is removed."""
 
 from __future__ import annotations
 

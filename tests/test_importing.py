@@ -168,7 +168,7 @@ def test_examples_without_a_row_or_with_two_are_named(importing, answers, tmp_pa
     """Neither is filled up or chosen silently; fewer values than top_k are refused by token."""
     with pytest.raises(UserError, match=r"2 of 60 examples have no row; .* `stillroom import STUDY --requests FILE`"):
         importing(answers[2:])
-    with pytest.raises(UserError, match=r"line 61: example \w+ stands in .*line 1, too"):
+    with pytest.raises(UserError, match=r"line 61: example \w+ is in .*line 1 as well"):
         importing([*answers, answers[0]])
     fewer = json.loads(json.dumps(answers))
     for entry in fewer[5]["prompt_logprobs"][1:]:

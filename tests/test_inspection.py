@@ -142,7 +142,7 @@ def test_the_command_prints_a_table_or_json_and_writes_a_picture(store, example,
     arguments = ["inspect", str(store.path), example.example_id[:10], "--student", student_ref.model]
     shown = CliRunner().invoke(app, [*arguments, "--picture", str(picture)])
     assert shown.exit_code == 0, shown.output
-    assert "│ both end here" in shown.output
+    assert "│ aligned token boundary" in shown.output
     assert picture.read_bytes()[:4] == b"\x89PNG"
     printed = CliRunner().invoke(app, [*arguments, "--picture", str(picture), "--json"])
     facts = json.loads(printed.stdout)

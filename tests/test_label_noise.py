@@ -37,7 +37,7 @@ def test_what_is_wrong_is_the_examples_own():
 
 
 def test_students_learn_it_and_neither_the_teacher_nor_validation_does(tmp_path, teacher_ref, student_ref):
-    """The corpus that is kept has the wrong answers in its training part alone; the teacher is fine-tuned without."""
+    """The corpus that is kept has the wrong answers in its training split alone; the teacher is fine-tuned without."""
     tasks = {
         "quiz": {"dataset": "builtin", "examples": 60, "label_noise": 0.5},
         "sentiment": {"dataset": "builtin", "examples": 20},

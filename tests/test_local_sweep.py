@@ -313,7 +313,7 @@ def test_a_trial_that_raises_fails_alone(study):
 @linux
 @pytest.mark.slow
 def test_a_trial_killed_in_mid_epoch_is_tried_again_and_ends_with_the_same_numbers(study, undisturbed):
-    """From its checkpoint; the other trial at that time goes on, and one fewer runs at once from then on."""
+    """From its checkpoint; the other running trial continues, and one fewer runs at once from then on."""
     workspace = Workspace(load_study(study[0], [study[1]]))
     plans, killed = workspace.plans(), []
     victim = plans[2].trial.name

@@ -118,7 +118,7 @@ def test_an_attention_rows_columns_are_moved_within_its_causal_part(pair, studen
 
 @pytest.mark.parametrize("term", TERMS)
 def test_how_a_step_is_cut_or_ordered_changes_no_placebo(term, student_ref, valued, some):
-    """Values are moved among the whole step's examples, whichever micro-batch each stands in."""
+    """Values are moved among the whole step's examples, whichever micro-batch each is in."""
     setup = Setup(student_ref, valued, changed(values=VALUES) if term == "values" else changed())
     objective = changed(setup.objective, **{term: {"placebo": True}})
     setup = Setup(student_ref, valued, objective)

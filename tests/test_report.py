@@ -267,7 +267,7 @@ def test_a_group_without_a_finished_trial_is_no_baseline(tmp_path, quick):
     write_results(tmp_path, seeds=(0,), drop=[("hidden", 0)])
     page = write_report(tmp_path).read_text()
     assert '<th scope="row">hidden</th><td>0</td>' in page
-    assert page.count("<td>baseline</td>") == 2 * 2  # validation part and test splits
+    assert page.count("<td>baseline</td>") == 2 * 2  # validation split and test splits
     assert "hidden & 0 & --" in (tmp_path / "paper" / "accuracy.tex").read_text()
 
 

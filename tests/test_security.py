@@ -60,7 +60,7 @@ def test_no_secret_of_the_environment_reaches_a_file_or_the_screen(tmp_path, tea
 
 
 def test_a_credential_in_a_study_is_refused_unseen(monkeypatch):
-    """A study is recorded in full, so none may stand in it; the message does not repeat it."""
+    """A study is recorded in full, so none may be in it; the message does not repeat it."""
     monkeypatch.setenv("HF_TOKEN", CANARY)
     token = "hf_" + "A1b2C3d4" * 4
     for override in (f"teacher.revision={CANARY}", f"teacher.model={token}", f"sweep.storage=s3://me:{CANARY}@bucket"):
@@ -93,7 +93,7 @@ def test_redaction_hides_credentials_and_nothing_else():
     ],
 )
 def test_a_secret_is_known_by_its_variables_name(name):
-    """Whatever a service calls it; as it is, and as it stands in an address."""
+    """Whatever a service calls it; as it is, and as it appears in an address."""
     assert redact("a canary+9f8e, canary%2B9f8e.", {name: "canary+9f8e"}) == "a ***, ***."
 
 

@@ -125,7 +125,7 @@ def test_a_window_shorter_than_the_text_hides_what_is_behind_it():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_supported_architectures_pass_the_check(name):
-    """The check before work starts accepts what is captured rightly."""
+    """The check before work starts accepts what is captured correctly."""
     ours, _ = build(CONFIGS[name])
     check_capture(ours, torch.randint(3, 90, (1, 20)))
 

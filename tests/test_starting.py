@@ -1,4 +1,4 @@
-"""A start without a study: `init` writes one that loads, and says its guesses; `fields` lists what can stand in one."""
+"""A start without a study: `init` writes one that loads, and says its guesses; `fields` lists what can be in one."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_what_cannot_be_guessed_is_said(tmp_path):
     with pytest.raises(UserError, match=r"b.csv: 1 of 3 rows can be used .*row 2: column 'answer' is empty"):
         write_study(tmp_path / "b.csv", "t", "s", tmp_path / "study.yaml")
     (tmp_path / "c.jsonl").write_text('{"a.b": "x", "c": "y"}\n' * 4)
-    with pytest.raises(UserError, match=r"columns cannot stand in a template: .*rename them"):
+    with pytest.raises(UserError, match=r"columns cannot be used in a template: .*rename them"):
         write_study(tmp_path / "c.jsonl", "t", "s", tmp_path / "study.yaml")
     assert not (tmp_path / "study.yaml").exists()
 

@@ -143,7 +143,7 @@ def test_the_step_in_bfloat16_is_the_float32_step_up_to_rounding(student_ref, st
 
 
 def test_shares_in_float16_are_those_in_float32(student_ref, store, some):
-    """A small gradient is measured under the loss scale, not lost to float16's range; too large a scale gives way."""
+    """A small gradient is measured under the loss scale, not lost to float16's range; too large a scale is lowered."""
     tiny = changed(hidden={"weight": 1e-6}, attention={"weight": 1e-4})
     norms = {}
     for precision in ("float32", "float16"):

@@ -94,7 +94,7 @@ def test_no_test_file_imports_from_another(path):
 
 
 def test_a_test_file_says_what_it_protects():
-    """It bears the name of a module or package, or stands in the list of tests/README.md."""
+    """It bears the name of a module or package, or is in the list of tests/README.md."""
     modules = {part.removesuffix(".py") for path in SOURCES for part in path.relative_to(PACKAGE).parts}
     own = {path.name for path in TESTS if path.stem.startswith("test_")}
     table = set(re.findall(r"`(test_\w+\.py)`", (ROOT / "tests" / "README.md").read_text("utf-8").split("## ")[0]))

@@ -206,7 +206,7 @@ def test_a_terminal_that_redraws_nothing_gets_no_bars(tmp_path, term):
 
 
 def test_an_internal_error_says_what_it_is(monkeypatch, capsys):
-    """It would come again, so nothing says that the same command goes on."""
+    """It would come again, so nothing says that the same command resumes."""
     from stillroom import cli
 
     def broken(*_):

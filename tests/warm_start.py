@@ -1,6 +1,6 @@
 """`stillroom` for a shell, forked from a process that has imported torch and the like: a start takes no eight seconds.
 
-Each command imports the package's own modules anew from its PYTHONPATH: a page may change them on the way.
+Each command imports the package's own modules again from its PYTHONPATH: a page may change them on the way.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Tokens and passwords: known by the variables that hold them and by their form; refused in a study, hidden in output.
 
-A study is recorded in full, in run.json, in the tracker and in the report, so none may stand in it.
+A study is recorded in full, in run.json, in the tracker and in the report, so none may be in it.
 """
 
 from __future__ import annotations

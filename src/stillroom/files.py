@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and locks."""
+"""Atomic writes, and locks."""
 
 from __future__ import annotations
 
@@ -140,13 +140,13 @@ def remove_leftovers(folder: Path, within: bool = False) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file that is whole or absent."""
+    """Write a text file atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, "utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON that is whole or absent; keys keep their order."""
+    """Write JSON atomically; keys keep their order."""
     write_text(path, json.dumps(value, indent=2, default=str, ensure_ascii=False) + "\n")
 
 

@@ -13,7 +13,7 @@ Progress = Callable[[int, int], None]
 
 
 class NamedProgress(Protocol):
-    """Called with what is going on, how much of it is done, and a note that changes with it."""
+    """Called with the current activity, how much of it is done, and a note that changes with it."""
 
     def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
         """Show it."""
@@ -57,7 +57,7 @@ def _bars() -> Any:
 
 
 class ProgressBars:
-    """Called with (what, done, total); one bar for each thing that is going on, with the time left."""
+    """Called with (what, done, total); one bar per activity, with the time left."""
 
     def __init__(self) -> None:
         """Bars go to standard error, so that output can be piped."""

@@ -1,4 +1,4 @@
-"""What ran, on what, from what; and files that are either whole or absent."""
+"""What ran, on what, from what; and files written atomically."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def summary_row(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary_frame(results: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """A row a trial, in the order given."""
+    """One row per trial, in the order given."""
     return pd.DataFrame([summary_row(result) for result in results])
 
 

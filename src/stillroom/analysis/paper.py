@@ -55,7 +55,7 @@ def comparison_rows(answers: Sequence[Answer]) -> pd.DataFrame:
 
 
 def coverage_rows(results: StudyResults) -> pd.DataFrame:
-    """A row a task: the counts and shares of the alignment."""
+    """A row per task: the counts and shares of the alignment."""
     return pd.DataFrame([{"task": task, **own} for task, own in results.coverage.items()])
 
 
@@ -194,7 +194,7 @@ def checklist(results: StudyResults) -> str:
         "- sources of variation held fixed within a seed: initial weights, projector, order of batches, dropout",
         "## Compute",
         f"- hardware: {latest['hardware']['cores']} cores, accelerators: {gpus}",
-        f"- trials took {hours:.2f} hours of wall clock in sum (training and evaluation)",
+        f"- trials took {hours:.2f} hours of wall clock in total (training and evaluation)",
         "## Reproducibility",
         f"- code: commit `{latest['commit'] or 'not a checkout'}`; versions in `run.json`",
         f"- teacher data: `{results.snapshot}`, validated before training and read-only",

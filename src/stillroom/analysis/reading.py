@@ -204,7 +204,7 @@ def read_planned(results: Path) -> dict[str, Any]:
         )
     planned = _checked(path, _Planned, _OUTDATED)
     try:
-        # contrasts apart: those that a study has by default may name groups that it has not
+        # contrasts apart: those that a study has by default may name groups that it lacks
         analysis = Analysis.model_validate(planned["study"].get("analysis", {}))
         study = Study.model_validate({**planned["study"], "analysis": {}}).model_copy(update={"analysis": analysis})
     except ValidationError as error:
@@ -287,7 +287,7 @@ def read_error(trial: Path) -> str | None:
 def read_baselines(results: Path, suffix: str = "") -> dict[str, dict[str, Any]]:
     """`fingerprint`, `identity`, `metrics`, `answer_nll` by role, of this study alone: an earlier one's are left out.
 
-    `suffix`: "" for the validation part, `_test` for the test splits.
+    `suffix`: "" for the validation split, `_test` for the test splits.
     """
     planned = read_planned(results)
     split, tasks = ("test", []) if suffix else ("validation", scored_tasks(planned["study"]))
@@ -320,7 +320,7 @@ def read_corpus(results: Path) -> dict[str, Any]:
 
 
 def _draw_again(results: Path) -> str:
-    return f"delete {results / 'corpus'}, and `stillroom run STUDY` makes it anew"
+    return f"delete {results / 'corpus'}, and `stillroom run STUDY` makes it again"
 
 
 def read_examples(results: Path, counts: Mapping[str, Mapping[str, int]]) -> pd.DataFrame:
@@ -339,7 +339,7 @@ def read_examples(results: Path, counts: Mapping[str, Mapping[str, int]]) -> pd.
 
 
 def _read_predictions(path: Path, metrics: Sequence[Metric], remedy: str) -> pd.DataFrame:
-    """Predictions on the validation part, sorted by example; `metrics` are those that were measured on them."""
+    """Predictions on the validation split, sorted by example; `metrics` are those that were measured on them."""
     if not path.exists():
         raise UserError(f"{path} is missing: the report needs every finished trial's predictions; {remedy}")
     columns = {"example_id": "text", "task": "text", "prediction": "answer", "gold": "text", "correct": "truth"}
@@ -355,7 +355,7 @@ def _read_predictions(path: Path, metrics: Sequence[Metric], remedy: str) -> pd.
 
 
 def read_trial_predictions(trial: Path, result: Mapping[str, Any]) -> pd.DataFrame:
-    """A finished trial's predictions on the validation part."""
+    """A finished trial's predictions on the validation split."""
     return _read_predictions(trial / PREDICTIONS, result["metrics"], _again(trial))
 
 

@@ -174,7 +174,7 @@ def integrity_rows(results: StudyResults) -> list[tuple[str, str]]:
     weak = [f"{row['group']} ({', '.join(row['weak'])})" for row in gradient_rows(results) if row["weak"]]
     rows = [
         ("trials finished", f"{len(results.finished)} of {len(results.trials)}"),
-        ("prompts that stand in training and in a held-out part", str(results.shared_prompts)),
+        ("prompts found in both training and held-out data", str(results.shared_prompts)),
         ("optimizer steps skipped for gradients that were not finite", str(skipped)),
         (f"terms under {100 * WEAK_SIGNAL:g} % of the gradient", "; ".join(weak) or "none"),
         ("teacher data", f"{results.snapshot}, fingerprint {results.fingerprint}"),

@@ -96,7 +96,7 @@ class StudyResults:
 
     @cached_property
     def accuracy_keys(self) -> dict[str, Key]:
-        """Where accuracy on the validation part is among a trial's numbers, by what tables call it."""
+        """Where accuracy on the validation split is among a trial's numbers, by what tables call it."""
         return self._overall_first(accuracy_keys(self.measured[0].values))
 
     @cached_property
@@ -109,7 +109,7 @@ class StudyResults:
 
     @cached_property
     def accuracies(self) -> dict[str, dict[tuple[str, int], float]]:
-        """Accuracy on the validation part by what tables call it, then by group and seed."""
+        """Accuracy on the validation split by what tables call it, then by group and seed."""
         return {
             name: {(trial.group, trial.seed): trial.values[key] for trial in self.measured}
             for name, key in self.accuracy_keys.items()
@@ -218,7 +218,7 @@ class StudyResults:
 
     @cached_property
     def _validated(self) -> tuple[Path, list[str]]:
-        """The ids of the validation part, sorted, and the file they are from: one of the trials' own if need be."""
+        """The ids of the validation split, sorted, and the file they are from: one of the trials' own if need be."""
         if not self.other_corpus:
             scored = self.examples["task"].isin(scored_tasks(self.study))
             rows = self.examples[(self.examples["split"] == "validation") & scored]
@@ -242,7 +242,7 @@ class StudyResults:
 
     @cached_property
     def corpus(self) -> dict[str, dict[str, int]]:
-        """By task: rows in the source, examples of either part, what was dropped and why."""
+        """By task: rows in the source, examples of either split, what was dropped and why."""
         counts: dict[str, dict[str, int]] = self._corpus["counts"]
         return self._in_order(counts)
 
@@ -279,7 +279,7 @@ class StudyResults:
 
     @cached_property
     def kind_losses(self) -> dict[str, dict[str, float]]:
-        """By group that has it, L_KD after the last epoch on the validation part by kind of text: mean over seeds."""
+        """By group that has it, L_KD after the last epoch on the validation split by kind of text: mean over seeds."""
         rows = [
             {"group": result["config"]["distill_type"], "kind": kind, "loss": own["kd_loss"]}
             for result in self.finished
@@ -328,7 +328,7 @@ class StudyResults:
 
     @cached_property
     def costs(self) -> pd.DataFrame:
-        """A row a trial: seconds of training, of evaluation (test splits too), waited for data; tokens; bytes.
+        """A row per trial: seconds of training, of evaluation (test splits too), waited for data; tokens; bytes.
 
         `fastest_step_seconds` is an optimizer step's mean time in the trial's fastest epoch: other work on the machine
         makes an epoch slower, never faster.
@@ -358,7 +358,7 @@ class StudyResults:
 
     @cached_property
     def shared_prompts(self) -> int:
-        """Prompts that stand in training and in a held-out part, without regard to white space and case."""
+        """Prompts found in both training and held-out data, ignoring white space and case."""
         asked = self.examples["prompt"].where(self.examples["prompt"] != "", self.examples["answer"])  # of texts: all
         prompts, trained = asked.map(folded), self.examples["split"] == "train"
         return len(set(prompts[trained]) & set(prompts[~trained]))

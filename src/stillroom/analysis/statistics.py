@@ -247,7 +247,7 @@ def bootstrap_interval(
     draws: int = 2000,
     alpha: float = 0.05,
 ) -> tuple[float, float]:
-    """Percentile interval of the mean difference, seeds and examples drawn anew together (crossed bootstrap).
+    """Percentile interval of the mean difference, seeds and examples resampled together (crossed bootstrap).
 
     `first`, `second`: whether each example was answered right, by seed; the same examples in both. Holds for other
     seeds and other examples, where the t interval holds for other seeds alone.

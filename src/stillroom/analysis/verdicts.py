@@ -77,7 +77,7 @@ class Evidence:
     seeds: Sequence[int]
     """Planned ones."""
     groups: Mapping[str, Recipe]
-    """Planned ones, in the study's order: a group of which no trial is finished is missing, not absent."""
+    """Planned ones, in the study's order: a group without a finished trial is missing, not absent."""
     predictions: Mapping[tuple[str, int], pd.DataFrame]
     """By group and seed, rows sorted by example; may be empty."""
     student: str | None = None
@@ -206,9 +206,9 @@ class Evidence:
 def answer_questions(evidence: Evidence) -> list[Answer]:
     """Every question that the study's contrasts answer, then task dependence and the hypothesis.
 
-    A contrast of groups the study has not is left out, and so is a question without a contrast. Where a planned trial
-    of a contrast is missing, the default rule gives no verdict; `common_seeds` goes on with the seeds that all groups
-    of the family have.
+    A contrast of groups that the study lacks is left out, and so is a question without a contrast. Where a planned
+    trial of a contrast is missing, the default rule gives no verdict; `common_seeds` uses the seeds that all groups of
+    the family have.
     """
     families = evidence.families
     by_question: dict[str, list[Finding]] = {}

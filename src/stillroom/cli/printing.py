@@ -188,7 +188,8 @@ def print_example(facts: dict[str, Any]) -> None:
         cut = "".join(f"{visible(token['token'])}{'│' if token['shared'] else '·'}" for token in facts[side])
         console.print(f"{side} ({len(facts[side])} tokens): {cut}", markup=False, highlight=False, soft_wrap=True)
     if "pairs" in facts:
-        says = f"│ both end here, · one alone; {facts['covered']:.0%} of the student's tokens of text are aligned"
+        says = "│ aligned token boundary, · boundary of this tokenizer alone; "
+        says += f"{facts['covered']:.0%} of the student's tokens of text are aligned"
         console.print(says, markup=False, highlight=False, soft_wrap=True)
     if "teacher_answer" in facts:
         answer = facts["teacher_answer"]

@@ -125,7 +125,7 @@ class Training(Section):
 
 
 class Adaptation(Section):
-    """Fine-tuning of the teacher on the training part, with the task loss alone, before capture."""
+    """Fine-tuning of the teacher on the training split, with the task loss alone, before capture."""
 
     method: Literal["none", "full", "lora"] = Field("none", description="all weights, or LoRA layers merged afterwards")
     lora_rank: int = Field(16, ge=1, description="rank of LoRA's matrices, on every linear layer")
@@ -396,7 +396,7 @@ class Study(Section):
     paths: Paths = Paths()
     trackers: tuple[Literal["mlflow", "wandb", "tensorboard"], ...] = later(
         ("mlflow",),
-        description="where results are logged besides the results folder; `wandb` is Weights & Biases; `[]`: nowhere",
+        description="where results are logged, beyond the results folder; `wandb` is Weights & Biases; `[]`: nowhere",
     )
 
     @model_validator(mode="after")

@@ -99,7 +99,7 @@ class GenerationColumns(_Columns):
 
     answer: Template = Field(description="what the student learns to write: text, with `{column}`")
     pattern: Pattern = None
-    stop: Stop = later(("Question:",), description="texts before which a generated answer is cut, besides EOS")
+    stop: Stop = later(("Question:",), description="texts before which a generated answer is cut, in addition to EOS")
 
 
 class ChatColumns(Section):
@@ -115,7 +115,7 @@ class ChatColumns(Section):
         "keep", description="`first_user`: a system turn's text goes before the first user's, for both models"
     )
     pattern: Pattern = None
-    stop: Stop = Field((), description="texts before which a generated answer is cut, besides the turn's end")
+    stop: Stop = Field((), description="texts before which a generated answer is cut, in addition to the turn's end")
 
 
 class TextColumns(Section):
@@ -125,7 +125,7 @@ class TextColumns(Section):
 
 
 KINDS = ("choice", "generation", "chat", "text")
-"""Fields of which one at most defines a task."""
+"""A task has at most one of these fields."""
 
 
 class TaskColumns(Section):

@@ -209,7 +209,7 @@ def _encode_rendered(tokenizer: Any, text: str) -> Encoding:
     encoding = read_whole(tokenizer, text)
     control = np.isin(encoding.ids, list(_control_ids(tokenizer)))
     ends = encoding.ends.copy()
-    for token in np.flatnonzero(control[:-1]) + 1:  # the tokenizer begins anew there, and may put a space in front
+    for token in np.flatnonzero(control[:-1]) + 1:  # the tokenizer starts again there, and may put a space in front
         following = np.arange(token, len(ends))
         if is_invented(tokenizer, encoding.ids.tolist(), following, text[ends[token - 1] :]):
             ends[token] = ends[token - 1]

@@ -48,7 +48,7 @@ class Examples:
 
     @property
     def all(self) -> list[Example]:
-        """Both parts: the teacher's data covers them."""
+        """Both splits: the teacher's data covers them."""
         return self.train + self.validation
 
 
@@ -77,7 +77,7 @@ def build_corpus(corpus: Corpus, tokenizers: Sequence[Any]) -> Examples:
 def _with_label_noise(
     train: Sequence[Example], corpus: Corpus, tokenizers: Sequence[Any], counts: Mapping[str, dict[str, int]]
 ) -> list[Example]:
-    """The training part with each task's declared share of wrong answers, which `counts` then has."""
+    """The training split with each task's declared share of wrong answers, which `counts` then has."""
     noise = {name: data.label_noise for name, data in corpus.tasks.items() if data.label_noise}
     noisy = with_label_noise(train, noise)
     for name in noise:
@@ -156,7 +156,7 @@ def _usable(
     faults: dict[str, str],
     place: str,
 ) -> Iterator[Example]:
-    """The rows' examples; rows of which there is none are counted in `dropped`, the first kept in `faults`."""
+    """The rows' examples; rows that give none are counted in `dropped`, the first kept in `faults`."""
     for number, row in enumerate(rows):
         try:
             yield task.build(row)
@@ -252,14 +252,14 @@ def _rank(example_id: str, salt: str) -> str:
 
 
 def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Training and validation part, by `example_id` and seed alone; at least one example in each."""
+    """Training and validation split, by `example_id` and seed alone; at least one example in each."""
     ordered = sorted(examples, key=lambda example: _rank(example.example_id, f"split{seed}"))
     size = min(max(1, round(share * len(ordered))), len(ordered) - 1)
     return ordered[size:], ordered[:size]
 
 
 def check_leaks(train: Sequence[Example], held_out: Sequence[Example]) -> None:
-    """Raise `UserError` naming an example whose prompt stands in both parts."""
+    """Raise `UserError` naming an example whose prompt is in both splits."""
     known = {asked(example) for example in train}
     for example in held_out:
         if asked(example) in known:

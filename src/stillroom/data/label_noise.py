@@ -1,4 +1,4 @@
-"""Wrong answers put into a choice task's training part on purpose, for studies whose truth is known beforehand."""
+"""Wrong answers put into a choice task's training split on purpose, for studies whose truth is known beforehand."""
 
 from __future__ import annotations
 

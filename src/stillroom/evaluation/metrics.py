@@ -52,7 +52,7 @@ TASK_MEASURES = {
 def column_names(keys: Iterable[Key]) -> dict[Key, str]:
     """What a table with a column for each number calls it: `validation_accuracy`, `validation_accuracy_<task>`, ….
 
-    No two are called the same: where a task's own name makes its column another's (a task `macro`), the task stands
+    No two are called the same: where a task's own name makes its column another's (a task `macro`), the task comes
     after a colon (`validation_accuracy:macro`).
     """
     names = {key: _column(*key) for key in keys}
@@ -125,7 +125,7 @@ def agreement(student: pd.DataFrame, teacher: pd.DataFrame) -> dict[str, float]:
 
 
 def nll_metrics(predictions: pd.DataFrame) -> dict[str, float]:
-    """Mean negative log-likelihood of the gold answer's text, nats an example, per task."""
+    """Mean negative log-likelihood of the gold answer's text, nats per example, by task."""
     return {str(task): float(value) for task, value in predictions.groupby("task")["answer_nll"].mean().items()}
 
 

@@ -46,9 +46,9 @@ def sweep(plans: Sequence[TrialPlan], settings: Sweep, storage: str, watch: Watc
     """Run the trials that are not finished; return the error of each one that failed on every try, by name.
 
     `storage` is where Ray keeps its own files: a folder or a URI. `watch` is called with an event (started, epoch,
-    finished, failed, lost) and its facts. The other trials go on when one fails. A trial lost with its node goes on
-    from its checkpoint on another, and that is not one of its tries. Raises `UserError` if another sweep is writing
-    here, or if a node does not see what a trial needs.
+    finished, failed, lost) and its facts. The other trials continue when one fails. A trial lost with its node
+    resumes from its checkpoint on another node, and that does not count as a try. Raises `UserError` if another
+    sweep is writing here, or if a node does not see what a trial needs.
     """
     missing = unfinished(plans)
     if not missing:
@@ -129,7 +129,7 @@ def _ray(address: str | None) -> Iterator[None]:
     """
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C leaves at once; finished epochs are on disk
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # our own progress stands in for Ray's tables
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # our own progress replaces Ray's tables
     for name, value in _WORKER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     address = address or os.environ.get("RAY_ADDRESS") or "local"

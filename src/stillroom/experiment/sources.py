@@ -57,8 +57,8 @@ class Sources:
     def require_supported(self) -> None:
         """Try both architectures, small and at random, before anything is trained or captured.
 
-        Raises `UserError` naming one that cannot do what the study asks. One of which no small model can be built is
-        checked when it is loaded.
+        Raises `UserError` naming one that cannot do what the study asks. Where no small model can be built, the
+        model is checked when it is loaded.
         """
         require_quantization(self.study.teacher.quantization)
         models = [(self.student_ref, self.study.captures_student)]

@@ -12,7 +12,7 @@ from stillroom.files import atomic_path, read_json
 
 
 class TensorBoardFiles:
-    """Writes each finished trial's numbers and settings; a trial's folder is whole or absent."""
+    """Writes each finished trial's numbers and settings; a trial's folder is complete or absent."""
 
     def __init__(self, study: Study, results: Path) -> None:
         """Nothing is written before a trial is finished."""

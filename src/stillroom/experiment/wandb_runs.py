@@ -1,4 +1,4 @@
-"""Weights & Biases: one run a study, one a trial. Its own variables say where: WANDB_MODE, WANDB_ENTITY …"""
+"""Weights & Biases: one run per study, one per trial. Its own variables say where: WANDB_MODE, WANDB_ENTITY …"""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ class Workspace(Sources):
         """The gate: check the store and that it is this study's; see `verify_saved_data`.
 
         `recomputed` examples are run through the teacher again; with none, stored hidden states times the output
-        head must give the stored top-k back, where the teacher's files are at hand.
+        head must give the stored top-k back, where the teacher's files are available.
         """
         store = SignalStore.open(self._captured())
         otd.require_matching(store, self.origin())
@@ -344,9 +344,9 @@ class Workspace(Sources):
         return errors
 
     def report(self) -> Path:
-        """Write `report.html` and its figures from what is in the results folder, of the study as it is now.
+        """Write `report.html` and its figures from what is in the results folder, for the study as it is now.
 
-        Where models or teacher's data are not at hand, of what was planned last, with a warning.
+        If models or teacher data are unavailable, reports the last planned study and warns.
         """
         try:
             self.plans()

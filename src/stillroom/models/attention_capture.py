@@ -1,6 +1,6 @@
 """Attention maps of chosen layers, with every layer at the speed of sdpa.
 
-Inside `attention_recorder` one attention function of ours stands in for the model's: it calls sdpa and, in a layer
+Inside `attention_recorder` one attention function of ours replaces the model's: it calls sdpa and, in a layer
 that was asked for, also keeps softmax(q·kᵀ·scale + mask). Outside, a model runs as Transformers loads it.
 """
 

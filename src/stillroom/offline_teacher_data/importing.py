@@ -70,7 +70,7 @@ def import_signals(
     origin: dict[str, Any],
     progress: Progress = silent,
 ) -> SignalStore:
-    """Write the store from lines of JSON, of which each example needs one; further rows are left out.
+    """Write the store from lines of JSON, one per example; other rows are left out.
 
     `vocabulary`: entries of the teacher's output head. The files' digests are part of the store's fingerprint. Raises
     `UserError` naming the first example whose token ids or text are not the corpus's, or whose values cannot be
@@ -135,7 +135,7 @@ def _find(files: Sequence[Path], examples: Sequence[Example], encodings: Sequenc
             if i is None:
                 continue
             if i in found:
-                raise UserError(f"{line}: example {examples[i].example_id} stands in {found[i]}, too")
+                raise UserError(f"{line}: example {examples[i].example_id} is in {found[i]} as well")
             _require_same(row, line, examples[i], encodings[i])
             found[i] = line
     if absent := [i for i in range(len(examples)) if i not in found]:

@@ -181,8 +181,8 @@ def write_manifest(store: Path, manifest: dict[str, Any]) -> None:
 class SignalStore:
     """A finished store, opened for reading. Open one in each process: it maps the shards, it does not load them.
 
-    Threads may read at once: each has its own handles, since PyArrow's are for one; what the files say of themselves,
-    9 kB an example in memory, they share.
+    Threads may read at once: each has its own handles, since PyArrow's are for one; they share what
+    the files say of themselves, 9 kB per example in memory.
     """
 
     path: Path

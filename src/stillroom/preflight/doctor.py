@@ -222,7 +222,7 @@ def _coverage(study: Study, teacher: Any, student: Any) -> Finding:
     shares = {task: own["token_coverage"] for task, own in coverage_by_task(counted).items()}
     low = min(shares.values()) < study.signals.minimum_coverage
     says = ", ".join(f"{task} {share:.0%}" for task, share in shares.items())
-    says += f" of the student's tokens have an aligned teacher token ({SAMPLE} examples a task at most)"
+    says += f" of the student's tokens have an aligned teacher token ({SAMPLE} examples per task at most)"
     remedy = f"; signals.minimum_coverage is {study.signals.minimum_coverage:.0%}: choose another pair or lower it"
     return Finding("coverage", not low, says + (remedy if low else ""))
 
@@ -242,7 +242,7 @@ def _disk(study: Study, plan: dict[str, Any]) -> Lines:
     for subject, (place, device, needed) in zip(("teacher data", "students"), found, strict=True):
         free = shutil.disk_usage(place).free
         in_all = sum(other for _, its_device, other in found if its_device == device)
-        says = f"{_size(needed)} needed, {_size(in_all)} on that disk in all, {_size(free)} free at {place}"
+        says = f"{_size(needed)} needed, {_size(in_all)} on that disk in total, {_size(free)} free at {place}"
         fine = free > in_all and os.access(place, os.W_OK)
         yield Finding(f"disk for {subject}", fine, says if fine else f"{says}; free some, or set other paths")
 

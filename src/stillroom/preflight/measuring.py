@@ -220,7 +220,7 @@ def _scored(sources: Sources, parts: Sequence[Sequence[Example]], progress: Prog
 
 
 def _seconds_to_score(model: Any, tokenizer: Any, chunk: Sequence[Example], settings: Evaluation) -> float:
-    """Of one chunk; a long generation is timed to two limits, and goes on at the rate between them."""
+    """Of one chunk; a long generation is timed to two limits and extrapolated at the rate between them."""
 
     def seconds(limit: int) -> float:
         started = time.perf_counter()

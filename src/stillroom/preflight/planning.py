@@ -1,6 +1,6 @@
 """What a study will cost, before any weight is loaded: examples, tokens, bytes, steps, and hours by assumption.
 
-Where tokenizers and data sets are at hand everything is counted; what stands in for one is listed as an assumption.
+Where tokenizers and data sets are available, everything is counted; what replaces one is listed as an assumption.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ GPU = Machine(
 
 
 def this_cpu() -> Machine:
-    """This machine's processor: matrix products as they are timed now, of which models reach half."""
+    """This machine's processor: matrix products as timed now; models reach half of that."""
     rates = {dtype: 0.5e9 * products(DTYPES[dtype], torch.device("cpu")) for dtype in GPU.flops}
     measured = ", ".join(f"{name} {rate / 1e9:,.0f}" for name, rate in rates.items())
     name = f"this CPU, at half of the matrix products it is timed at now (GFLOP/s: {measured})"
@@ -284,7 +284,7 @@ def _assume(study: Study, rows: Mapping[str, int], assumptions: list[str]) -> di
         half = study.corpus.max_length / 2
         teacher, student, triangle = _TOKENS.get(name, (half, half, half * (half + 1) / 2))
         source = "measured with Mistral's and TinyLlama's tokenizers" if name in _TOKENS else "half of max_length"
-        assumptions.append(f"{name}: {teacher:g} tokens an example ({source})")
+        assumptions.append(f"{name}: {teacher:g} tokens per example ({source})")
         if asked[name].examples == "all" and f"corpus.tasks.{name}" not in rows:
             assumptions.append(f"{name}: all of its rows, {_UNKNOWN:,} (they cannot be counted)")
         result[name] = _Lengths(np.full(sized(data), teacher), np.full(sized(data), student), triangle)
@@ -468,7 +468,7 @@ def trial_memory(
     """Bytes that training a student takes at its peak, by estimate.
 
     Weights, gradients and AdamW's two moments in float32, the copy that is `scored` in its dtype, and the activations
-    of one forward pass: 34 bytes a token, layer and dimension in 16 bits (Korthikanti et al., MLSys 2023, without the
+    of one forward pass: 34 bytes per token, layer and dimension in 16 bits (Korthikanti et al., MLSys 2023, without the
     attention maps that sdpa does not keep), and three float32 maps of the last layer. With gradient checkpointing, each
     layer's input and one whole layer. With LoRA, gradients and moments of its layers, and a copy with them merged.
     """

@@ -115,7 +115,7 @@ def _usable(name: str, data: Path, columns: dict[str, Any], rows: Sequence[dict[
         TaskColumns(**columns)
     except ValidationError as error:  # a name with a brace, a dot or a bracket in it
         said = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise UserError(f"{data}: its columns cannot stand in a template: {said}; rename them") from None
+        raise UserError(f"{data}: its columns cannot be used in a template: {said}; rename them") from None
     task = get_task(
         name, TaskData(dataset=str(data), examples=2, **TaskColumns(**columns).model_dump(exclude_none=True))
     )

@@ -98,7 +98,7 @@ def distribution_error(arrays: Arrays, logits: Float[Tensor, "T V"]) -> float:
     """How far a stored next-token distribution is from that of `logits`, at the worst token.
 
     Half the L1 distance over the stored ids and the tail; or by how much an id left out is more probable than one
-    that was kept. So two ids of nearly one probability, of which either may be the k-th, are no difference.
+    that was kept. So two ids of nearly equal probability, either of which may be the k-th, are no difference.
     """
     logprobs = logits.double().log_softmax(-1)
     ids = torch.from_numpy(arrays["topk_ids"].astype(np.int64))

@@ -107,7 +107,7 @@ def _check_texts(source: str, raw: dict[str, Any]) -> None:
 
 
 def _texts(node: Any, field: str = "") -> Iterator[tuple[str, str]]:
-    """Every text, keys among them, with the field that it stands in."""
+    """Every text, keys included, with the field that it is in."""
     if isinstance(node, str):
         yield field, node
     elif isinstance(node, dict | list):

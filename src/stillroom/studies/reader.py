@@ -25,7 +25,7 @@ class UnreadableError(ValueError):
 def read_plain(text: str) -> Any:
     """Text to dicts with text keys, lists, texts, numbers, truth values and None; `UnreadableError` says what is wrong.
 
-    What an alias stands for is a copy, so that a change in one place is none in another.
+    What an alias refers to is copied, so that a change in one place does not reach another.
     """
     if len(text) > LONGEST_TEXT:
         raise UnreadableError(f"longer than the {LONGEST_TEXT:,} characters that a study may have")
@@ -69,7 +69,7 @@ class _Loader(yaml.SafeLoader):
         assert node is not None
         self._level -= 1
         if is_alias and node not in self._measured:
-            raise _fault("an alias stands inside the value that it stands for", event)
+            raise _fault("an alias is inside the value that it refers to", event)
         if not is_alias:
             self._measured[node] = self._measure(node, event)
         return node

@@ -34,7 +34,7 @@ class Term(Protocol):
     columns: tuple[str, ...]
     """What it reads of the store."""
     placebo: bool
-    """Whether the teacher's values are to stand in the wrong places."""
+    """Whether the teacher's values are put in the wrong places."""
     taps: Taps
     """What a forward pass of the student must leave behind for it."""
 

@@ -69,5 +69,5 @@ def only(item: Prepared, kind: str, whole: bool = False) -> Prepared | None:
 
 
 def merged(counts: Mapping[str, Mapping[str, int]], losses: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Both by kind, as they stand in `result.json`."""
+    """Both by kind, as in `result.json`."""
     return {kind: {**own, **({"kd_loss": losses[kind]} if kind in losses else {})} for kind, own in counts.items()}

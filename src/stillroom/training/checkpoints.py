@@ -1,4 +1,4 @@
-"""What a trial has done so far, on disk after each epoch, so that it goes on from there."""
+"""What a trial has done so far, on disk after each epoch, so that it can resume."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from stillroom.training.step import Finite
 STATE = "trainer_state.pt"
 PROGRESS = "trainer_progress.json"
 RESUMING = (STATE, PROGRESS)
-"""What a trial goes on from: weights and moments in float32, and what it has done and measured."""
+"""What a trial resumes from: weights and moments in float32, and what it has done and measured."""
 DIGESTS = "digests.json"
 """SHA-256 of every file of a checkpoint, by name: what is read back is checked against it."""
 
@@ -141,9 +141,9 @@ _REMEDY = "delete {} and run the same command: the trial resumes from the checkp
 
 
 def drop_superseded(folder: Path, keep: Retention, epochs: Sequence[dict[str, Any]], finished: bool) -> None:
-    """Drop the checkpoints that `keep` does not ask for, and the state in others that nothing goes on from.
+    """Drop the checkpoints that `keep` does not ask for, and the state in those that nothing resumes from.
 
-    A trial goes on from its newest checkpoint until it is finished: until its result is on disk.
+    A trial resumes from its newest checkpoint until its result is on disk.
     """
     *older, newest = checkpoints(folder)
     best = folder / f"checkpoint_{best_epoch(epochs)}"

@@ -1,4 +1,4 @@
-"""The teacher, fine-tuned on the training part with the task loss alone, before its signals are captured."""
+"""The teacher, fine-tuned on the training split with the task loss alone, before its signals are captured."""
 
 from __future__ import annotations
 

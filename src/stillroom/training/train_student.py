@@ -95,8 +95,8 @@ def train(
     """Train one student and return its result, which is also `folder/result.json`.
 
     `objective` is the study's; the group's own settings are applied to it. Without a store only the task loss can
-    be on. `test` examples are evaluated once, after the last epoch. Goes on from the last whole checkpoint in
-    `folder`, which no other process may write.
+    be on. `test` examples are evaluated once, after the last epoch. Resumes from the last complete
+    checkpoint in `folder`, which no other process may write.
     """
     group_objective = trial.group.objective(objective)
     _set_determinism(training.deterministic)

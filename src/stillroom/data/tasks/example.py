@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 
 class Turn(NamedTuple):
-    """One turn of a chat: where its content stands in the example's text."""
+    """One turn of a chat: where its content is in the example's text."""
 
     role: str
     start: int

@@ -1,4 +1,4 @@
-"""Built-in: of which of four kinds a thing is; answered by a word."""
+"""Built-in: which of four kinds a thing is; answered with a word."""
 
 from __future__ import annotations
 
