@@ -21,6 +21,7 @@ from stillroom.models.forward import Forward, Taps
 from stillroom.models.sizes import heads
 from stillroom.offline_teacher_data.store import SignalStore, StoredExample
 from stillroom.signals.signal import column_of
+from stillroom.terms.divergences import FLOOR
 from stillroom.terms.placebo import Placebo
 from stillroom.terms.term import Part
 
@@ -134,16 +135,13 @@ def squared_difference(
     return difference.square().sum()
 
 
-FLOOR = 1e-10
-"""What the student's share of a segment is at least: a window may hide one that the teacher attends to."""
-
-
 def row_divergence(
     student: Float[Tensor, "B H G G"], teacher: Float[Tensor, "B H G G"], segments: Int[Tensor, "B"]
 ) -> Float[Tensor, ""]:
     """Sum over heads and rows of KL(teacher's row ‖ student's row) over segments, nats.
 
-    Each teacher's row is divided by its sum, which storing has rounded.
+    Each teacher's row is divided by its sum, which storing has rounded. A student's window may hide a segment that the
+    teacher attends to: its probability counts as `FLOOR`.
     """
     teacher = teacher.float()
     teacher = teacher / teacher.sum(-1, keepdim=True).clamp(min=FLOOR)

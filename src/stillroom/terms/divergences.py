@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 FLOOR = 1e-10
-"""What p is at least where it stands in a denominator: a token that the teacher rules out costs 23 nats."""
+"""The least probability in a denominator or logarithm: an outcome that is ruled out costs 23 nats."""
 
 _TINY = torch.finfo(torch.float32).tiny
 
