@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -51,6 +53,21 @@ def guarded() -> Iterator[None]:
     finally:
         done.set()
         watching.join()
+
+
+def end_with_parent() -> None:
+    """End this process soon after its parent, the scheduler of its node, has ended.
+
+    A trial whose sweep was killed waits for ever to have its numbers taken, and keeps its folder.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="ends with the node's scheduler", daemon=True).start()
 
 
 def end_ray(family: set[psutil.Process] | None = None) -> None:

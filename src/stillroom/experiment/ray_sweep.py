@@ -28,7 +28,7 @@ from stillroom.experiment.launching import (
     may_be_tried,
     unfinished,
 )
-from stillroom.experiment.ray_processes import guarded
+from stillroom.experiment.ray_processes import end_with_parent, guarded
 from stillroom.experiment.resources import trial_resources, worker_resources
 from stillroom.files import exclusive, write_text
 from stillroom.offline_teacher_data.shards import Slice
@@ -104,6 +104,7 @@ def capture_on_workers(plan: CapturePlan, workers: int, address: str | None, exa
 
 
 def _capture_slice(plan: CapturePlan, slice_: Slice, threads: float) -> None:
+    end_with_parent()
     torch.set_num_threads(max(1, int(threads)))
     run_capture(plan, slice_)
 
@@ -268,6 +269,7 @@ def _trainable(config: dict[str, Any], plans: dict[str, TrialPlan], threads: flo
     """What Ray calls in a worker: one trial, each epoch's metrics reported."""
     from ray import get_gpu_ids, tune
 
+    end_with_parent()
     os.environ.update({} if get_gpu_ids() else {"CUDA_VISIBLE_DEVICES": ""})  # with none assigned Ray hides none
     torch.set_num_threads(max(1, int(threads)))
     run_trial(plans[config["trial"]], lambda metrics: tune.report(_numbers(metrics)), wait=ORPHAN_SECONDS)
