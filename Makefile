@@ -39,7 +39,7 @@ docs: install
 
 # every stage of the embedded study, with two trials of an epoch; the tests run the whole study
 SMOKE := --set 'groups=[task_only, combined]' --set 'sweep.seeds=[0]' --set training.epochs=1 \
-	--set teacher.adapt.training.epochs=1 --set signals.minimum_coverage=0 --set evaluation.max_new_tokens=8 \
+	--set teacher.fine_tune.training.epochs=1 --set signals.minimum_coverage=0 --set evaluation.max_new_tokens=8 \
 	$(foreach task,sentiment quiz arithmetic,--set corpus.tasks.$(task).examples=60 \
 		--set evaluation.test_splits.$(task).examples=20)
 

@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> None:
         f"sweep.seeds={list(range(options.seeds))}",
         f"sweep.max_concurrent={options.at_once}",
         f"sweep.cpus_per_trial={options.threads}",
-        "teacher.adapt.method=none",
+        "teacher.fine_tune.method=none",
         *(f"analysis.{kind}=[]" for kind in ("primary", "secondary")),
     ]
     if options.at_once * options.threads > len(os.sched_getaffinity(0)):

@@ -21,7 +21,7 @@ from stillroom.training.checkpoints import (
     checkpoints,
     require_whole,
 )
-from stillroom.training.fine_tuning import adapted_teacher
+from stillroom.training.fine_tuning import fine_tuned_teacher
 from stillroom.training.train_student import Trial, train
 
 TRAINING = Training(learning_rate=3e-3, epochs=2, precision="float32", gradient_interval=0)
@@ -135,13 +135,13 @@ def test_a_fine_tuned_teacher_is_found_where_its_results_were_moved_and_refused_
     results = tmp_path / "results" / "teacher"
     shutil.copytree(folder / "checkpoint_1", results / "trial_x" / "checkpoint_1")
     write_json(results / "adapted.json", {"origin": "x", "model": "trial_x/checkpoint_1", "epochs": []})
-    assert adapted_teacher(results, "x") == results / "trial_x" / "checkpoint_1"
-    assert adapted_teacher(results, "y") is None
+    assert fine_tuned_teacher(results, "x") == results / "trial_x" / "checkpoint_1"
+    assert fine_tuned_teacher(results, "y") is None
     moved = shutil.move(results, tmp_path / "moved")
-    assert adapted_teacher(tmp_path / "moved", "x") == tmp_path / "moved" / "trial_x" / "checkpoint_1"
+    assert fine_tuned_teacher(tmp_path / "moved", "x") == tmp_path / "moved" / "trial_x" / "checkpoint_1"
     flipped(tmp_path / "moved" / "trial_x" / "checkpoint_1" / "model.safetensors", random.Random(2))
     with pytest.raises(UserError, match=r"model.safetensors is damaged"):
-        adapted_teacher(tmp_path / "moved", "x")
+        fine_tuned_teacher(tmp_path / "moved", "x")
     assert moved
 
 

@@ -44,7 +44,7 @@ def test_paper_is_the_study_as_given():
     assert (training.max_gradient_norm, training.precision) == (1.0, "float16")
     assert (study.teacher.dtype, study.corpus.max_length, study.corpus.validation_share) == ("float16", 512, 0.1)
     assert (study.sweep.gpus_per_trial, study.sweep.cpus_per_trial) == (1, 4)
-    assert study.teacher.adapt.method == "none"
+    assert study.teacher.fine_tune.method == "none"
     assert study.signals.top_k == 256
 
 
@@ -198,7 +198,7 @@ corpus:
     arithmetic: &own {<<: *task, examples: 8}
   max_length: 128
 training: &training {epochs: 1}
-teacher: {model: "builtin:teacher", revision: 2024-13-45, adapt: {training: {<<: *training, epochs: 2}}}
+teacher: {model: "builtin:teacher", revision: 2024-13-45, fine_tune: {training: {<<: *training, epochs: 2}}}
 student: {model: "builtin:student"}
 name: x
 groups: [hidden]
@@ -211,7 +211,7 @@ sweep: {seeds: [0]}
         "sentiment": 9,
         "arithmetic": 8,
     }
-    assert (study.training.epochs, study.teacher.adapt.training.epochs) == (1, 2)
+    assert (study.training.epochs, study.teacher.fine_tune.training.epochs) == (1, 2)
     assert study.teacher.revision == "2024-13-45"  # no date
 
 
@@ -272,5 +272,5 @@ FIRST = {
 def test_fields_that_came_later_leave_older_studies_their_fingerprints(name):
     """Else an upgrade would capture every store, and train every trial, again."""
     study = load_study(name)
-    sections = (study.training, study.corpus, study.teacher.adapt, study.evaluation, study.objective)
+    sections = (study.training, study.corpus, study.teacher.fine_tune, study.evaluation, study.objective)
     assert tuple(fingerprint(section) for section in sections) == FIRST[name]

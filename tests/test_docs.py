@@ -166,7 +166,7 @@ def test_the_reference_pages_have_every_command_and_describe_every_field():
     assert len(rows) > 70
     assert [name for name, kind, default, meaning in rows if not (kind and default and meaning)] == []
     assert "| `max_length` | integer, ≥ 8 | `512` |" in configuration
-    for section in ("corpus.tasks.<name>.choice", "teacher.adapt.training", "sweep"):
+    for section in ("corpus.tasks.<name>.choice", "teacher.fine_tune.training", "sweep"):
         assert f"## `{section}`" in configuration
 
 

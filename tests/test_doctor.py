@@ -150,7 +150,7 @@ def test_what_is_refused_is_refused_by_the_doctor_and_before_the_teacher_runs(
     found = [finding for finding in doctor.examine(refused) if not finding.fine]
     assert any(type(model).__name__ in finding.says for finding in found), found
     with pytest.raises(UserError, match=type(model).__name__):
-        Workspace(refused).adapt()
+        Workspace(refused).fine_tune()
     assert not (tmp_path / "results" / "teacher").exists()
 
 
@@ -176,7 +176,7 @@ def test_auto_is_resolved_once_and_is_part_of_what_a_study_is(study, tmp_path, m
         "quickstart",
         [
             *(f"{field}=auto" for field in ("teacher.dtype", "training.precision", "evaluation.dtype")),
-            "teacher.adapt.training.precision=auto",
+            "teacher.fine_tune.training.precision=auto",
             f"paths.results={tmp_path}",
         ],
     )
@@ -185,7 +185,7 @@ def test_auto_is_resolved_once_and_is_part_of_what_a_study_is(study, tmp_path, m
         monkeypatch.setattr("stillroom.models.precision.native_bfloat16", lambda device=None, native=native: native)
         own = Workspace(asked).study
         assert {own.teacher.dtype, own.training.precision, own.evaluation.dtype} == {chosen}
-        assert own.teacher.adapt.training.precision == chosen
+        assert own.teacher.fine_tune.training.precision == chosen
         assert '"auto"' not in own.model_dump_json()
         found[chosen] = fingerprint(own.training)
     assert len(set(found.values())) == 2

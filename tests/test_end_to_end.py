@@ -350,17 +350,17 @@ def test_each_stage_leaves_its_own_time(finished_study):
     assert all(stage["seconds"] > 0 for stage in stages.values())
 
 
-def test_an_adapted_teacher_is_another_teacher(tmp_path, teacher_ref, student_ref):
-    """Adaptation is part of the teacher's identity, improves it on the training part, and is done once."""
-    adapt = {"method": "full", "training": {"epochs": 2, "learning_rate": 0.003, "precision": "float32"}}
-    teacher = {"model": teacher_ref.model, "dtype": "float32", "adapt": adapt}
+def test_a_fine_tuned_teacher_is_another_teacher(tmp_path, teacher_ref, student_ref):
+    """Fine-tuning is part of the teacher's identity, improves it on the training split, and is done once."""
+    fine_tune = {"method": "full", "training": {"epochs": 2, "learning_rate": 0.003, "precision": "float32"}}
+    teacher = {"model": teacher_ref.model, "dtype": "float32", "fine_tune": fine_tune}
     path = study_file(tmp_path, teacher_ref.model, student_ref.model, teacher=teacher)
     workspace = Workspace(load_study(path))
-    adapted = workspace.adapt()
-    assert adapted.model != teacher_ref.model
-    assert workspace.adapt() == adapted
-    plain = Workspace(load_study(path, ["teacher.adapt.method=none"]))
-    assert plain.adapt() == plain.teacher_ref
+    tuned = workspace.fine_tune()
+    assert tuned.model != teacher_ref.model
+    assert workspace.fine_tune() == tuned
+    plain = Workspace(load_study(path, ["teacher.fine_tune.method=none"]))
+    assert plain.fine_tune() == plain.teacher_ref
     assert plain.origin()["teacher"] != workspace.origin()["teacher"]
     epochs = read_json(tmp_path / "results" / "teacher" / "adapted.json")["epochs"]
     losses = [by_column(epoch["metrics"])["train_task_loss"] for epoch in epochs]

@@ -182,7 +182,7 @@ def test_examples_without_a_row_or_with_two_are_named(importing, answers, tmp_pa
         importing(None, "missing.jsonl")
 
 
-IMPORTED = ["signals.imported=true", "teacher.adapt.method=none", "groups=[black_box]", "analysis={}"]
+IMPORTED = ["signals.imported=true", "teacher.fine_tune.method=none", "groups=[black_box]", "analysis={}"]
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ IMPORTED = ["signals.imported=true", "teacher.adapt.method=none", "groups=[black
     [
         ("groups=[hidden]", r"hidden layer last, which is not among signals.hidden_layers \[\]"),
         ("signals.hidden_layers=[last]", "must be \\[\\] or left out where imported is true"),
-        ("teacher.adapt.method=full", "the teacher's weights are elsewhere"),
+        ("teacher.fine_tune.method=full", "the teacher's weights are elsewhere"),
         ("objective.kd.temperature=2", "kd.temperature must be 1 where signals.imported is true"),
         ("signals.teacher_answers=true", "nothing but log-probabilities is imported"),
     ],

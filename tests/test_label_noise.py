@@ -49,7 +49,7 @@ def test_students_learn_it_and_neither_the_teacher_nor_validation_does(tmp_path,
     wrong = [example for example in examples.train if is_mislabelled(example)]
     assert len(wrong) == examples.counts["quiz"]["mislabelled"] > 15
     assert {example.task for example in wrong} == {"quiz"}
-    assert not any(map(is_mislabelled, [*examples.validation, *examples.test, *workspace.adaptation_examples.train]))
+    assert not any(map(is_mislabelled, [*examples.validation, *examples.test, *workspace.fine_tuning_examples.train]))
     assert "mislabelled" not in examples.counts["sentiment"]
     assert Workspace(load_study(path)).examples == examples
 

@@ -98,7 +98,7 @@ def test_a_card_says_of_projector_and_teacher_what_is_true(study, tmp_path):
         assert "| Student before training | This model | Teacher (fine-tuned) |" in card
     folder = shutil.copytree(study, tmp_path / "results")
     planned = read_json(folder / "planned.json")
-    planned["study"]["teacher"]["adapt"]["method"] = "none"
+    planned["study"]["teacher"]["fine_tune"]["method"] = "none"
     write_json(folder / "planned.json", planned)
     assert "fine-tuned" not in card_of(folder, "hidden")[0]
 

@@ -21,7 +21,7 @@ from stillroom.preflight.planning import plan_study
 from stillroom.studies import load_study
 
 FEW = ["corpus.tasks={quiz: {dataset: builtin, examples: 20}}", "evaluation.test_splits={}", "analysis={}"]
-FEW += ["teacher.adapt.method=none"]
+FEW += ["teacher.fine_tune.method=none"]
 SHAPE = {
     "hidden_size": 128,
     "intermediate_size": 256,

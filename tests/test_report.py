@@ -245,7 +245,7 @@ def test_a_fine_tuned_teacher_is_called_so(results, tmp_path, capsys, quick, met
     """In tables, captions, LaTeX and on the terminal: a model that the study trained is not said to be untrained."""
     copy = shutil.copytree(results, tmp_path / "copy")
     planned = read_json(copy / "planned.json")
-    planned["study"]["teacher"]["adapt"]["method"] = method
+    planned["study"]["teacher"]["fine_tune"]["method"] = method
     write_json(copy / "planned.json", planned)
     page = write_report(copy).read_text()
     print_answers(copy)

@@ -82,7 +82,7 @@ def test_fields_lists_sections_and_single_fields():
     assert [*fields_of("")] == [name for name, _ in sections()]
     assert [*fields_of("corpus.tasks.chat")] == ["corpus.tasks.<name>.chat"]
     assert fields_of("training.schedule")["training"][0]["default"] == "`constant`"
-    assert {"teacher", "teacher.adapt", "teacher.adapt.training"} == {*fields_of("teacher")}
+    assert {"teacher", "teacher.fine_tune", "teacher.fine_tune.training"} == {*fields_of("teacher")}
     with pytest.raises(UserError, match=r"no section or field 'trainng'; did you mean training\?"):
         fields_of("trainng")
     done = CliRunner().invoke(app, ["fields", "sweep.seeds"])

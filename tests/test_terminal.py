@@ -23,7 +23,7 @@ SMALL = {
     "groups": "[task_only, black_box]",
     "sweep": "{seeds: [0], cpus_per_trial: 1}",
     "training.epochs": "1",
-    "teacher.adapt.training.epochs": "1",
+    "teacher.fine_tune.training.epochs": "1",
     "signals.minimum_coverage": "0",
     "analysis": "{}",
 }
@@ -73,7 +73,7 @@ def test_every_command_on_a_terminal(tmp_path, columns, term, launcher):
     settings, followed = sets(launcher), False
     assert "GPU hours" in stage("plan")
     assert "packages:" in call("doctor", "quickstart", *settings)
-    for name in ("adapt", "evaluate", "capture", "verify", "archive"):
+    for name in ("fine-tune", "evaluate", "capture", "verify", "archive"):
         stage(name)
     assert followed, "no command that came next had the settings of this one"
     stage("train", "--group", "task_only", "--seed", "0")

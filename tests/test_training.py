@@ -269,7 +269,7 @@ def test_the_best_checkpoint_is_kept_when_asked(tmp_path, student_ref, store, fe
 
 
 def test_without_a_store_the_task_loss_alone_is_trained(tmp_path, student_ref, few):
-    """What adapting a teacher uses."""
+    """What fine-tuning a teacher uses."""
     result = run(tmp_path, student_ref, None, few, "task_only")
     assert "validation_kd_loss" not in by_column(result["metrics"])
     first, last = (by_column(epoch["metrics"])["train_task_loss"] for epoch in result["epochs"])
@@ -277,7 +277,7 @@ def test_without_a_store_the_task_loss_alone_is_trained(tmp_path, student_ref, f
 
 
 def test_lora_trains_the_adapters_and_saves_them_merged(tmp_path, student_ref, few):
-    """A LoRA-adapted model is saved as a plain one whose weights have moved."""
+    """A model fine-tuned with LoRA is saved as a plain one whose weights have moved."""
     result = run(tmp_path, student_ref, None, few, "task_only", adapter=lora_adapter(Lora(rank=4)))
     first, last = (by_column(epoch["metrics"])["train_task_loss"] for epoch in result["epochs"])
     assert last < first
@@ -290,7 +290,7 @@ def test_lora_trains_the_adapters_and_saves_them_merged(tmp_path, student_ref, f
 
 
 def test_the_seed_decides_an_adapters_first_weights(tmp_path, student_ref, few):
-    """An adapted teacher's fingerprint says what it was made from: chance from elsewhere must not be part of it."""
+    """A fine-tuned teacher's fingerprint says what it was made from: chance from elsewhere must not be part of it."""
     adapter, loss = lora_adapter(Lora(rank=4)), []
     for number, seed in enumerate((0, 0, 1)):
         torch.manual_seed(number)

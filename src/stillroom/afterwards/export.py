@@ -119,7 +119,7 @@ def _card(trial: Path, checkpoint: Path, as_adapter: bool = False) -> str:
         "base_model": None if _is_local(student) else student["model"],
         "teacher": _name(teacher),
         "teacher_revision": teacher["revision"],
-        "adapted": teacher["adapt"]["method"],
+        "fine_tuned": teacher["fine_tune"]["method"],
         "datasets": sorted({d["dataset"] for d in study["corpus"]["tasks"].values() if not _is_file(d["dataset"])}),
         "data": _data_rows(study, examples.counts),
         "max_length": study["corpus"]["max_length"],

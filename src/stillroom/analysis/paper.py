@@ -99,7 +99,7 @@ def accuracy_latex(results: StudyResults) -> str:
         cells = [_mean_and_spread(cell.mean, cell.std) for cell in row.cells.values()]
         rows.append([latex_escaped(row.name), str(row.seeds) if row.name in results.groups else "--", *cells])
     headings = ["Group", "Seeds", results.overall.capitalize(), *(latex_escaped(task) for task in results.tasks)]
-    tuned = results.study["teacher"]["adapt"]["method"] != "none"
+    tuned = results.study["teacher"]["fine_tune"]["method"] != "none"
     teacher = "the teacher, fine-tuned on the training split" if tuned else "the teacher, as it was published"
     caption = (
         f"Validation accuracy (\\%), mean $\\pm$ standard deviation over seeds. Baselines: {teacher}, and the student "

@@ -128,7 +128,7 @@ class StudyResults:
     @cached_property
     def labels(self) -> dict[str, str]:
         """What tables call the two models that no trial trains, by role; a fine-tuned teacher is called so."""
-        tuned = self.study["teacher"]["adapt"]["method"] != "none"
+        tuned = self.study["teacher"]["fine_tune"]["method"] != "none"
         return {"teacher": "teacher (fine-tuned)" if tuned else "teacher", "student": "student before training"}
 
     @cached_property

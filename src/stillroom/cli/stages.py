@@ -35,7 +35,7 @@ def run(study: StudyArgument, set_: SetOption = None, json: JsonOption = False) 
     workspace = open_workspace(study, set_)
     workspace.tracker.check()  # before hours are spent, not after
     _tell_unusable(workspace)
-    workspace.adapt()
+    workspace.fine_tune()
     _tell_baselines(workspace.baselines(), json)
     workspace.capture()
     _tell_unchecked(workspace.verify())
@@ -46,13 +46,13 @@ def run(study: StudyArgument, set_: SetOption = None, json: JsonOption = False) 
     _fail_on(errors)
 
 
-@app.command(rich_help_panel=STAGES)
-def adapt(study: StudyArgument, set_: SetOption = None, json: JsonOption = False) -> None:
+@app.command("fine-tune", rich_help_panel=STAGES)
+def fine_tune(study: StudyArgument, set_: SetOption = None, json: JsonOption = False) -> None:
     """Fine-tune the teacher on the training split, if the study says so.
 
-    Example: stillroom adapt small
+    Example: stillroom fine-tune small
     """
-    model = open_workspace(study, set_).adapt().model
+    model = open_workspace(study, set_).fine_tune().model
     finish(json, {"teacher": model}, f"Teacher: {model}.", following("evaluate", study, set_))
 
 

@@ -124,7 +124,7 @@ class Training(Section):
         return self
 
 
-class Adaptation(Section):
+class FineTuning(Section):
     """Fine-tuning of the teacher on the training split, with the task loss alone, before capture."""
 
     method: Literal["none", "full", "lora"] = Field("none", description="all weights, or LoRA layers merged afterwards")
@@ -141,7 +141,7 @@ class Teacher(ModelRef):
     quantization: Quantization | None = later(
         None, description="load its weights in 8 or 4 bits, by bitsandbytes, once it is fine-tuned; default: in dtype"
     )
-    adapt: Adaptation = Adaptation()
+    fine_tune: FineTuning = FineTuning()
 
 
 class Lora(Section):
@@ -477,8 +477,8 @@ class Study(Section):
                 raise ValueError(f"signals.{field}: nothing but log-probabilities is imported; leave it out")
         if self.teacher.quantization:
             raise ValueError("teacher.quantization: the teacher's weights are elsewhere; leave it out")
-        if self.teacher.adapt.method != "none":
-            raise ValueError("teacher.adapt: the teacher's weights are elsewhere, and are not fine-tuned here")
+        if self.teacher.fine_tune.method != "none":
+            raise ValueError("teacher.fine_tune: the teacher's weights are elsewhere, and are not fine-tuned here")
         for group in self.groups:
             kd = group.objective(self.objective).kd
             if "kd" in group.terms and kd.temperature != 1:  # a tail that is 1 − Σ has few digits, and τ magnifies it

@@ -80,7 +80,7 @@ class Sources:
 
     @cached_property
     def teacher_ref(self) -> ModelRef:
-        """The teacher before adaptation, built-in ones written to disk."""
+        """The teacher before fine-tuning, built-in ones written to disk."""
         return materialise(self.study.teacher, self.results / "models")
 
     @cached_property
@@ -163,12 +163,12 @@ class Sources:
 
     @cached_property
     def teacher_identity(self) -> str:
-        """What pins the teacher: its weights and, if it is adapted, how and on what."""
+        """What pins the teacher: its weights and, if it is fine-tuned, how and on what."""
         base = model_identity(self.teacher_ref)
         quantised = f" in {self.study.teacher.quantization}" if self.study.teacher.quantization else ""
-        if self.study.teacher.adapt.method == "none":
+        if self.study.teacher.fine_tune.method == "none":
             return base + quantised
-        return f"{base} adapted {self.adaptation_fingerprint(base)}{quantised}"
+        return f"{base} adapted {self.fine_tuning_fingerprint(base)}{quantised}"
 
     @cached_property
     def measured_baselines(self) -> list[Baseline]:
@@ -183,12 +183,12 @@ class Sources:
             if examples and not (role == "teacher" and self.study.signals.imported)  # whose weights are elsewhere
         ]
 
-    def adaptation_fingerprint(self, base: str) -> str:
-        """What an adapted teacher was made from; `base` pins the teacher before it."""
-        return fingerprint(base, self.study.teacher.adapt, examples_digest(self.adaptation_examples.train))
+    def fine_tuning_fingerprint(self, base: str) -> str:
+        """What a fine-tuned teacher was made from; `base` pins the teacher before it."""
+        return fingerprint(base, self.study.teacher.fine_tune, examples_digest(self.fine_tuning_examples.train))
 
     @cached_property
-    def adaptation_examples(self) -> Examples:
+    def fine_tuning_examples(self) -> Examples:
         """The corpus as the teacher is fine-tuned on it: without label noise."""
         return replace(self.examples, train=without_label_noise(self.examples.train))
 

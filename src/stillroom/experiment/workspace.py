@@ -36,32 +36,32 @@ from stillroom.offline_teacher_data.recomputation import check_with_head, full_s
 from stillroom.offline_teacher_data.shards import Slice
 from stillroom.offline_teacher_data.store import MANIFEST, SignalStore
 from stillroom.provenance import record_run
-from stillroom.training.fine_tuning import adapt_teacher, adapted_teacher
+from stillroom.training.fine_tuning import fine_tune_teacher, fine_tuned_teacher
 from stillroom.training.train_student import Trial
 
 
 class Workspace(Sources):
     """A study and its stages."""
 
-    def adapt(self) -> ModelRef:
-        """The teacher to capture: adapted if the study says so, and then only once."""
-        if self.study.teacher.adapt.method == "none":
+    def fine_tune(self) -> ModelRef:
+        """The teacher to capture: fine-tuned if the study says so, and then only once."""
+        if self.study.teacher.fine_tune.method == "none":
             return self.teacher_ref
         folder = self.results / "teacher"
-        origin = self.adaptation_fingerprint(model_identity(self.teacher_ref))
-        if (known := adapted_teacher(folder, origin)) is not None:
+        origin = self.fine_tuning_fingerprint(model_identity(self.teacher_ref))
+        if (known := fine_tuned_teacher(folder, origin)) is not None:
             return ModelRef(model=str(known), trust_remote_code=self.study.teacher.trust_remote_code)
-        with exclusive(folder, "adaptation"):
-            ref = adapt_teacher(
+        with exclusive(folder, "fine-tuning"):
+            ref = fine_tune_teacher(
                 self.teacher_ref,
-                self.study.teacher.adapt,
+                self.study.teacher.fine_tune,
                 self.study.evaluation,
-                self.adaptation_examples,
+                self.fine_tuning_examples,
                 folder,
                 origin,
-                partial(self.progress, "adapting the teacher, steps"),
+                partial(self.progress, "fine-tuning the teacher, steps"),
             )
-        self._record("adapt", {"teacher": self.teacher_identity})
+        self._record("fine-tune", {"teacher": self.teacher_identity})
         return ref
 
     def origin(self) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class Workspace(Sources):
                 "--requests FILE` writes what the teacher has to read, `stillroom import STUDY FILES` reads the answers"
             )
         plan = CapturePlan(
-            teacher=absolute(self.adapt()),
+            teacher=absolute(self.fine_tune()),
             tokenizer=absolute(self.teacher_ref),
             precision=self.study.teacher.dtype,
             signals=self.study.signals,
@@ -165,7 +165,7 @@ class Workspace(Sources):
         record = otd.verify_saved_data(store.path, samples)
         if (snapshot := self._archived(self.origin())) is not None:
             otd.require_record(snapshot)
-        teacher, signals = self.adapt(), self.study.signals
+        teacher, signals = self.fine_tune(), self.study.signals
         if signals.imported and recomputed:
             raise UserError(
                 "the store was imported (signals.imported), and this teacher is not run: leave out --recompute"
@@ -242,7 +242,7 @@ class Workspace(Sources):
     def _measure(self, role: str, due: list[Baseline]) -> None:
         if not due:
             return
-        ref, device = (self.adapt(), "auto") if role == "teacher" else (self.student_ref, default_device())
+        ref, device = (self.fine_tune(), "auto") if role == "teacher" else (self.student_ref, default_device())
         model = load_model(
             ref, due[0].precision, device, self.study.teacher.quantization if role == "teacher" else None
         )

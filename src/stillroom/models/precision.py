@@ -43,12 +43,12 @@ def resolve_precision(study: Study) -> Study:
         return given.model_copy(update={"precision": chosen}) if given.precision == "auto" else given
 
     teacher, evaluation = study.teacher, study.evaluation
-    adapt = teacher.adapt.model_copy(update={"training": training(teacher.adapt.training)})
+    fine_tune = teacher.fine_tune.model_copy(update={"training": training(teacher.fine_tune.training)})
     dtype = chosen if teacher.dtype == "auto" else teacher.dtype
     scored = chosen if evaluation.dtype == "auto" else evaluation.dtype
     return study.model_copy(
         update={
-            "teacher": teacher.model_copy(update={"dtype": dtype, "adapt": adapt}),
+            "teacher": teacher.model_copy(update={"dtype": dtype, "fine_tune": fine_tune}),
             "training": training(study.training),
             "evaluation": evaluation.model_copy(update={"dtype": scored}),
         }

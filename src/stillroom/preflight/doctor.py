@@ -86,8 +86,8 @@ def _precision(study: Study) -> Lines:
     chosen = resolve_precision(study).training.precision
     asked = {"teacher.dtype": study.teacher.dtype, "training.precision": study.training.precision}
     asked["evaluation.dtype"] = study.evaluation.dtype
-    if study.teacher.adapt.method != "none":
-        asked["teacher.adapt.training.precision"] = study.teacher.adapt.training.precision
+    if study.teacher.fine_tune.method != "none":
+        asked["teacher.fine_tune.training.precision"] = study.teacher.fine_tune.training.precision
     slow = [f"{field}={d}" for field, d in asked.items() if d != "auto" and rates[d] < rates["float32"] / _EMULATED]
     says = f"matrix products on this device, GFLOP/s: {measured}"
     if slow:

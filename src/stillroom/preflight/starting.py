@@ -144,11 +144,11 @@ def _study(
     )
     guessed = "\n".join(f"      # guessed: {guess}" for guess in guesses)
     return f"""\
-# Written by `stillroom init`. `stillroom fields` lists everything that can stand here.
+# Written by `stillroom init`. `stillroom fields` lists everything that can be set.
 name: {name}
 teacher:
   model: {json.dumps(teacher)}
-  # adapt: {{method: lora}}     # fine-tune it on the task first, if it doesn't know it yet
+  # fine_tune: {{method: lora}}  # fine-tune it on the task first, if it doesn't know it yet
 student:
   model: {json.dumps(student)}
   # lora: {{rank: 16}}          # train LoRA layers instead of all weights

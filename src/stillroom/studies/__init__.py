@@ -23,6 +23,8 @@ _UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 """Characters that no path can have, or no file in UTF-8."""
 _MOST_PARTS = 16
 """Sections that `--set` may go down."""
+_RENAMED = {"adapt": "fine_tune"}
+"""Keys of earlier study files, and what they are called now: not read, but named in the message."""
 
 
 def shipped_studies() -> list[str]:
@@ -143,7 +145,8 @@ def _meant(loc: tuple[str | int, ...]) -> str:
         if get_origin(annotation) in (dict, tuple):
             next(above, None)  # a key, or a number, of the user's
         section = next(_sections(annotation), None)
-    near = get_close_matches(str(loc[-1]), section.model_fields, 1) if section is not None else []
+    meant = _RENAMED.get(str(loc[-1]), str(loc[-1]))
+    near = get_close_matches(meant, section.model_fields, 1) if section is not None else []
     return f"; did you mean {near[0]}?" if near else ""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stillroom.config import GROUPS, RESULT, Adaptation, Evaluation, Lora, ModelRef, Objective
+from stillroom.config import GROUPS, RESULT, Evaluation, FineTuning, Lora, ModelRef, Objective
 from stillroom.data.corpus import Examples
 from stillroom.files import read_json, write_json
 from stillroom.models.adapters import lora_adapter
@@ -12,12 +12,13 @@ from stillroom.progress import Progress, silent
 from stillroom.training.checkpoints import checkpoints, require_whole
 from stillroom.training.train_student import Trial, train
 
-ADAPTED = "adapted.json"
+FINE_TUNED = "adapted.json"
+"""Which model in a results folder is the fine-tuned teacher; the name is that of finished studies' files."""
 
 
-def adapt_teacher(
+def fine_tune_teacher(
     teacher: ModelRef,
-    adaptation: Adaptation,
+    settings: FineTuning,
     evaluation: Evaluation,
     examples: Examples,
     folder: Path,
@@ -25,8 +26,8 @@ def adapt_teacher(
     progress: Progress = silent,
 ) -> ModelRef:
     """Train the teacher by the project's own trainer and return it as a local model under `folder`."""
-    lora = Lora(rank=adaptation.lora_rank, alpha=adaptation.lora_alpha)
-    trial = Trial(origin, GROUPS["task_only"], adaptation.seed)
+    lora = Lora(rank=settings.lora_rank, alpha=settings.lora_alpha)
+    trial = Trial(origin, GROUPS["task_only"], settings.seed)
     kept = checkpoints(folder / trial.name)
     finished = (folder / trial.name / RESULT).is_file() and bool(kept)
     result = (
@@ -35,28 +36,28 @@ def adapt_teacher(
         else train(
             trial,
             teacher,
-            adaptation.training,
+            settings.training,
             Objective(),
             evaluation,
             examples,
             None,
             folder / trial.name,
-            adapter=lora_adapter(lora) if adaptation.method == "lora" else None,
+            adapter=lora_adapter(lora) if settings.method == "lora" else None,
             progress=progress,
         )
     )
     final = checkpoints(folder / trial.name)[-1].relative_to(folder)  # a results folder may be moved
-    write_json(folder / ADAPTED, {"origin": origin, "model": str(final), "epochs": result["epochs"]})
+    write_json(folder / FINE_TUNED, {"origin": origin, "model": str(final), "epochs": result["epochs"]})
     return ModelRef(model=str(folder / final), trust_remote_code=teacher.trust_remote_code)
 
 
-def adapted_teacher(folder: Path, origin: str) -> Path | None:
+def fine_tuned_teacher(folder: Path, origin: str) -> Path | None:
     """The teacher that was made from `origin`, if it is there; `UserError` if its files are damaged."""
-    if not (folder / ADAPTED).is_file():
+    if not (folder / FINE_TUNED).is_file():
         return None
-    adapted = read_json(folder / ADAPTED, "origin", "model")
-    model = folder / str(adapted["model"])
-    if adapted["origin"] != origin or not model.is_dir():
+    found = read_json(folder / FINE_TUNED, "origin", "model")
+    model = folder / str(found["model"])
+    if found["origin"] != origin or not model.is_dir():
         return None
     require_whole(model)
     return model
