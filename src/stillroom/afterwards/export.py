@@ -95,7 +95,7 @@ def _generation_config(trial: Path, folder: Path) -> GenerationConfig:
 
 
 def _results(trial: Path) -> Path:
-    """The results folder that a trial lies in."""
+    """The results folder that a trial is in."""
     return trial.resolve().parent.parent
 
 

@@ -68,7 +68,7 @@ class Shape:
 
 
 def shape_of(ref: ModelRef, assumptions: list[str]) -> Shape:
-    """The sizes of a model; where its configuration is not at hand, published ones, and `assumptions` says so.
+    """The sizes of a model; where its configuration is not available, published ones, and `assumptions` says so.
 
     `UserError` if neither is known.
     """

@@ -240,7 +240,7 @@ class SignalStore:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The teacher's tokenizer, which lies in the store; `UserError` if it is not the one it was made with."""
+        """The teacher's tokenizer, which is in the store; `UserError` if it is not the one it was made with."""
         tokenizer = load_tokenizer(ModelRef(model=str(self.path / "tokenizer")))
         if tokenizer_hash(tokenizer) != self.manifest["made_from"]["tokenizer"]:
             raise UserError(f"{self.path / 'tokenizer'} is not the tokenizer the store was made with")

@@ -91,7 +91,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 
 def _check_texts(source: str, raw: dict[str, Any]) -> None:
-    """Refuse what no text of a study may hold, wherever it stands: it is recorded in full, as UTF-8."""
+    """Refuse what no text of a study may hold, wherever it is: a study is recorded in full, as UTF-8."""
     texts = list(_texts(raw))
     for field, text in texts:
         if _UNWRITABLE.search(text):

@@ -1,6 +1,6 @@
 """The student: a causal language model, and what its loss terms train beside it.
 
-Saved as a plain Hugging Face directory that knows nothing of a projector, which lies beside it.
+Saved as a plain Hugging Face directory that knows nothing of a projector, which is saved beside it.
 """
 
 from __future__ import annotations
