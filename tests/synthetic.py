@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from stillroom.analysis import report, verdicts
+from stillroom.analysis import evidence, report
 from stillroom.analysis.figures import draw
 from stillroom.analysis.frame import PLANNED, write_summary
 from stillroom.config import EXPERIMENT, RESULT
@@ -32,7 +32,7 @@ def quick_reports(whole=True):
         patch.setattr(report, "inline_panels", lambda figure: [])
         if not whole:
             unknown = (float("nan"), float("nan"))
-            patch.setattr(verdicts, "bootstrap_intervals", lambda differences, *a, **k: [unknown] * len(differences))
+            patch.setattr(evidence, "bootstrap_intervals", lambda differences, *a, **k: [unknown] * len(differences))
         yield
 
 

@@ -10,11 +10,12 @@ import pandas as pd
 import pytest
 from scipy.stats import binomtest
 
-from stillroom.analysis import verdicts as verdicts_module
+from stillroom.analysis import evidence as evidence_module
+from stillroom.analysis.evidence import Evidence, _verdict
 from stillroom.analysis.questions import HELPS, PLACEBO, WHITE_BOX, Recipe, question_of
 from stillroom.analysis.statistics import Comparison, detectable_by_signs
-from stillroom.analysis.verdicts import Evidence, _verdict, what_it_takes
 from stillroom.analysis.verdicts import answer_questions as answers_from
+from stillroom.analysis.verdicts import what_it_takes
 from stillroom.config import GROUPS, Analysis
 
 SEEDS = tuple(range(7))
@@ -331,7 +332,7 @@ def simulated(rng, effects, analysis=ANALYSIS, spread=0.03):
     measures = {"all": sum(counted.values()) / sum(SIZES.values()), **measures}
     table = {name: dict(zip(trials, map(float, values), strict=True)) for name, values in measures.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verdicts_module, "seeds_needed", lambda *a, **k: None)  # words alone, and most of the time
+        patch.setattr(evidence_module, "seeds_needed", lambda *a, **k: None)  # words alone, and most of the time
         found = answers_from(Evidence(table, analysis, SEEDS, {name: RECIPES[name] for name in NOTHING}, {}))
     return {answer.question: answer for answer in found}
 

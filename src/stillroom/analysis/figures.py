@@ -21,9 +21,9 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from stillroom.analysis.evidence import Evidence, Finding
 from stillroom.analysis.results import StudyResults
 from stillroom.analysis.statistics import mean_interval
-from stillroom.analysis.verdicts import Evidence, Finding
 from stillroom.config import TERMS, WEAK_SIGNAL
 from stillroom.evaluation.metrics import by_key
 

@@ -10,9 +10,10 @@ from typing import Any
 import pandas as pd
 
 from stillroom.analysis.escaping import latex_escaped
+from stillroom.analysis.evidence import Finding
 from stillroom.analysis.frame import group_table
 from stillroom.analysis.results import StudyResults
-from stillroom.analysis.verdicts import Answer, Finding
+from stillroom.analysis.verdicts import Answer
 from stillroom.files import atomic_path, write_text
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from stillroom.analysis.evidence import Evidence
 from stillroom.analysis.figures import inline_panels, page_colour, save_figure, study_figures
 from stillroom.analysis.frame import group_table, worse_or_equal
 from stillroom.analysis.numbers import decimal, duration, listed, percent
@@ -22,7 +23,7 @@ from stillroom.analysis.questions import recipes
 from stillroom.analysis.results import StudyResults
 from stillroom.analysis.samples import sample_seed, samples_of
 from stillroom.analysis.tables import contrast_table, cost_table, kind_table, stage_table, summaries, trial_table
-from stillroom.analysis.verdicts import Answer, Evidence, answer_questions, what_it_takes
+from stillroom.analysis.verdicts import Answer, answer_questions, what_it_takes
 from stillroom.config import TERMS, WEAK_SIGNAL
 from stillroom.evaluation.metrics import Key, by_key
 from stillroom.files import write_text

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stillroom.analysis.evidence import Evidence, Finding
 from stillroom.analysis.frame import Spread, group_table
 from stillroom.analysis.numbers import decimal, duration, interval, p_value, percent, points
 from stillroom.analysis.results import StudyResults
-from stillroom.analysis.verdicts import Answer, Evidence, Finding
+from stillroom.analysis.verdicts import Answer
 
 
 @dataclass(frozen=True)

@@ -1,58 +1,22 @@
-"""The study's questions and its hypothesis, answered in words that follow from the numbers."""
+"""The study's questions and its hypothesis, answered in words that follow from the numbers.
+
+The verdict and the sentence of a single contrast are in `evidence`.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import numpy as np
-import pandas as pd
-from numpy import ndarray
-
+from stillroom.analysis.evidence import Evidence, Finding, Pair, never_took_effect
 from stillroom.analysis.numbers import equals, listed, points
-from stillroom.analysis.questions import (
-    COMBINING,
-    HELPS,
-    PLACEBO,
-    WHITE_BOX,
-    Question,
-    Recipe,
-    question_of,
-    unasked_pairs,
-)
-from stillroom.analysis.statistics import (
-    Comparison,
-    bootstrap_intervals,
-    compare,
-    equivalence_p,
-    fewest_seeds,
-    interaction_p,
-    seeds_needed,
-)
+from stillroom.analysis.questions import COMBINING, HELPS, PLACEBO, WHITE_BOX
+from stillroom.analysis.statistics import fewest_seeds, seeds_needed
 from stillroom.config import Analysis
 
-Pair = tuple[str, str]
 MOST_SEEDS = 20
 """Seeds that a study may have: `sweep.seeds`."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One contrast on one measure, and what may be said of it."""
-
-    comparison: Comparison
-    family: int
-    """Contrasts over which p is adjusted."""
-    equivalence: float
-    """p of TOST at the declared margin."""
-    verdict: str
-    """improves, worse, equivalent, no evidence of a difference, or undecided."""
-    sentence: str
-    by_seed: dict[int, float]
-    """The differences behind the comparison."""
-    bootstrap: tuple[float, float]
-    """Interval over seeds and examples together; NaN without predictions or seeds."""
 
 
 @dataclass(frozen=True)
@@ -64,143 +28,6 @@ class Answer:
     sentences: tuple[str, ...]
     findings: tuple[Finding, ...]
     """Over all tasks together and by task; none where they are another question's."""
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What a study's verdicts are made from."""
-
-    accuracies: Mapping[str, Mapping[tuple[str, int], float]]
-    """By measure, then by group and seed of the finished trials. The first measure is accuracy over all tasks
-    together, every other one a task's."""
-    analysis: Analysis
-    seeds: Sequence[int]
-    """Planned ones."""
-    groups: Mapping[str, Recipe]
-    """Planned ones, in the study's order: a group without a finished trial is missing, not absent."""
-    predictions: Mapping[tuple[str, int], pd.DataFrame]
-    """By group and seed, rows sorted by example; may be empty."""
-    student: str | None = None
-    """What tables call the student before training, which has the same values at every seed; None: not measured."""
-    identical: Mapping[Pair, Sequence[int]] = field(default_factory=dict)
-    """Seeds at which two groups are the same though their objectives differ: a fault, so there is no verdict."""
-
-    def alike(self, pair: Pair) -> Sequence[int]:
-        """Seeds at which these two, in either order, are identical."""
-        return self.identical.get(pair) or self.identical.get(pair[::-1]) or ()
-
-    @property
-    def overall(self) -> str:
-        """The measure that is accuracy over all tasks together."""
-        return next(iter(self.accuracies))
-
-    @property
-    def tasks(self) -> list[str]:
-        """The measures that are a task's accuracy."""
-        return list(self.accuracies)[1:]
-
-    @property
-    def primary(self) -> list[Pair]:
-        """Declared contrasts of groups that the study has."""
-        return [pair for pair in self.analysis.primary if set(pair) <= set(self.groups)]
-
-    @property
-    def families(self) -> list[list[Pair]]:
-        """Every contrast of the study, by the families over which p is adjusted.
-
-        The two declared ones; black box against labels alone; and each group against the student before training, a
-        family of its own each: it is asked of every group, and none is chosen for its answer.
-        """
-        secondary = [pair for pair in self.analysis.secondary if set(pair) <= set(self.groups)]
-        unasked = unasked_pairs(self.groups, [*self.primary, *secondary])
-        before = [[(group, self.student)] for group in self.groups] if self.student else []
-        return [own for own in (unasked, *before, self.primary, secondary) if own]
-
-    def baseline_of(self, group: str) -> Pair | None:
-        """The contrast that says what a group gains: a declared primary one, else labels alone, a declared one, or the
-        student before training."""
-        primary, secondary = self.primary, [p for p in self.analysis.secondary if set(p) <= set(self.groups)]
-        before = [(group, self.student)] if self.student else []
-        pairs = [*primary, *unasked_pairs(self.groups, [*primary, *secondary]), *secondary, *before]
-        return next((pair for pair in pairs if pair[0] == group), None)
-
-    def question(self, pair: Pair) -> Question:
-        """The question that a contrast answers."""
-        first, second = (self.groups.get(name) for name in pair)
-        return question_of(first, second)
-
-    def scores(self, groups: set[str], measure: str) -> tuple[dict[str, dict[int, float]], list[tuple[str, int]]]:
-        """By group one value a seed, over the same seeds; and which planned trials are missing or not finite."""
-        values = {trial: value for trial, value in self.accuracies[measure].items() if math.isfinite(value)}
-        missing = [(group, seed) for group in sorted(groups) for seed in self.seeds if (group, seed) not in values]
-        whole = [seed for seed in self.seeds if all((group, seed) in values for group in groups)]
-        if missing and self.analysis.incomplete == "refuse":
-            whole = []
-        return {group: {seed: values[group, seed] for seed in whole} for group in groups}, missing
-
-    def findings(self, families: Sequence[Sequence[Pair]], measure: str) -> tuple[Finding, ...]:
-        """Every contrast of every family on one measure."""
-        scored = [self.scores({group for pair in pairs for group in pair}, measure) for pairs in families]
-        seeds = [tuple(next(iter(scores.values()))) for scores, _ in scored]
-        bootstraps = self._bootstraps(
-            [(pair, used) for pairs, used in zip(families, seeds, strict=True) for pair in pairs], measure
-        )
-        found = []
-        for pairs, (scores, missing) in zip(families, scored, strict=True):
-            arrays = {group: np.array(list(own.values())) for group, own in scores.items()}
-            for row in compare(pairs, arrays, measure, self.analysis.alpha):
-                found.append(self._finding(row, len(pairs), scores, missing, next(bootstraps)))
-        return tuple(found)
-
-    def _finding(
-        self,
-        row: Comparison,
-        family: int,
-        scores: dict[str, dict[int, float]],
-        missing: list[tuple[str, int]],
-        bootstrap: tuple[float, float],
-    ) -> Finding:
-        by_seed = {seed: scores[row.first][seed] - scores[row.second][seed] for seed in scores[row.first]}
-        equivalence = equivalence_p(np.array(list(by_seed.values())), self.analysis.equivalence_margin)
-        if alike := self.alike((row.first, row.second)):
-            verdict = "undecided"
-            sentence = f"{row.first} against {row.second} on {row.measure}: undecided{_never_took_effect(alike)}"
-        else:
-            verdict = _verdict(row, family, equivalence, self.analysis)
-            sentence = _sentence(row, family, verdict, equivalence, self.analysis, missing)
-        return Finding(row, family, equivalence, verdict, sentence, by_seed, bootstrap)
-
-    def _bootstraps(
-        self, contrasts: Sequence[tuple[Pair, tuple[int, ...]]], measure: str
-    ) -> Iterator[tuple[float, float]]:
-        """An interval a contrast; contrasts over the same seeds share the draws."""
-        found: dict[tuple[Pair, tuple[int, ...]], tuple[float, float]] = {}
-        for used in dict.fromkeys(seeds for _, seeds in contrasts if seeds):
-            pairs = [pair for pair, seeds in contrasts if seeds == used and self._has_predictions(pair, seeds)]
-            right = {group: self._right(group, used, measure) for group in {name for pair in pairs for name in pair}}
-            if pairs:
-                differences = [right[first] - right[second] for first, second in pairs]
-                intervals = bootstrap_intervals(differences, np.random.default_rng(0), alpha=self.analysis.alpha)
-                found |= {(pair, used): own for pair, own in zip(pairs, intervals, strict=True)}
-        return iter([found.get(contrast, (math.nan, math.nan)) for contrast in contrasts])
-
-    def _has_predictions(self, pair: Pair, seeds: Sequence[int]) -> bool:
-        return all((group, seed) in self.predictions for group in pair for seed in seeds)
-
-    def _right(self, group: str, seeds: Sequence[int], measure: str) -> ndarray:
-        rows = [self.predictions[group, seed] for seed in seeds]
-        chosen = rows if measure == self.overall else [own[own["task"] == measure] for own in rows]
-        return np.stack([own["correct"].to_numpy() for own in chosen]).astype(np.float64)
-
-    def interactions(self, pairs: Sequence[Pair]) -> dict[Pair, tuple[float, int]]:
-        """By contrast: p of the group × task interaction, and over how many seeds."""
-        found = {}
-        for first, second in pairs:
-            by_task = [self.scores({first, second}, task)[0] for task in self.tasks]
-            seeds = [seed for seed in self.seeds if all(seed in own[first] for own in by_task)]
-            values = [[own[first][seed] - own[second][seed] for own in by_task] for seed in seeds]
-            found[first, second] = interaction_p(np.array(values).reshape(len(seeds), len(self.tasks))), len(seeds)
-        return found
 
 
 def answer_questions(evidence: Evidence) -> list[Answer]:
@@ -299,66 +126,6 @@ def _said(findings: Sequence[Finding], verdict: str, analysis: Analysis, of: int
             yield f"there is no evidence that {names} {'differ' if several else 'differs'} from {second}"
 
 
-def _sentence(
-    row: Comparison,
-    family: int,
-    verdict: str,
-    equivalence: float,
-    analysis: Analysis,
-    missing: list[tuple[str, int]],
-) -> str:
-    name = f"{row.first} against {row.second} on {row.measure}"
-    level = f"{100 * (1 - analysis.alpha):g} %"
-    seen = f"{points(row.difference)} points, {level} interval {points(row.low)} to {points(row.high)}"
-    if verdict == "undecided":
-        sentence = f"{name}: undecided{_why(row, family, analysis, missing)}"
-    elif verdict == "equivalent":
-        margin = f"±{100 * analysis.equivalence_margin:g} points"
-        sentence = f"{name}: equivalent within {margin} ({seen}; TOST p {equals(equivalence)})"
-    else:
-        sentence = f"{name}: {verdict} ({seen}; adjusted p {equals(row.adjusted_p)})"
-        needed = seeds_needed(row.effect_size, analysis.alpha, contrasts=family)
-        if verdict.startswith("no evidence") and needed:
-            sentence += f"; an effect of this size (d_z = {row.effect_size:.2f}) would take {needed} seeds"
-    if missing and row.seeds:
-        sentence += f"; over {row.seeds} seeds, since trials are missing"
-    return sentence
-
-
-def _verdict(row: Comparison, family: int, equivalence: float, analysis: Analysis) -> str:
-    """In a word; undecided too where the adjusted p of a `family` of so many contrasts cannot reach α at all."""
-    if row.seeds < 2 or not math.isfinite(row.adjusted_p):
-        return "undecided"
-    if row.adjusted_p <= analysis.alpha:
-        return "improves" if row.difference > 0 else "worse"
-    if math.isfinite(equivalence) and equivalence <= analysis.alpha:
-        return "equivalent"
-    return "undecided" if family * row.smallest_p > analysis.alpha else "no evidence of a difference"
-
-
-def _never_took_effect(seeds: Sequence[int]) -> str:
-    listed = ", ".join(map(str, seeds))
-    return (
-        f": their trials are identical at seed{'s' if len(seeds) != 1 else ''} {listed}, so the term that tells them "
-        "apart never took effect"
-    )
-
-
-def _why(row: Comparison, family: int, analysis: Analysis, missing: list[tuple[str, int]]) -> str:
-    if missing and analysis.incomplete == "refuse":
-        listed = ", ".join(f"{group} seed {seed}" for group, seed in missing[:5])
-        return (
-            f": trials are missing ({listed}{', …' if len(missing) > 5 else ''}) and the study declares no verdict then"
-        )
-    least = fewest_seeds(analysis.alpha, family)
-    adjusted = f", adjusted over {family} contrasts," if family > 1 else ""
-    seen = f"{points(row.difference)} points seen; " if row.seeds else ""
-    return (
-        f" with {row.seeds} seed{'s' if row.seeds != 1 else ''}: {seen}the exact test{adjusted} cannot reach "
-        f"{analysis.alpha:g} with fewer than {least}"
-    )
-
-
 def _answer(question: str, findings: Sequence[Finding], evidence: Evidence, yes: Mapping[Pair, int]) -> Answer:
     """The answer is read off the accuracy over all tasks together; the findings hold the tasks too."""
     overall = [finding for finding in findings if finding.comparison.measure == evidence.overall]
@@ -373,7 +140,7 @@ def _task_dependence(evidence: Evidence) -> list[Answer]:
     sentences = []
     for (first, second), (p, seeds) in evidence.interactions(evidence.primary).items():
         if alike := evidence.alike((first, second)):
-            verdict, more = "undecided", _never_took_effect(alike)
+            verdict, more = "undecided", never_took_effect(alike)
         elif not math.isfinite(p) or (p > alpha and 2 / 2**seeds > alpha):
             verdict, more = "undecided", f" with {seeds} seed{'s' if seeds != 1 else ''}"
         elif p <= alpha:

@@ -47,7 +47,11 @@ def complete_study(incomplete: str) -> list[str]:
 
 StudyArgument = Annotated[
     str,
-    typer.Argument(metavar="STUDY", help="quickstart, small, paper, or a YAML file", autocompletion=complete_study),
+    typer.Argument(
+        metavar="STUDY",
+        help="a shipped study (quickstart, control, paper, …), or a YAML file",
+        autocompletion=complete_study,
+    ),
 ]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="override any field; can be repeated")

@@ -13,13 +13,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from stillroom.config.columns import ChatColumns as ChatColumns
 from stillroom.config.columns import ChoiceColumns as ChoiceColumns
 from stillroom.config.columns import GenerationColumns as GenerationColumns
 from stillroom.config.columns import TaskColumns as TaskColumns
 from stillroom.config.columns import TextColumns as TextColumns
+from stillroom.config.data import BenchmarkSplit as BenchmarkSplit
+from stillroom.config.data import Corpus as Corpus
+from stillroom.config.data import Evaluation as Evaluation
+from stillroom.config.data import TaskData as TaskData
+from stillroom.config.models import FineTuning as FineTuning
+from stillroom.config.models import Lora as Lora
+from stillroom.config.models import ModelRef as ModelRef
+from stillroom.config.models import Precision as Precision
+from stillroom.config.models import Quantization as Quantization
+from stillroom.config.models import Student as Student
+from stillroom.config.models import Teacher as Teacher
+from stillroom.config.models import Training as Training
 from stillroom.config.objective import GROUPS as GROUPS
 from stillroom.config.objective import TERMS as TERMS
 from stillroom.config.objective import WEAK_SIGNAL as WEAK_SIGNAL
@@ -30,14 +42,11 @@ from stillroom.config.objective import Objective as Objective
 from stillroom.config.objective import StudyGroup
 from stillroom.config.objective import TermName as TermName
 from stillroom.config.objective import Values as Values
-from stillroom.config.section import Examples, Layer, Name, PossiblePath, Section, later
+from stillroom.config.section import Name, PossiblePath, Section, later
+from stillroom.config.signals import Signals as Signals
 from stillroom.errors import UserError
 
-Precision = Literal["float32", "bfloat16", "float16", "auto"]
-"""`auto` stands for bfloat16 where the device multiplies it natively, else for float32: `models.resolve_precision`."""
 Retention = Literal["last", "best", "all"]
-Quantization = Literal["8bit", "4bit"]
-"""Of a teacher's weights, by bitsandbytes: LLM.int8 without outliers, or NF4."""
 
 
 def default_store_path(environ: Mapping[str, str] | None = None, system: str = os.name) -> Path:
@@ -64,235 +73,6 @@ BASELINES = "baselines"
 """Folder of what was measured of the baselines, in the results folder."""
 BASELINE_LABELS = {"teacher": "teacher", "student": "student before training"}
 """The baselines by role, and what messages call them."""
-
-
-class ModelRef(Section):
-    """A causal language model: a hub id at a revision, a local directory, or a built-in one."""
-
-    model: Annotated[str, PossiblePath] = Field(
-        min_length=1, description="hub id, local directory, `builtin:teacher` or `builtin:student`"
-    )
-    revision: str | None = Field(None, description="commit of the hub id; ignored for a local directory")
-    trust_remote_code: bool = Field(False, description="run code that comes with the model; recorded if on")
-    chat_template: Annotated[Path, PossiblePath] | None = later(
-        None, description="file with a Jinja chat template, where the tokenizer has none or is to use another"
-    )
-
-
-class Training(Section):
-    """How weights are updated; the same for every trial."""
-
-    learning_rate: float = Field(1e-4, gt=0, description="AdamW's highest learning rate, reached after the warm-up")
-    schedule: Literal["constant", "linear", "cosine"] = later(
-        "constant", description="how the learning rate falls between the warm-up and the last step"
-    )
-    schedule_floor: float = later(
-        0.0, ge=0, le=1, description="share of learning_rate that a linear or cosine schedule falls to"
-    )
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay, on every weight")
-    batch_size: int = Field(8, ge=1, description="examples per optimizer step")
-    micro_batch_size: int | None = Field(None, ge=1, description="examples per forward pass; default: the whole batch")
-    epochs: int = Field(3, ge=1, description="passes over the training split")
-    max_gradient_norm: float = Field(1.0, gt=0, description="L2 norm at which the gradient is clipped")
-    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up, before the schedule begins")
-    precision: Precision = Field(
-        "auto",
-        description="autocast dtype; weights and losses stay float32. `auto`: bfloat16 where the device multiplies it "
-        "natively, else float32",
-    )
-    gradient_checkpointing: bool = later(
-        False,
-        description="keep each layer's input alone and compute the layer again in the backward pass: less memory, "
-        "about a third more time, the same gradients",
-    )
-    gradient_interval: int = Field(50, ge=0, description="steps between measurements of each term's gradient; 0: never")
-    share_steps: int = later(
-        20,
-        ge=1,
-        description="first steps that a term's weight is found in, where a group gives its share of the gradient",
-    )
-    bucket_batches: int = Field(64, ge=1, description="batches that are grouped by length at a time")
-    max_skipped_steps: int = Field(10, ge=0, description="consecutive non-finite steps before a trial stops")
-    deterministic: bool = Field(False, description="on a GPU, use deterministic kernels only (slower)")
-
-    @model_validator(mode="after")
-    def _floor_of_a_fall(self) -> Training:
-        if self.schedule == "constant" and self.schedule_floor:
-            raise ValueError(
-                "schedule_floor is where a schedule ends; set schedule to linear or cosine, or leave it out"
-            )
-        return self
-
-
-class FineTuning(Section):
-    """Fine-tuning of the teacher on the training split, with the task loss alone, before capture."""
-
-    method: Literal["none", "full", "lora"] = Field("none", description="all weights, or LoRA layers merged afterwards")
-    lora_rank: int = Field(16, ge=1, description="rank of LoRA's matrices, on every linear layer")
-    lora_alpha: int = Field(32, ge=1, description="LoRA's updates are multiplied by alpha / rank")
-    training: Training = Training()
-    seed: int = Field(0, ge=0, description="order of batches, dropout and LoRA's first weights")
-
-
-class Teacher(ModelRef):
-    """The model that teaches."""
-
-    dtype: Precision = Field("auto", description="dtype of the weights in the forward pass; `auto` as in training")
-    quantization: Quantization | None = later(
-        None, description="load its weights in 8 or 4 bits, by bitsandbytes, once it is fine-tuned; default: in dtype"
-    )
-    fine_tune: FineTuning = FineTuning()
-
-
-class Lora(Section):
-    """LoRA layers: two thin matrices beside a linear layer are trained, the layer itself is not."""
-
-    rank: int = Field(16, ge=1, description="rank of the two matrices")
-    alpha: int = Field(32, ge=1, description="updates are multiplied by alpha / rank")
-    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
-        "all-linear",
-        description="names of the layers that get them, such as [q_proj, v_proj]; `all-linear`: every linear layer but "
-        "the output head",
-    )
-
-
-class Student(ModelRef):
-    """The model that learns."""
-
-    lora: Lora | None = later(None, description="train LoRA layers instead of all weights; default: all weights")
-
-
-class TaskData(TaskColumns):
-    """Where a task's rows come from and how many are used."""
-
-    dataset: Annotated[str, PossiblePath] = Field(
-        min_length=1,
-        description="a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file (text ones may be compressed: `.gz`, "
-        "`.bz2`, `.xz`, `.zst`), a folder of `<split>` files or of `datasets.save_to_disk`, a hub id, or `builtin`",
-    )
-    subset: str | None = Field(None, description="the hub data set's configuration")
-    revision: str | None = Field(None, description="commit of the hub data set")
-    split: str = Field(
-        "train",
-        pattern=r"^[^/\\]+$",
-        max_length=64,
-        description="split of the data set; ignored for a file, which has only one",
-    )
-    examples: Examples = Field(
-        description="examples used, training and validation together; `all`: every row that can be used"
-    )
-    label_noise: float = later(
-        0.0,
-        ge=0,
-        le=1,
-        description="share of a choice task's training examples whose answer is wrong for students; a teacher that is "
-        "fine-tuned learns the right ones",
-    )
-
-
-class Corpus(Section):
-    """The examples of a study."""
-
-    tasks: dict[Name, TaskData] = Field(min_length=1, description="by task's name")
-    max_length: int = Field(512, ge=8, description="tokens, under either tokenizer")
-    validation_share: float = Field(0.1, gt=0, lt=1, description="share of each task's examples, at least one example")
-    sample_seed: int = Field(0, ge=0, description="seed for drawing the examples")
-    split_seed: int = Field(0, ge=0, description="seed for the validation split")
-
-
-class Signals(Section):
-    """What is stored of the teacher."""
-
-    imported: bool = later(
-        False,
-        description="log-probabilities captured elsewhere are all that is kept, by `stillroom import`; the teacher's "
-        "weights are not needed",
-    )
-    teacher_head: bool = later(
-        False, description="keep the teacher's output head, for the whole distribution (objective.kd.support: full)"
-    )
-    top_k: int = Field(
-        256,
-        ge=0,
-        description="number of highest next-token log-probabilities kept per token; 0, with teacher_head: none",
-    )
-    hidden_layers: tuple[Layer, ...] = Field(("last",), description="layers whose hidden state is kept")
-    attention_layers: tuple[Layer, ...] = Field(("last",), description="layers whose attention is kept")
-    value_layers: tuple[Layer, ...] = Field((), description="layers whose value vectors are kept, for value relations")
-    teacher_answers: bool = later(False, description="generate and keep the teacher's greedy answer to every prompt")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _imported_alone(cls, given: Any) -> Any:
-        """Of what was captured elsewhere no layer is kept."""
-        if isinstance(given, dict) and given.get("imported") is True:
-            return {"hidden_layers": (), "attention_layers": (), **given}
-        return given
-
-    @field_validator("top_k")
-    @classmethod
-    def _has_a_distribution(cls, top_k: int, info: ValidationInfo) -> int:
-        if not top_k and not info.data.get("teacher_head"):
-            raise ValueError("0 keeps nothing of the next-token distribution: set signals.teacher_head: true, too")
-        return top_k
-
-    @field_validator("hidden_layers", "attention_layers")
-    @classmethod
-    def _has_the_last(cls, layers: tuple[Layer, ...], info: ValidationInfo) -> tuple[Layer, ...]:
-        if info.data.get("imported"):
-            if layers:
-                raise ValueError("must be [] or left out where imported is true: log-probabilities alone are kept")
-        elif "last" not in layers:
-            raise ValueError("must include last: the store is checked and shown with it")
-        return layers
-
-    dtype: Literal["float16", "float32"] = Field("float16", description="dtype of every stored signal")
-    attention_dtype: Literal["uint8_sqrt"] | None = Field(
-        None, description="`uint8_sqrt`: attention in 8 bits, as round(255·√p); default as dtype"
-    )
-    batch_tokens: int = Field(4096, ge=1, description="tokens per forward pass, including padding")
-    shard_examples: int = Field(256, ge=1, description="examples per file")
-    minimum_coverage: float = Field(
-        0.5,
-        ge=0,
-        le=1,
-        description="share of student tokens that must have an aligned teacher token, per task",
-    )
-
-
-class BenchmarkSplit(Section):
-    """A split that a task's published figures are on; evaluated once, when training is over."""
-
-    dataset: Annotated[str, PossiblePath] | None = Field(
-        None, description="default: the data set in corpus.tasks, with its subset and revision"
-    )
-    subset: str | None = Field(None, description="the hub data set's configuration")
-    revision: str | None = Field(None, description="commit of the hub data set")
-    split: str = Field("test", pattern=r"^[^/\\]+$", max_length=64, description="split of the data set")
-    examples: Examples = Field(
-        description="examples used, or `all`; fewer if some are also in the corpus or exceed a model's context"
-    )
-
-    def data(self, task: TaskData) -> TaskData:
-        """Where its rows come from; `task` is the corpus's own entry."""
-        given = self.model_dump()
-        if self.dataset is None:  # elsewhere, the task's own subset and revision mean nothing
-            given = {name: value for name, value in given.items() if value is not None}
-        return task.model_copy(update=given)
-
-
-class Evaluation(Section):
-    """How accuracy is measured."""
-
-    dtype: Precision = Field(
-        "float32",
-        description="dtype that students are scored in (the teacher: its own); "
-        "in 16 bits, batch size can change answers",
-    )
-    batch_tokens: int = Field(8192, ge=1, description="tokens per scoring batch, including padding")
-    generation_batch_size: int = Field(32, ge=1, description="prompts per generation batch; on a GPU, 256 by default")
-    max_new_tokens: int = Field(256, ge=1, description="maximum tokens in a generated answer")
-    test_splits: dict[str, BenchmarkSplit] = Field({}, description="the benchmarks' own splits, by task; default none")
 
 
 class Sweep(Section):
