@@ -45,7 +45,7 @@ def test_what_studies_differ_in_is_said_and_nothing_else(studies):
     differ = side_by_side(studies)["differ"]
     seven, three = map(str, studies)
     assert differ["sweep.seeds"] == {seven: "[0, 1, 2, 3, 4, 5, 6]", three: "[0, 1, 2]"}
-    assert differ["objective.kd.weight"] == {seven: "1.0", three: "0.25"}
+    assert differ["objective.kd.weight"] == {seven: "0.5", three: "0.25"}
     allowed = ("sweep.seeds", "objective.kd.weight", "groups.", "analysis.")
     assert [field for field in differ if not field.startswith(allowed)] == []
 
