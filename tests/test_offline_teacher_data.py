@@ -519,3 +519,15 @@ def test_recomputation_looks_at_every_signal_and_every_token(copy, teacher_ref, 
     store = SignalStore.open(copy)
     with pytest.raises(UserError, match=rf"part-00000.parquet: .* stored {signal} differs"):
         recompute(store, load_model(teacher_ref), store.manifest["shards"][0]["examples"][:3])
+
+
+def test_a_shard_whose_column_has_another_name_is_one_message(store, tmp_path):
+    """A store that was changed after it was verified: the shard and the column are named."""
+    copy = shutil.copytree(store.path, tmp_path / "copy")
+    changed = SignalStore.open(copy)
+    first, (name, _) = next(iter(changed.index.items()))
+    table = pq.read_table(copy / name)
+    renamed = table.rename_columns(["other" if c == "hidden" else c for c in table.column_names])
+    pq.write_table(renamed, copy / name, row_group_size=1)
+    with pytest.raises(UserError, match=rf"{name}: example {first}: .*hidden.* capture again"):
+        changed.read(first)

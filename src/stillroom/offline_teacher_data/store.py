@@ -290,6 +290,8 @@ class SignalStore:
                 row, columns=[field.name for field in _TEXT] + encoded + wanted, use_threads=False
             )
             return self._example(table.to_batches()[0], wanted)
+        except KeyError as error:  # of a column that is not there
+            raise UserError(f"{self.path / name}: example {example_id}: {error.args[0]}; capture again") from error
         except (ValueError, OSError, pa.ArrowException) as error:
             raise UserError(f"{self.path / name}: example {example_id}: {error}") from error
 
