@@ -38,7 +38,7 @@ docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # every stage of the embedded study, with two trials of an epoch; the tests run the whole study
-SMOKE := --set 'groups=[task_only, combined]' --set 'sweep.seeds=[0]' --set training.epochs=1 \
+SMOKE := --set 'groups=[task_only, combined]' --set 'sweep.seeds=[0]' --set training.epochs=1 --set training.warmup_steps=0 \
 	--set teacher.fine_tune.training.epochs=1 --set signals.minimum_coverage=0 --set evaluation.max_new_tokens=8 \
 	$(foreach task,sentiment quiz arithmetic,--set corpus.tasks.$(task).examples=60 \
 		--set evaluation.test_splits.$(task).examples=20)

@@ -48,6 +48,7 @@ _TINY = (
     "training.precision=float32",
     "teacher.dtype=float32",
     "training.epochs=2",
+    "training.warmup_steps=0",
     "training.batch_size=4",
     "signals.batch_tokens=1024",
     "signals.shard_examples=16",

@@ -23,6 +23,7 @@ SMALL = {
     "groups": "[task_only, black_box]",
     "sweep": "{seeds: [0], cpus_per_trial: 1}",
     "training.epochs": "1",
+    "training.warmup_steps": "0",
     "teacher.fine_tune.training.epochs": "1",
     "signals.minimum_coverage": "0",
     "analysis": "{}",
@@ -59,8 +60,8 @@ def test_every_command_on_a_terminal(tmp_path, columns, term, launcher):
         return seen(quickly(tmp_path, *arguments, columns=columns, term=term), code)
 
     help_ = call("--help")
-    commands = re.findall(r"^│ (\w+) ", help_.partition("Preparation")[2], re.MULTILINE)
-    assert set(commands) == {command.callback.__name__ for command in app.registered_commands}
+    commands = re.findall(r"^│ ([\w-]+) ", help_.partition("Preparation")[2], re.MULTILINE)
+    assert set(commands) == {command.name or command.callback.__name__ for command in app.registered_commands}
     for command in commands:
         assert "Usage: stillroom" in call(command, "--help")
 
