@@ -21,7 +21,7 @@ def test_every_block_of_the_api_page_runs(tmp_path, monkeypatch, capsys):
         assert block.language == "python"
         exec(compile(block.text, "docs/api.md", "exec"), namespace)
     printed = capsys.readouterr().out
-    assert "{'task': 1.0, 'kd': 0.5, 'hidden': 0.1, 'attention': 0.0" in printed
+    assert "{'task': 1.0, 'kd': 0.5, 'hidden': 10.0, 'attention': 0.0" in printed
     assert "read: ['topk_ids', 'topk_logprobs', 'hidden']" in printed  # what was asked for, and no more
     assert "0.015625" in printed  # seven differences of one sign: 2/2⁷
     assert "model.safetensors" in printed
@@ -44,6 +44,8 @@ def test_the_notebook_redraws_a_figure_from_a_results_folder(finished_study):
     lines = [line.split() for line in "\n".join(text for text in shown).splitlines()]
     summary = pd.read_csv(finished_study.results / "results_summary.csv")
     for _, row in summary.iterrows():
-        assert [row["config/distill_type"], "0", row["validation_accuracy"], round(row["validation_task_loss"], 6)] in [
-            [*line[1:3], *map(float, line[3:])] for line in lines if len(line) == 5
-        ]
+        assert [
+            row["config/distill_type"],
+            "0",
+            *row[["validation_accuracy", "validation_task_loss"]].astype(float).round(6),
+        ] in [[*line[1:3], *map(float, line[3:])] for line in lines if len(line) == 5]

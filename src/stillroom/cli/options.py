@@ -49,7 +49,7 @@ StudyArgument = Annotated[
     str,
     typer.Argument(
         metavar="STUDY",
-        help="a shipped study (quickstart, control, paper, …), or a YAML file",
+        help="a shipped study, such as quickstart, or a YAML file",
         autocompletion=complete_study,
     ),
 ]
