@@ -25,7 +25,7 @@ SIGNALS = {"top_k": 390, "shard_examples": 32, "batch_tokens": 512}
 
 def work(folder, teacher, student, count):
     """In a process of its own: capture so many examples, train on them, and write down what either took."""
-    corpus = Corpus(tasks={"quiz": TaskData(dataset="builtin", examples=count)}, max_length=64)
+    corpus = Corpus(tasks={"arithmetic": TaskData(dataset="builtin", examples=count)}, max_length=64)
     examples = build_corpus(corpus, [load_tokenizer(teacher), load_tokenizer(student)])
     with PeakMemory() as captured:
         store = make_store(folder / "store", teacher, examples, **SIGNALS)
