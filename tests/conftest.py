@@ -187,7 +187,7 @@ def real_tokenizer(name):
         if (folder / "tokenizer.json").is_file():
             return load_tokenizer(ModelRef(model=str(folder)))
     return pytest.skip(
-        f"{name} is a download, and in neither .cache/models nor ../shared/models (docs/how-to/offline.md)"
+        f"needs the tokenizer of {name}, a download, in .cache/models or ../shared/models (docs/how-to/offline.md)"
     )
 
 

@@ -326,7 +326,7 @@ def test_coverage_on_real_text_is_that_of_the_specification(tokenizer, teacher, 
     from stillroom.data.tasks import get_task
 
     if not (SHARED / "data").is_dir():
-        pytest.skip("SST-2, MMLU and GSM8K are not on this machine; they are downloads (docs/how-to/offline.md)")
+        pytest.skip("needs SST-2, MMLU and GSM8K, which are downloads, in ../shared/data (docs/how-to/offline.md)")
     first, second = tokenizer(teacher), tokenizer(student)
     for case, (tokens, predictions) in expected.items():
         name, _, without_header = case.partition(" ")

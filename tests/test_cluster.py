@@ -64,7 +64,7 @@ def second_node(cluster):
 def strange_node(cluster, tmp_path):
     """A node with another stillroom, to which `results` is an empty folder."""
     if shutil.which("unshare") is None or subprocess.run(["unshare", "-m", "true"], check=False).returncode:
-        pytest.skip("unshare cannot make a mount namespace here, and the test hides a folder from one node with it")
+        pytest.skip("needs `unshare -m` to hide a folder from one node, and this system does not allow it")
     shutil.copytree(Path(SOURCES) / "stillroom", tmp_path / "other" / "stillroom")
     (tmp_path / "other" / "stillroom" / "__init__.py").write_text('__version__ = "0"\n')
     ray = f"{sys.executable} -m ray.scripts.scripts start --address={cluster.address} --num-cpus=1 --block"

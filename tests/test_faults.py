@@ -21,7 +21,7 @@ from studies import study_file
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(sys.platform != "linux", reason="signals, limits and /proc as Linux has them"),
+    pytest.mark.skipif(sys.platform != "linux", reason="uses Linux's signals, resource limits and /proc"),
 ]
 
 SMALL_SHARDS = {"top_k": 64, "dtype": "float32", "shard_examples": 4, "minimum_coverage": 0.0}

@@ -14,7 +14,7 @@ from processes import start
 from stillroom.files import read_json
 from studies import study_file
 
-A_CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+A_CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 BARE = """
 import sys

@@ -94,7 +94,7 @@ def test_trackers(follow):
     (trial,) = folder.glob("results/knowledge_distillation_experiment/trial_*")
     assert [p.name for p in (folder / "results" / "tensorboard").iterdir()] == [trial.name]
     if importlib.util.find_spec("wandb") is None:
-        pytest.skip("Weights & Biases is not installed: pip install 'wandb>=0.31'")
+        pytest.skip("needs Weights & Biases: pip install 'wandb>=0.31'")
     written = (trial / "result.json").read_bytes()
     (command,) = next(b for b in pages.blocks(pages.ROOT / "docs/how-to/trackers.md") if "WANDB" in b.text).commands
     done = CliRunner(env={"WANDB_MODE": "offline"}).invoke(app, shlex.split(command.split("stillroom ")[1]))

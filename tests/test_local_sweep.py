@@ -29,7 +29,7 @@ from stillroom.files import exclusive, read_json
 from stillroom.studies import load_study
 from studies import study_file
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="forks, signals and /proc as Linux has them")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="uses Linux's fork, signals and /proc")
 
 
 @pytest.mark.parametrize(

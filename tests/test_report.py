@@ -316,8 +316,8 @@ def test_what_was_measured_for_another_study_is_left_out(results, tmp_path, quic
     read = StudyResults.read(copy)
     assert list(read.baselines) == list(read.baseline_predictions) == ["student before training"]
     assert not any(key[2] == "agreement" for trial in read.measured_with_agreement for key in trial.values)
-    assert "the record at hand is of other data" not in (results / "report.html").read_text()
-    assert "the record at hand is of other data" in page
+    assert "the latest record is for other data" not in (results / "report.html").read_text()
+    assert "the latest record is for other data" in page
     write_json(copy / "planned.json", {k: v for k, v in read_json(copy / "planned.json").items() if k != "baselines"})
     with pytest.raises(UserError, match="of another version: baselines: Field required; `stillroom run STUDY` brings"):
         write_report(copy)

@@ -200,7 +200,7 @@ def read_planned(results: Path) -> dict[str, Any]:
     path = results / PLANNED
     if not path.is_file():
         raise UserError(
-            f"{results} holds no {PLANNED}: it is not a results folder, or `stillroom sweep` has not started yet"
+            f"{results} has no {PLANNED}: it is not a results folder, or `stillroom sweep` has not been run yet"
         )
     planned = _checked(path, _Planned, _OUTDATED)
     try:

@@ -183,7 +183,7 @@ def integrity_rows(results: StudyResults) -> list[tuple[str, str]]:
     if verified.get("fingerprint") == results.fingerprint:
         rows.append(("teacher data verified", f"{verified['finished']}, {_checked(verified)}"))
     elif verified:
-        rows.append(("teacher data verified", "before archiving; the record at hand is of other data"))
+        rows.append(("teacher data verified", "before archiving; the latest record is for other data"))
     for task, own in results.coverage.items():
         floor = results.study["signals"]["minimum_coverage"]
         rows.append(

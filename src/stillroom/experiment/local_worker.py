@@ -94,7 +94,7 @@ class Ready:
         return self.process.wait()
 
     def close(self, patience: float = 0.0) -> str:
-        """Kill it, if it has not ended of itself so many seconds later; returns what it printed before any trial."""
+        """Wait `patience` seconds for it to exit, then kill it; returns what it printed before any trial."""
         self.connection.close()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(patience)

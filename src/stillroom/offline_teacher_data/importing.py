@@ -37,7 +37,7 @@ _DISTILLKIT = ("input_ids", "token_ids", "top_values")
 
 
 class _Line(NamedTuple):
-    """Where an example's row stands, and, of a Parquet file, the row."""
+    """Where an example's row is; from a Parquet file, the row itself."""
 
     file: Path
     number: int
