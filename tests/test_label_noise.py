@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from tests.studies import study_file
 
-from stillroom.config import Corpus, TaskData
+from stillroom.config import ChoiceColumns, Corpus, TaskData
 from stillroom.data.corpus import build_corpus
 from stillroom.data.label_noise import is_mislabelled, with_label_noise, without_label_noise
 from stillroom.data.tasks import TASKS
@@ -54,11 +54,16 @@ def test_students_learn_it_and_neither_the_teacher_nor_validation_does(tmp_path,
     assert Workspace(load_study(path)).examples == examples
 
 
-def test_noise_needs_choices_and_room(tokenizers):
+def test_noise_needs_choices_and_room(tokenizers, tmp_path):
     """A task without choices, and a wrong answer that is too long, are named."""
     data = TaskData(dataset="builtin", examples=20, label_noise=0.2)
     with pytest.raises(UserError, match=r"corpus.tasks.arithmetic.label_noise: arithmetic has no choices"):
         build_corpus(Corpus(tasks={"arithmetic": data}), tokenizers)
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"n": {n}, "label": 0}}\n' for n in range(10)))
+    asked = ChoiceColumns(prompt="Number {n}", choices=("yes", "no " * 40), label="label", label_is="index")
+    data = TaskData(dataset=str(tmp_path / "rows.jsonl"), examples=10, label_noise=1.0, choice=asked)
+    with pytest.raises(UserError, match=r"corpus.tasks.own.label_noise: with the wrong answer ' no no .* raise corpus"):
+        build_corpus(Corpus(tasks={"own": data}, max_length=40), tokenizers)
 
 
 def test_a_study_without_noise_says_nothing_of_it():

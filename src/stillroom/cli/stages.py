@@ -41,7 +41,7 @@ def run(study: StudyArgument, set_: SetOption = None, json: JsonOption = False) 
     _tell_unchecked(workspace.verify())
     workspace.archive()
     errors = workspace.sweep()
-    if len(errors) < len(workspace.plans()):  # else there is nothing to report
+    if len(errors) < len(workspace.study.groups) * len(workspace.study.sweep.seeds):  # else there is nothing to report
         workspace.report()
         _finish_report(workspace.results, json, errors)
     _fail_on(errors)

@@ -80,10 +80,10 @@ def _with_label_noise(
     """The training split with each task's declared share of wrong answers, which `counts` then has."""
     noise = {name: data.label_noise for name, data in corpus.tasks.items() if data.label_noise}
     noisy = with_label_noise(train, noise)
+    wrong = [example for example in noisy if example.task in noise and is_mislabelled(example)]
     for name in noise:
-        counts[name]["mislabelled"] = sum(example.task == name and is_mislabelled(example) for example in noisy)
+        counts[name]["mislabelled"] = sum(example.task == name for example in wrong)
     for tokenizer in tokenizers:
-        wrong = [example for example in noisy if example.task in noise]
         for example, encoding in zip(wrong, encode_examples(tokenizer, wrong, add_eos=True), strict=True):
             if not fits(encoding, corpus.max_length):
                 raise UserError(

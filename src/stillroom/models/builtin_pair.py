@@ -2,8 +2,8 @@
 
 They differ in width, depth, heads and tokenizer family (byte-level BPE with no BOS against SentencePiece-style
 BPE with byte fallback and BOS), so that the quickstart has everything that makes the real study hard. The student's
-tokenizer was not trained on the quiz, so it splits each answer into pieces. For the teacher an answer is one token, which
-has no counterpart to compare its logit with.
+tokenizer was not trained on the quiz, so it splits each answer into pieces. For the teacher an answer is one token,
+which has no counterpart to compare its logit with.
 """
 
 from __future__ import annotations
