@@ -41,14 +41,18 @@ def trained(tmp_path_factory, study):
     return folder / trial.name / "checkpoint_3"
 
 
-def require_agreement(found):
-    """Every share is as required, with answers that vary: a constant would agree for nothing."""
+def require_agreement(found, unanswered=()):
+    """Every share is as required, with answers that vary: a constant would agree for nothing.
+
+    `unanswered`: readings (task, measure) that find nothing in any text, so that they say nothing of agreement.
+    """
     assert harness_agreement.disagreements(found) == []
-    for own in found.values():
+    for task, own in found.items():
         for key, value in own.items():
             if key.endswith("accuracy"):
                 assert value[0] == pytest.approx(value[1], abs=1 - harness_agreement.REQUIRED)
-        assert max(value for key, value in own.items() if key.endswith("different answers")) > 1
+            if key.endswith("different answers") and (task, key) not in unanswered:
+                assert value > 1, key
 
 
 def test_a_trained_built_in_student_answers_the_same(trained, study, tmp_path):
@@ -66,7 +70,8 @@ def test_real_tasks_are_answered_the_same(trained, tmp_path):
     places = [f"corpus.tasks.{name}.dataset={SHARED / 'data' / name}" for name in ("sst2", "mmlu", "gsm8k")]
     study = load_study("small", [*places, "evaluation.max_new_tokens=40"])
     found = harness_agreement.measure_agreement(study, str(trained), 60, tmp_path)
-    require_agreement(found)
+    # it writes no #### after questions so much longer than its own; the built-in task's strict reading varies, above
+    require_agreement(found, unanswered=[("gsm8k", "strict-match different answers")])
     assert {name: own["examples"] for name, own in found.items()} == {"sst2": 60, "mmlu": 60, "gsm8k": 60}
 
 
