@@ -31,6 +31,11 @@ class ModelRef(Section):
 class Training(Section):
     """How weights are updated; the same for every trial."""
 
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = later(
+        "adamw",
+        description="AdamW; `adamw_8bit`: its moments in 8 bits, by bitsandbytes; `paged_adamw_8bit`: they can also "
+        "move to the machine's memory while a GPU's is full",
+    )
     learning_rate: float = Field(1e-4, gt=0, description="AdamW's highest learning rate, reached after the warm-up")
     schedule: Literal["constant", "linear", "cosine"] = later(
         "constant", description="how the learning rate falls between the warm-up and the last step"

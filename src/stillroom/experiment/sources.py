@@ -40,6 +40,7 @@ from stillroom.models.precision import resolve_precision
 from stillroom.models.sizes import context_length
 from stillroom.progress import NamedProgress, silent
 from stillroom.provenance import Meter
+from stillroom.training.optimizers import require_optimizers
 
 
 @dataclass
@@ -61,6 +62,7 @@ class Sources:
         model is checked when it is loaded.
         """
         require_quantization(self.study.teacher.quantization)
+        require_optimizers(self.study)
         models = [(self.student_ref, self.study.captures_student)]
         if not self.study.signals.imported:
             models.insert(0, (self.teacher_ref, True))

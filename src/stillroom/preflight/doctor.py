@@ -22,6 +22,7 @@ from stillroom.models.precision import DTYPES, default_device, products, resolve
 from stillroom.preflight.design import examine_design
 from stillroom.preflight.planning import counted, plan_study
 from stillroom.provenance import hardware, package_versions
+from stillroom.training.optimizers import require_optimizers
 
 SAMPLE = 50
 """Examples a task on which coverage is measured."""
@@ -48,7 +49,7 @@ def examine(study: Study) -> list[Finding]:
     """Everything that can be known without loading weights; the tracker, and Ray if it runs the trials, are tried."""
     findings = [_packages(), *_precision(study)]
     study = resolve_precision(study)
-    findings += [*_models(study), *_tokenizers(study)]
+    findings += [*_models(study), *_optimizers(study), *_tokenizers(study)]
     try:
         plan = plan_study(study)
     except UserError as error:
@@ -167,6 +168,15 @@ def _architecture(role: str, config: Any, captured: bool) -> Finding:
         "its attention is captured as its own code computes it" if captured else "computed as its own code computes it"
     )
     return Finding(subject, True, f"{config.model_type}: {says}")
+
+
+def _optimizers(study: Study) -> Lines:
+    """Whether an optimizer of another library runs here; AdamW needs none."""
+    chosen = {study.training.optimizer}
+    if study.teacher.fine_tune.method != "none":
+        chosen.add(study.teacher.fine_tune.training.optimizer)
+    if chosen != {"adamw"}:
+        yield _trial_run("optimizer", lambda: require_optimizers(study), f"{', '.join(sorted(chosen))} can be used")
 
 
 def _tokenizers(study: Study) -> Lines:

@@ -471,6 +471,7 @@ def trial_memory(
     of one forward pass: 34 bytes per token, layer and dimension in 16 bits (Korthikanti et al., MLSys 2023, without the
     attention maps that sdpa does not keep), and three float32 maps of the last layer. With gradient checkpointing, each
     layer's input and one whole layer. With LoRA, gradients and moments of its layers, and a copy with them merged.
+    Moments in 8 bits take a byte.
     """
     trained = student.width * teacher_width + (_lora_parameters(student, lora) if lora else student.parameters)
     size = DTYPES[training.precision].itemsize
@@ -478,4 +479,5 @@ def trial_memory(
     kept = 17 + student.layers if training.gradient_checkpointing else 17 * student.layers
     activations = examples * longest * (kept * size * student.width + 3 * 4 * longest * student.heads)
     copied = 0 if training.precision == scored == "float32" else DTYPES[scored].itemsize * student.parameters
-    return 16 * trained + (8 * student.parameters if lora else 0) + copied + activations
+    bytes_trained = 16 if training.optimizer == "adamw" else 10
+    return bytes_trained * trained + (8 * student.parameters if lora else 0) + copied + activations

@@ -84,7 +84,8 @@ class StepRunner:
         """One optimizer step, skipped if a gradient is not finite: the terms' sums, counts, and whether it stepped."""
         optimizer.zero_grad(set_to_none=True)
         sums, counts = self._backward(micro, self.objective.weights, self.scaler.scale)
-        take = step_in_one_pass if self.device.type == "cuda" else step_pass_by_pass
+        fused = self.device.type == "cuda" and optimizer.defaults.get("fused")
+        take = step_in_one_pass if fused else step_pass_by_pass
         finite = take(optimizer, self.scaler, list(self.student.parameters()), self.training.max_gradient_norm)
         self.scaler.update()
         return sums, counts, finite

@@ -53,6 +53,7 @@ from stillroom.training.checkpoints import (
 )
 from stillroom.training.collation import Batch, Collator
 from stillroom.training.distillation_student import DistillationStudent
+from stillroom.training.optimizers import optimizer_of
 from stillroom.training.schedules import learning_rate, require_room_to_fall
 from stillroom.training.shares import has_shares, with_found_weights
 from stillroom.training.step import Finite, StepRunner, accumulate, losses_of, mean_shares
@@ -122,12 +123,7 @@ def train(
     require_coverage(coverage, minimum_coverage)
     kinds = count_kinds([*parts["train"], *parts["validation"]]) if store else {}
     _check_architecture(student, parts["train"])
-    optimizer = torch.optim.AdamW(
-        [p for p in student.parameters() if p.requires_grad],
-        lr=training.learning_rate,
-        weight_decay=training.weight_decay,
-        fused=True,
-    )
+    optimizer = optimizer_of(student.parameters(), training)
     scaler = torch.amp.GradScaler(device.type, enabled=training.precision == "float16")
     state = restore_checkpoint(last, student, optimizer, scaler) if last else TrainingState()
     lengths = [len(item.encoding) for item in parts["train"]]  # of the examples' own answers: one order for all groups
