@@ -138,10 +138,18 @@ class _TestCounts(_Shape):
     in_corpus: int
 
 
+class _Harness(_Shape):
+    task: str
+    version: str | None
+    lm_eval: str
+    examples: int
+
+
 class _Corpus(_Shape):
     fingerprint: str
     counts: dict[str, _Counts]
     test_counts: dict[str, _TestCounts]
+    harness: dict[str, _Harness] = {}
     faults: dict[str, str] = {}
     test_faults: dict[str, str] = {}
 
@@ -218,8 +226,10 @@ def read_planned(results: Path) -> dict[str, Any]:
 def read_results(results: Path, planned: Mapping[str, Any]) -> list[dict[str, Any]]:
     """`result.json` of every planned trial that has one, in the plan's order."""
     folders = [(results / EXPERIMENT / trial["name"], trial) for trial in planned["trials"]]
-    tasks = scored_tasks(planned["study"])
-    return [_read_result(folder / RESULT, trial, tasks) for folder, trial in folders if (folder / RESULT).exists()]
+    tasks, harness = scored_tasks(planned["study"]), harness_splits(planned["study"])
+    return [
+        _read_result(folder / RESULT, trial, tasks, harness) for folder, trial in folders if (folder / RESULT).exists()
+    ]
 
 
 def scored_tasks(study: Mapping[str, Any]) -> list[str]:
@@ -227,11 +237,16 @@ def scored_tasks(study: Mapping[str, Any]) -> list[str]:
     return [task for task, own in study["corpus"]["tasks"].items() if not own.get("text")]
 
 
-def read_result(path: Path) -> dict[str, Any]:
-    """One trial's `result.json`, by itself."""
+def harness_splits(study: Mapping[str, Any]) -> list[str]:
+    """Test splits that lm-evaluation-harness evaluates, in numbers of its own."""
+    return [name for name, own in study["evaluation"]["test_splits"].items() if own.get("harness")]
+
+
+def read_result(path: Path, harness: Sequence[str] | None = None) -> dict[str, Any]:
+    """One trial's `result.json`, by itself; `harness`: its study's `harness_splits`, where they are known."""
     result = _checked(path, _Result, _again(path.parent))
     for epoch in (result, *result["epochs"]):
-        _require_metrics(path, epoch["metrics"], [("validation", None, "accuracy")], _again(path.parent))
+        _require_metrics(path, epoch["metrics"], [("validation", None, "accuracy")], _again(path.parent), harness)
     if wrong := [row["step"] for row in result["gradients"] if row["norms"].keys() != row["shares"].keys()]:
         raise _damaged(
             path, f"gradients at step {wrong[0]}: norms and shares name different terms", _again(path.parent)
@@ -239,28 +254,45 @@ def read_result(path: Path) -> dict[str, Any]:
     return result
 
 
-def _read_result(path: Path, trial: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
-    result = read_result(path)
+def _read_result(path: Path, trial: Mapping[str, Any], tasks: Sequence[str], harness: Sequence[str]) -> dict[str, Any]:
+    result = read_result(path, harness)
     config = result["config"]
     if (result["trial"], config["distill_type"], config["seed"]) != (trial["name"], trial["group"], trial["seed"]):
         raise _damaged(path, f"it is the result of {result['trial']}", _again(path.parent))
     needed: list[Key] = [("validation", task, "accuracy") for task in tasks]
     for epoch in (result, *result["epochs"]):
-        _require_metrics(path, epoch["metrics"], needed, _again(path.parent))
-        if strange := [row["task"] for row in epoch["metrics"] if row["task"] is not None and row["task"] not in tasks]:
+        _require_metrics(path, epoch["metrics"], needed, _again(path.parent), harness)
+        known = {None, *tasks, *harness}
+        if strange := [row["task"] for row in epoch["metrics"] if row["task"] not in known]:
             raise _damaged(path, f"metrics: the task {strange[0]} is not in the study", _again(path.parent))
+    _require_of_harness(path, result["metrics"], harness, _again(path.parent))
     return result
 
 
-def _require_metrics(path: Path, metrics: Sequence[Metric], needed: Sequence[Key], remedy: str) -> None:
-    """Raise `UserError` unless every number is there once, and those that a report cannot do without are there."""
+def _require_of_harness(path: Path, metrics: Sequence[Metric], harness: Sequence[str], remedy: str) -> None:
+    if lacking := sorted({*harness} - {str(row["task"]) for row in metrics if row["split"] == "test"}):
+        raise _damaged(path, f"metrics: there is no number of the test split {lacking[0]}", remedy)
+
+
+def _require_metrics(
+    path: Path,
+    metrics: Sequence[Metric],
+    needed: Sequence[Key],
+    remedy: str,
+    harness: Sequence[str] | None = (),
+) -> None:
+    """Raise `UserError` unless every number is there once, and those that a report cannot do without are there.
+
+    Of the test splits in `harness` any measure may be there; None: of any test split.
+    """
     found = Counter((row["split"], row["task"], row["measure"]) for row in metrics)
     if twice := [key for key, count in found.items() if count > 1]:
         raise _damaged(path, f"metrics: {_described(twice[0])} appears twice", remedy)
     if lacking := [key for key in needed if key not in found]:
         raise _damaged(path, f"metrics: {_described(lacking[0])} is missing", remedy)
-    for _, task, measure in found:
-        if task is not None and measure not in TASK_MEASURES:
+    for split, task, measure in found:
+        foreign = split == "test" and (harness is None or task in harness)
+        if task is not None and measure not in TASK_MEASURES and not foreign:
             raise _damaged(path, f"metrics: {measure} is not a measure of a task", remedy)
 
 
@@ -290,8 +322,12 @@ def read_baselines(results: Path, suffix: str = "") -> dict[str, dict[str, Any]]
     `suffix`: "" for the validation split, `_test` for the test splits.
     """
     planned = read_planned(results)
-    split, tasks = ("test", []) if suffix else ("validation", scored_tasks(planned["study"]))
-    needed: list[Key] = [(split, task, "accuracy") for task in (None, *tasks)]
+    harness = harness_splits(planned["study"]) if suffix else []
+    needed: list[Key] = [("validation", task, "accuracy") for task in (None, *scored_tasks(planned["study"]))]
+    if suffix:  # without a task's own test split there is no accuracy over all of them
+        needed = (
+            [("test", None, "accuracy")] if len(harness) < len(planned["study"]["evaluation"]["test_splits"]) else []
+        )
     found = {}
     for role in BASELINE_LABELS:
         path = results / BASELINES / f"{role}{suffix}.json"
@@ -300,7 +336,8 @@ def read_baselines(results: Path, suffix: str = "") -> dict[str, dict[str, Any]]
         own = _checked(path, _Baseline, _measure_again(path))
         if own["fingerprint"] != planned["baselines"].get(f"{role}{suffix}"):
             continue
-        _require_metrics(path, own["metrics"], needed, _measure_again(path))
+        _require_metrics(path, own["metrics"], needed, _measure_again(path), harness)
+        _require_of_harness(path, own["metrics"], harness, _measure_again(path))
         found[role] = own
     return found
 

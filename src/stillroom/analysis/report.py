@@ -22,7 +22,15 @@ from stillroom.analysis.paper import distinct_findings, study_tables, write_pape
 from stillroom.analysis.questions import recipes
 from stillroom.analysis.results import StudyResults
 from stillroom.analysis.samples import sample_seed, samples_of
-from stillroom.analysis.tables import contrast_table, cost_table, kind_table, stage_table, summaries, trial_table
+from stillroom.analysis.tables import (
+    contrast_table,
+    cost_table,
+    harness_table,
+    kind_table,
+    stage_table,
+    summaries,
+    trial_table,
+)
 from stillroom.analysis.verdicts import Answer, answer_questions, what_it_takes
 from stillroom.config import TERMS, WEAK_SIGNAL
 from stillroom.evaluation.metrics import Key, by_key
@@ -279,6 +287,7 @@ def write_report(folder: Path) -> Path:
         measures=list(measures),
         others=group_table(results.measured_with_agreement, groups, results.baseline_metrics, measures),
         test=group_table(results.measured, groups, results.test_metrics, results.test_keys),
+        harness=harness_table(results) if results.harness_keys else None,
         samples=samples_of(results),
         sample_seed=sample_seed(results),
         trials=trial_table(results),

@@ -14,6 +14,7 @@ import pandas as pd
 from stillroom.analysis.frame import Measured, accuracy_keys, summary_frame
 from stillroom.analysis.reading import (
     PREDICTIONS,
+    harness_splits,
     read_baseline_predictions,
     read_baselines,
     read_corpus,
@@ -169,8 +170,18 @@ class StudyResults:
     @cached_property
     def test_keys(self) -> dict[str, Key]:
         """Where accuracy on the test splits is among a trial's numbers; empty if nothing was measured there."""
-        keys = dict.fromkeys(key for trial in self.measured for key in trial.values)
+        keys = [key for key in self._measured_keys if key[1] not in harness_splits(self.study)]
         return self._overall_first(accuracy_keys(keys, "test")) if ("test", None, "accuracy") in keys else {}
+
+    @cached_property
+    def harness_keys(self) -> dict[str, Key]:
+        """Where the numbers of lm-evaluation-harness are, by what tables call them: split and measure."""
+        keys = [(name, key) for name in harness_splits(self.study) for key in self._measured_keys if key[1] == name]
+        return {f"{name} {key[2]}": key for name, key in keys if key[0] == "test"}
+
+    @cached_property
+    def _measured_keys(self) -> list[Key]:
+        return list(dict.fromkeys(key for trial in self.measured for key in trial.values))
 
     def _overall_first(self, keys: Mapping[str, Key]) -> dict[str, Key]:
         overall, *_ = keys
@@ -257,6 +268,12 @@ class StudyResults:
         """Of the test splits likewise: used, rows in the source, what was dropped and why."""
         counts: dict[str, dict[str, int]] = self._corpus["test_counts"]
         return self._in_order(counts)
+
+    @cached_property
+    def harness(self) -> dict[str, dict[str, Any]]:
+        """By test split that lm-evaluation-harness evaluates: its task, their versions, how many examples."""
+        found: dict[str, dict[str, Any]] = self._corpus.get("harness", {})
+        return found
 
     @cached_property
     def _corpus(self) -> dict[str, Any]:

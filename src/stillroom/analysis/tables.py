@@ -143,6 +143,20 @@ def trial_table(results: StudyResults) -> Table:
     return _table(rows, ("steps", "skipped steps", "training tokens"))
 
 
+def harness_table(results: StudyResults) -> Table:
+    """The baselines and each group: what lm-evaluation-harness says of them, in its own numbers."""
+    keys = results.harness_keys
+    rows = []
+    for row in group_table(results.measured, results.groups, results.test_metrics, keys):
+        cells = {name: _mean_and_spread(cell) for name, cell in row.cells.items()}
+        rows.append({"group": row.name, "seeds": str(row.seeds) if row.name in results.groups else "baseline", **cells})
+    return _table(rows, ())
+
+
+def _mean_and_spread(cell: Spread) -> str:
+    return decimal(cell.mean, 4) + ("" if math.isnan(cell.std) else f" ± {decimal(cell.std, 4)}")
+
+
 def cost_table(results: StudyResults) -> Table:
     """A row a group: what a trial takes."""
     rows = []

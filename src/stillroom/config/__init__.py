@@ -239,7 +239,12 @@ class Study(Section):
                 f"signals.teacher_answers: {texts[0]!r} has texts, which ask nothing; leave one of them out"
             )
         named = [("analysis", name) for name in (*self.analysis.simple_tasks, *self.analysis.hard_tasks)]
-        for section, task in [*named, *(("evaluation.test_splits", name) for name in self.evaluation.test_splits)]:
+        for name, split in self.evaluation.test_splits.items():
+            if split.harness is None:
+                named.append(("evaluation.test_splits", name))
+            elif name in self.corpus.tasks:
+                raise ValueError(f"evaluation.test_splits.{name}: {name!r} is a task of the corpus; name it otherwise")
+        for section, task in named:
             if task not in self.corpus.tasks:
                 raise ValueError(f"{section} names the task {task!r}, which is not in corpus.tasks")
             if task in texts:
@@ -272,7 +277,8 @@ class Study(Section):
     @property
     def test_splits(self) -> dict[str, TaskData]:
         """The benchmarks' own splits by task, each with its data set."""
-        return {name: split.data(self.corpus.tasks[name]) for name, split in self.evaluation.test_splits.items()}
+        splits = self.evaluation.test_splits
+        return {name: own.data(self.corpus.tasks[name]) for name, own in splits.items() if own.harness is None}
 
     @property
     def has_chats(self) -> bool:

@@ -45,6 +45,8 @@ class Examples:
     """Per task with unusable rows: the first of them, and what is wrong with it."""
     test_faults: dict[str, str] = field(default_factory=dict)
     """The same of the test splits."""
+    harness: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Of the test splits that lm-evaluation-harness evaluates: what pins each."""
 
     @property
     def all(self) -> list[Example]:
@@ -307,6 +309,8 @@ def save_corpus(examples: Examples, folder: Path, fingerprint: str) -> None:
         pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), path)
     dropped = {name: getattr(examples, name) for name in _DROPPED}
     described = {"fingerprint": fingerprint, "sha256": file_sha256(folder / "corpus.parquet"), **dropped}
+    if examples.harness:
+        described["harness"] = examples.harness
     write_json(folder / "corpus.json", described)
 
 
@@ -326,7 +330,8 @@ def load_corpus(folder: Path) -> tuple[Examples, str]:
         turns = tuple(Turn(*turn) for turn in json.loads(row["turns"] or "[]"))
         example = Example(row["task"], row["prompt"], row["answer"], choices, row["gold"], row["definition"], turns)
         parts[row["split"]].append(example)
-    examples = Examples(**parts, **{name: described[name] for name in _DROPPED})
+    dropped = {name: described[name] for name in _DROPPED}
+    examples = Examples(**parts, **dropped, harness=described.get("harness", {}))
     return examples, described["fingerprint"]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from transformers import PreTrainedModel
 from stillroom.config import Evaluation, Precision, fingerprint
 from stillroom.data.chat_templates import encode_examples
 from stillroom.data.tasks import Example
-from stillroom.evaluation.metrics import accuracy_metrics, nll_metrics, save_predictions
+from stillroom.evaluation.harness_tasks import Harness
+from stillroom.evaluation.metrics import Metric, accuracy_metrics, nll_metrics, save_predictions
 from stillroom.evaluation.scoring import evaluate
 from stillroom.files import read_json, write_json
 from stillroom.models.architecture import check_model
@@ -34,6 +36,8 @@ class Baseline:
     precision: Precision
     examples: list[Example]
     settings: Evaluation
+    harness: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    """What pins the test splits that lm-evaluation-harness evaluates, by name."""
 
     @property
     def name(self) -> str:
@@ -49,7 +53,9 @@ class Baseline:
     def fingerprint(self) -> str:
         """Of all that decides the numbers."""
         how = self.settings.model_dump(exclude={"test_splits"})
-        return fingerprint(self.identity, self.precision, how, self.split, [e.example_id for e in self.examples])
+        examples = [e.example_id for e in self.examples]
+        harness = [self.harness] if self.harness else []
+        return fingerprint(self.identity, self.precision, how, self.split, examples, *harness)
 
     def read(self) -> dict[str, Any] | None:
         """The measurement, if it was made; None for one of another model, other examples or other settings."""
@@ -60,15 +66,22 @@ class Baseline:
 
     def measure(self, model: PreTrainedModel, tokenizer: Any, progress: Progress = silent) -> dict[str, Any]:
         """Accuracy and answer likelihood; kept in `path`, predictions beside it."""
-        ids, _ = padded(encode_examples(tokenizer, self.examples[:1]), device=model.device)
-        check_model(model, ids)
-        predictions = evaluate(model, tokenizer, self.examples, self.settings, progress)
-        save_predictions(predictions, self.path.with_suffix(".parquet"))
+        metrics: list[Metric] = []
+        likelihoods: dict[str, float] = {}
+        if self.examples:
+            ids, _ = padded(encode_examples(tokenizer, self.examples[:1]), device=model.device)
+            check_model(model, ids)
+            predictions = evaluate(model, tokenizer, self.examples, self.settings, progress)
+            save_predictions(predictions, self.path.with_suffix(".parquet"))
+            metrics, likelihoods = accuracy_metrics(predictions, self.split), nll_metrics(predictions)
+        if self.harness:
+            harness = Harness.load(self.settings.harness_splits, self.harness)
+            metrics += harness.metrics(model, tokenizer, self.settings)
         result = {
             "fingerprint": self.fingerprint,
             "identity": self.identity,
-            "metrics": accuracy_metrics(predictions, self.split),
-            "answer_nll": nll_metrics(predictions),
+            "metrics": metrics,
+            "answer_nll": likelihoods,
         }
         write_json(self.path, result)
         return result

@@ -27,7 +27,10 @@ class Metric(TypedDict):
     task: str | None
     """None: of all tasks together."""
     measure: str
-    """`accuracy`, `accuracy_macro`, `accuracy_flexible`, `calibration_error`, `loss`, or a term's `<term>_loss`."""
+    """`accuracy`, `accuracy_macro`, `accuracy_flexible`, `calibration_error`, `loss`, or a term's `<term>_loss`.
+
+    Of a task of lm-evaluation-harness, whatever it calls its number: `acc`, `acc_norm`, `exact_match_strict-match`, ….
+    """
     value: float
 
 
@@ -46,7 +49,8 @@ TASK_MEASURES = {
     "accuracy_flexible": "{split}_accuracy_{task}_flexible",
     "calibration_error": "{split}_ece_{task}",
 }
-"""What is measured of a task by itself, and how a table with a column for each number calls it."""
+"""What we measure of a task by itself, and how a table with a column for each number calls it."""
+_OTHER_MEASURE = "{split}_{measure}_{task}"
 
 
 def column_names(keys: Iterable[Key]) -> dict[Key, str]:
@@ -64,7 +68,7 @@ def column_names(keys: Iterable[Key]) -> dict[Key, str]:
 
 
 def _column(split: str, task: str | None, measure: str) -> str:
-    form = "{split}_{measure}" if task is None else TASK_MEASURES[measure]
+    form = "{split}_{measure}" if task is None else TASK_MEASURES.get(measure, _OTHER_MEASURE)
     return form.format(split=split, task=task, measure=measure)
 
 

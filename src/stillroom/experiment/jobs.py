@@ -26,6 +26,7 @@ from stillroom.data.corpus import Examples, examples_digest, load_corpus
 from stillroom.data.tasks import Example
 from stillroom.errors import UserError
 from stillroom.evaluation.generation import teacher_answers
+from stillroom.evaluation.harness_tasks import Harness
 from stillroom.files import exclusive, read_json, write_json
 from stillroom.models.adapters import lora_adapter
 from stillroom.models.hub import load_model, load_tokenizer
@@ -107,6 +108,7 @@ def run_trial(
             return result
         try:
             examples = _load_examples(plan.corpus, SignalStore.open(plan.store).manifest["made_from"]["corpus"])
+            splits = plan.evaluation.harness_splits
             result = train(
                 plan.trial,
                 plan.student,
@@ -121,6 +123,7 @@ def run_trial(
                 keep_checkpoints=plan.keep_checkpoints,
                 adapter=lora_adapter(plan.lora) if plan.lora else None,
                 test=examples.test,
+                harness=Harness.load(splits, examples.harness) if splits else None,
                 report=report,
                 progress=progress,
             )

@@ -25,6 +25,7 @@ from stillroom.data.tasks import Example, task_of
 from stillroom.data.vocabulary import largest_id
 from stillroom.errors import UserError
 from stillroom.evaluation.baselines import Baseline
+from stillroom.evaluation.harness_tasks import Harness, harness_files
 from stillroom.files import exclusive, remove_leftovers
 from stillroom.models.architecture import PROBE, check_capture, check_model, try_miniature
 from stillroom.models.builtin_pair import materialise
@@ -114,6 +115,7 @@ class Sources:
         remove_leftovers(self.results, within=True)
         for place in (self.store_path, self.store_path.parent):
             remove_leftovers(place)
+        harness = self.study.evaluation.harness_splits
         test, longest = self.study.test_splits, self._context - self.study.evaluation.max_new_tokens
         if self.study.corpus.max_length > self._context:
             raise UserError(
@@ -128,12 +130,14 @@ class Sources:
             [tokenizer_hash(t) for t in self.tokenizers],
             digests,
             *([chat_template_hash(t) for t in self.tokenizers] if self.study.has_chats else []),
+            *harness_files(harness),
         )
         if (examples := _known_corpus(folder, digest)) is None:
             # the processes of a divided capture start together
             with exclusive(folder, "build of the corpus", wait=600):
                 if (examples := _known_corpus(folder, digest)) is None:
-                    examples = build_corpus(self.study.corpus, self.tokenizers)
+                    described = Harness.load(harness).described if harness else {}
+                    examples = replace(build_corpus(self.study.corpus, self.tokenizers), harness=dict(described))
                     examples = with_test_splits(examples, test, self.study.corpus, self.tokenizers, longest)
                     require_unchanged(sources, digests)
                     self._require_embedded([*examples.all, *examples.test])
@@ -177,12 +181,14 @@ class Sources:
         """The baselines that are measured: teacher and student before training, on validation and on test splits."""
         settings, folder = self.study.evaluation, self.results / BASELINES
         teacher, student = (self.teacher_identity, self.study.teacher.dtype), (self.student_identity, settings.dtype)
-        splits = {"validation": self.examples.validation, "test": self.examples.test}
+        test = (self.examples.test, self.examples.harness)
+        splits = {"validation": (self.examples.validation, {}), "test": test}
         return [
-            Baseline(folder, role, split, *model, examples, settings)
+            Baseline(folder, role, split, *model, examples, settings, harness)
             for role, model in zip(BASELINE_LABELS, (teacher, student), strict=True)
-            for split, examples in splits.items()
-            if examples and not (role == "teacher" and self.study.signals.imported)  # whose weights are elsewhere
+            for split, (examples, harness) in splits.items()
+            if (examples or harness)
+            and not (role == "teacher" and self.study.signals.imported)  # whose weights are elsewhere
         ]
 
     def fine_tuning_fingerprint(self, base: str) -> str:

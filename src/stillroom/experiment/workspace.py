@@ -259,7 +259,7 @@ class Workspace(Sources):
                 student=absolute(self.student_ref),
                 training=self.study.training,
                 objective=self.study.objective,
-                evaluation=self.study.evaluation,
+                evaluation=self.study.evaluation.with_whole_paths(),
                 corpus=(self.results / "corpus").resolve(),
                 store=store,
                 experiment=(self.results / EXPERIMENT).resolve(),
@@ -298,6 +298,7 @@ class Workspace(Sources):
             seed,
             *([self.study.student.lora] if self.study.student.lora else []),
             *([chat_template_hash(self.tokenizers[1])] if self.study.has_chats else []),
+            *([self.examples.harness] if self.examples.harness else []),
         )[:8]
 
     def train_one(self, group: str, seed: int) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stillroom.config import ModelRef, Study
+from stillroom.config import BenchmarkSplit, ModelRef, Study
 from stillroom.data.encoding import encode
 from stillroom.data.vocabulary import compare_vocabularies
 from stillroom.errors import UserError
+from stillroom.evaluation.harness_tasks import Harness
 from stillroom.experiment.resources import cores, trial_resources
 from stillroom.models.builtin_pair import materialise
 from stillroom.models.hub import is_local, load_config, load_tokenizer, require_embedded, require_quantization
@@ -49,7 +50,7 @@ def examine(study: Study) -> list[Finding]:
     """Everything that can be known without loading weights; the tracker, and Ray if it runs the trials, are tried."""
     findings = [_packages(), *_precision(study)]
     study = resolve_precision(study)
-    findings += [*_models(study), *_optimizers(study), *_tokenizers(study)]
+    findings += [*_models(study), *_optimizers(study), *_tokenizers(study), *_harness(study)]
     try:
         plan = plan_study(study)
     except UserError as error:
@@ -177,6 +178,17 @@ def _optimizers(study: Study) -> Lines:
         chosen.add(study.teacher.fine_tune.training.optimizer)
     if chosen != {"adamw"}:
         yield _trial_run("optimizer", lambda: require_optimizers(study), f"{', '.join(sorted(chosen))} can be used")
+
+
+def _harness(study: Study) -> Lines:
+    """Whether each task of lm-evaluation-harness can be loaded, its data with it."""
+    for name, split in study.evaluation.harness_splits.items():
+        yield _trial_run(f"test split {name}", partial(_harness_task, name, split), "")
+
+
+def _harness_task(name: str, split: BenchmarkSplit) -> str:
+    own = Harness.load({name: split}).described[name]
+    return f"{own['task']}, {own['examples']:,} examples, by lm_eval {own['lm_eval']}"
 
 
 def _tokenizers(study: Study) -> Lines:

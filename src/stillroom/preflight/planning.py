@@ -18,6 +18,7 @@ from stillroom.data.chat_templates import encode_examples
 from stillroom.data.tasks import get_task
 from stillroom.errors import UserError
 from stillroom.evaluation.generation import prompts_at_once
+from stillroom.evaluation.harness_tasks import require_harness
 from stillroom.models.precision import DTYPES, products, resolve_precision, scored_by_parts
 from stillroom.models.sizes import Shape, shape_of
 from stillroom.models.split_products import PARTS
@@ -94,6 +95,7 @@ def plan_study(study: Study, guess_this_cpu: bool = True) -> dict[str, Any]:
     teacher, student = (_shape(role, ref, unreached) for role, ref in _models(study).items())
     tokenizers = _tokenizers(study, unreached)
     rows = _require_data(study, unreached)
+    require_harness(study.evaluation.harness_splits)
     assumptions = list(unreached)
     if tokenizers and not unreached:
         lengths = _count(study, tokenizers)
@@ -175,9 +177,11 @@ def counted(study: Study, rows: Mapping[str, int]) -> Study:
     def number(place: str, data: TaskData | BenchmarkSplit) -> dict[str, int]:
         return {"examples": rows.get(place, _UNKNOWN)} if data.examples == "all" else {}
 
+    own = study.test_splits  # how many the harness's have it alone knows
+
     tasks = {n: d.model_copy(update=number(f"corpus.tasks.{n}", d)) for n, d in study.corpus.tasks.items()}
     splits = {
-        n: s.model_copy(update=number(f"evaluation.test_splits.{n}", s))
+        n: s.model_copy(update=number(f"evaluation.test_splits.{n}", s)) if n in own else s
         for n, s in study.evaluation.test_splits.items()
     }
     corpus = study.corpus.model_copy(update={"tasks": tasks})
@@ -432,7 +436,7 @@ def _how_hours_are_made(study: Study, machines: Sequence[Machine]) -> list[str]:
         "its limit",
         *([f"the teacher's answers: {_LINE} tokens for a choice task"] if study.signals.teacher_answers else []),
         "left out: fine-tuning the teacher, evaluating both models before training, the validation loss, gradient "
-        "measurements",
+        "measurements" + (", what lm-evaluation-harness evaluates" if study.evaluation.harness_splits else ""),
         f"the store is written once, and read beside the training of each epoch, at {_BYTES_FROM_DISK / 1e9:.0f} GB/s",
     ]
 

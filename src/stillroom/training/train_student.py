@@ -23,6 +23,7 @@ from stillroom.data.corpus import Examples
 from stillroom.data.prepared import Prepared
 from stillroom.data.tasks import Example
 from stillroom.errors import UserError
+from stillroom.evaluation.harness_tasks import Harness
 from stillroom.evaluation.metrics import Metric, accuracy_metrics, by_column, overall_metrics, save_predictions
 from stillroom.evaluation.scoring import evaluate
 from stillroom.files import remove_leftovers, write_json
@@ -90,14 +91,15 @@ def train(
     keep_checkpoints: Retention = "last",
     adapter: Callable[[Any], Any] | None = None,
     test: Sequence[Example] = (),
+    harness: Harness | None = None,
     report: Report = lambda metrics: None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Train one student and return its result, which is also `folder/result.json`.
 
     `objective` is the study's; the group's own settings are applied to it. Without a store only the task loss can
-    be on. `test` examples are evaluated once, after the last epoch. Resumes from the last complete
-    checkpoint in `folder`, which no other process may write.
+    be on. `test` examples are evaluated once, after the last epoch, and so are the tasks of `harness`. Resumes from the
+    last complete checkpoint in `folder`, which no other process may write.
     """
     group_objective = trial.group.objective(objective)
     _set_determinism(training.deterministic)
@@ -191,7 +193,7 @@ def train(
         drop_superseded(folder, keep_checkpoints, state.epochs, finished=False)
         report({**by_column(metrics), **facts})
 
-    test_metrics, spent = _evaluate_test_splits(student, tokenizer, test, training, evaluation, folder)
+    test_metrics, spent = _evaluate_test_splits(student, tokenizer, test, harness, training, evaluation, folder)
     more = {**spent, **({"teacher_answers": answers} if answers else {})}
     if store:
         heads = Collator(store, head, (), trial.seed)
@@ -284,19 +286,24 @@ def _evaluate_test_splits(
     student: DistillationStudent,
     tokenizer: Any,
     test: Sequence[Example],
+    harness: Harness | None,
     training: Training,
     evaluation: Evaluation,
     folder: Path,
 ) -> tuple[list[Metric], dict[str, float]]:
-    if not test:
+    if not test and not harness:
         return [], {}
     started = time.perf_counter()
     student.eval()
-    predictions = evaluate(
-        scoring_copy(student.model, training.precision, evaluation.dtype), tokenizer, test, evaluation
-    )
-    save_predictions(predictions, folder / "predictions_test.parquet")
-    return accuracy_metrics(predictions, "test"), {"test_evaluation_seconds": time.perf_counter() - started}
+    scored = scoring_copy(student.model, training.precision, evaluation.dtype)
+    metrics: list[Metric] = []
+    if test:
+        predictions = evaluate(scored, tokenizer, test, evaluation)
+        save_predictions(predictions, folder / "predictions_test.parquet")
+        metrics += accuracy_metrics(predictions, "test")
+    if harness:
+        metrics += harness.metrics(scored, tokenizer, evaluation)
+    return metrics, {"test_evaluation_seconds": time.perf_counter() - started}
 
 
 def _finish(
