@@ -43,6 +43,7 @@ MISTAKES = [
     ("groups=[{name: teacher, terms: [task]}]", "cannot be named 'teacher'"),
     ("sweep.cpus_per_trial=0", "sweep.cpus_per_trial"),
     ("sweep.gpus_per_trial=-1", "sweep.gpus_per_trial"),
+    ("sweep.gpus_per_trial=1.5", "set 1"),
     ("groups=[grey_box]", "unknown group 'grey_box'"),
     ("groups=[hidden, hidden]", "groups are repeated"),
     ("groups=[]", "groups"),

@@ -79,13 +79,6 @@ def test_a_container_has_the_cores_of_its_share(tmp_path, monkeypatch, files, ex
     assert cores(tmp_path) == expected
 
 
-def test_part_of_a_second_gpu_is_refused(monkeypatch):
-    """One and a half GPUs: Ray refuses it in words of its own, hours later."""
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    with pytest.raises(UserError, match=r"sweep\.gpus_per_trial: 1\.5 .* set 1"):
-        local_sweep._places(Sweep(seeds=(0,), gpus_per_trial=1.5))
-
-
 @pytest.mark.parametrize(
     ("devices", "gpus", "expected"), [(2, 0.35, 4), (2, 0.5, 4), (3, 1.0, 3), (4, 2.0, 2), (5, 2.0, 2), (1, 0.3, 3)]
 )

@@ -11,7 +11,7 @@ from ray import cloudpickle
 from stillroom.config import Sweep
 from stillroom.errors import UserError
 from stillroom.experiment.ray_sweep import _watcher, told_of_memory
-from stillroom.experiment.resources import trial_resources
+from stillroom.experiment.resources import process_resources, trial_resources
 
 SEEDS = {"seeds": (0,)}
 
@@ -26,6 +26,8 @@ SEEDS = {"seeds": (0,)}
         ({}, {"CPU": 2}, {"CPU": 2}, 1),
         ({"cpus_per_trial": 1}, {"CPU": 2}, {"CPU": 1}, 2),
         ({"gpus_per_trial": 0, "cpus_per_trial": 2}, {"CPU": 8, "GPU": 4}, {"CPU": 2}, 4),
+        ({"gpus_per_trial": 2}, {"CPU": 32, "GPU": 5}, {"CPU": 4, "GPU": 2}, 2),
+        ({"gpus_per_trial": 2, "cpus_per_trial": 1}, {"CPU": 4}, {"CPU": 2}, 2),
     ],
 )
 def test_concurrency_follows_the_gpus_else_the_cores(settings, cluster, resources, concurrent):
@@ -35,8 +37,18 @@ def test_concurrency_follows_the_gpus_else_the_cores(settings, cluster, resource
 
 def test_more_gpus_than_there_are_is_said():
     """A trial that could never start would wait for ever."""
-    with pytest.raises(UserError, match=r"gpus_per_trial: 4\.0 asked for, 2 found"):
+    with pytest.raises(UserError, match=r"gpus_per_trial: 4 asked for, 2 found"):
         trial_resources(Sweep(**SEEDS, gpus_per_trial=4), [{"CPU": 8, "GPU": 2}])
+
+
+def test_a_trial_of_several_processes_may_use_gpus_of_several_nodes():
+    """A node's own GPUs need not be enough: Ray Train places each process for itself."""
+    nodes = [{"CPU": 16, "GPU": 2}] * 3
+    assert process_resources(Sweep(**SEEDS, gpus_per_trial=4), nodes) == ({"CPU": 1, "GPU": 1}, 1)
+    assert process_resources(Sweep(**SEEDS, gpus_per_trial=2, cpus_per_trial=8), nodes) == ({"CPU": 4, "GPU": 1}, 3)
+    assert process_resources(Sweep(**SEEDS, gpus_per_trial=2), [{"CPU": 2}]) == ({"CPU": 1}, 1)
+    with pytest.raises(UserError, match=r"gpus_per_trial: 8 asked for; the cluster has room for 6 processes"):
+        process_resources(Sweep(**SEEDS, gpus_per_trial=8), nodes)
 
 
 def test_a_machine_without_memory_is_a_message_not_a_traceback():

@@ -84,7 +84,10 @@ class Sweep(Section):
         description="one trial per group and seed; the exact test counts 2ⁿ signs of n seeds",
     )
     gpus_per_trial: float = Field(
-        1.0, ge=0, description="GPUs per trial, if the machine has any; 0.5 lets two trials share one; 0: CPU"
+        1.0,
+        ge=0,
+        description="GPUs per trial, if the machine has any; 0.5 lets two trials share one; 0: CPU; "
+        "above 1, that many processes train one student, each with a part of its weights (FSDP2), on CPUs too",
     )
     cpus_per_trial: int = Field(4, ge=1, description="CPU cores per trial, limited to those of the machine")
     max_concurrent: int | None = Field(None, ge=1, description="default: as many as the GPUs (else cores) allow")
@@ -105,8 +108,18 @@ class Sweep(Section):
         None, description="folder or PyArrow URI for Ray's own files, the same on every node; default: `ray` in results"
     )
 
+    @property
+    def processes(self) -> int:
+        """How many train one student together."""
+        return max(1, int(self.gpus_per_trial))
+
     @model_validator(mode="after")
     def _consistent(self) -> Sweep:
+        if self.gpus_per_trial > 1 and self.gpus_per_trial != self.processes:
+            raise ValueError(
+                f"gpus_per_trial: {self.gpus_per_trial:g} asked for; above one, a trial gets whole GPUs: "
+                f"set {self.processes}"
+            )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds are repeated: {list(self.seeds)}")
         given = [name for name in ("address", "storage") if getattr(self, name)]

@@ -35,7 +35,8 @@ from stillroom.offline_teacher_data.shards import Slice, hold
 from stillroom.offline_teacher_data.store import SignalStore
 from stillroom.progress import Progress, silent
 from stillroom.provenance import package_digest
-from stillroom.training.train_student import Trial, train
+from stillroom.training.sharding import ALONE, Ranks
+from stillroom.training.train_student import Report, Trial, train
 
 
 @dataclass(frozen=True)
@@ -94,45 +95,55 @@ def run_capture(plan: CapturePlan, slice_: Slice, progress: Progress = silent) -
 
 def run_trial(
     plan: TrialPlan,
-    report: Callable[[dict[str, Any]], None] = lambda metrics: None,
+    report: Report = lambda metrics: None,
     progress: Progress = silent,
     wait: float = 0,
+    by: Callable[[TrialPlan, Report, Progress], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Train one trial to its end, or return its result if it has one; on failure leave `error.json` and raise.
 
-    `wait`: seconds to wait for another process that has this trial, such as one whose sweep is being stopped.
+    `wait`: seconds to wait for another process that has this trial, such as one whose sweep is being stopped. `by`:
+    what trains it, if not this process.
     """
     with exclusive(plan.folder, "trial", wait=wait):
         if finished(plan):
             result: dict[str, Any] = read_json(plan.folder / RESULT)
             return result
         try:
-            examples = _load_examples(plan.corpus, SignalStore.open(plan.store).manifest["made_from"]["corpus"])
-            splits = plan.evaluation.harness_splits
-            result = train(
-                plan.trial,
-                plan.student,
-                plan.training,
-                plan.objective,
-                plan.evaluation,
-                examples,
-                plan.store,
-                plan.folder,
-                minimum_coverage=plan.minimum_coverage,
-                max_length=plan.max_length,
-                keep_checkpoints=plan.keep_checkpoints,
-                adapter=lora_adapter(plan.lora) if plan.lora else None,
-                test=examples.test,
-                harness=Harness.load(splits, examples.harness) if splits else None,
-                report=report,
-                progress=progress,
-            )
+            result = (by or train_plan)(plan, report, progress)
         except Exception as error:
             said = {"error": redact(f"{type(error).__name__}: {error}"), "failures": failures(plan) + 1}
             write_json(plan.folder / ERROR, {**said, "traceback": redact(traceback.format_exc())})
             raise
         (plan.folder / ERROR).unlink(missing_ok=True)
         return result
+
+
+def train_plan(
+    plan: TrialPlan, report: Report = lambda metrics: None, progress: Progress = silent, ranks: Ranks = ALONE
+) -> dict[str, Any]:
+    """Train a trial in this process, which is one of `ranks`; returns its result."""
+    examples = _load_examples(plan.corpus, SignalStore.open(plan.store).manifest["made_from"]["corpus"])
+    splits = plan.evaluation.harness_splits
+    return train(
+        plan.trial,
+        plan.student,
+        plan.training,
+        plan.objective,
+        plan.evaluation,
+        examples,
+        plan.store,
+        plan.folder,
+        minimum_coverage=plan.minimum_coverage,
+        max_length=plan.max_length,
+        keep_checkpoints=plan.keep_checkpoints,
+        adapter=lora_adapter(plan.lora) if plan.lora else None,
+        test=examples.test,
+        harness=Harness.load(splits, examples.harness) if splits else None,
+        report=report,
+        progress=progress,
+        ranks=ranks,
+    )
 
 
 def _load_examples(corpus: Path, digest: str) -> Examples:

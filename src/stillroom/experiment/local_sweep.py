@@ -46,7 +46,7 @@ def sweep(plans: Sequence[TrialPlan], settings: Sweep, watch: Watch) -> dict[str
         forget_errors(missing)
         environments, threads = _places(settings)
         with closing(_processes(environments, len(missing))) as processes:
-            _run_all(missing, processes, list(range(len(environments))), threads, settings.retries, watch)
+            _run_all(missing, processes, list(range(len(environments))), threads, settings, watch)
     return errors_of(missing)
 
 
@@ -66,7 +66,7 @@ def _places(settings: Sweep) -> tuple[list[dict[str, str]], int]:
     """The environment of each trial that runs at a time, and the threads it has."""
     machine = _machine()
     resources, at_once = trial_resources(settings, [machine])
-    threads = int(resources["CPU"])
+    threads = max(1, int(resources["CPU"]) // settings.processes)
     shared = {"TOKENIZERS_PARALLELISM": "false"}
     shared |= {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
     if not resources.get("GPU"):
@@ -94,14 +94,14 @@ def _run_all(
     processes: TrialProcesses,
     free: list[int],
     threads: int,
-    retries: int,
+    settings: Sweep,
     watch: Watch,
 ) -> None:
     waiting, running, at_once = deque(plans), dict[Any, _Running](), len(free)
     while waiting or running:
         while waiting and len(running) < at_once:
             name, slot = waiting.popleft(), free.pop(0)
-            process = processes.start(Job(plans[name], threads), slot)
+            process = processes.start(Job(plans[name], threads, settings.processes), slot)
             running[process.connection] = _Running(name, process, slot, failures(plans[name]), [])
             watch("started", {"trial": name})
         for connection in wait(list(running)):
@@ -117,7 +117,7 @@ def _run_all(
                 killed = _settle(trial, plans[trial.name], watch)
                 if killed and running:
                     at_once = len(running)
-                if may_be_tried(plans[trial.name], retries):
+                if may_be_tried(plans[trial.name], settings.retries):
                     waiting.append(trial.name)
 
 

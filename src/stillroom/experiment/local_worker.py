@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
@@ -34,6 +35,7 @@ from stillroom.credentials import redact
 from stillroom.errors import UserError
 from stillroom.experiment.jobs import TrialPlan, run_trial
 from stillroom.experiment.launching import ORPHAN_SECONDS
+from stillroom.experiment.sharded_trial import train_sharded
 
 OUTPUT = "output.log"
 """What a trial's process, and the libraries in it, printed: a file in the trial's folder, kept where it failed."""
@@ -44,10 +46,11 @@ FORKS = "STILLROOM_FORKS"
 
 @dataclass(frozen=True)
 class Job:
-    """A trial, and the threads it may use."""
+    """A trial, the threads it may use, and how many processes train it, each with as many threads."""
 
     plan: TrialPlan
     threads: int
+    processes: int = 1
 
 
 class TrialProcess(Protocol):
@@ -235,7 +238,8 @@ def run(job: Job, connection: Connection) -> NoReturn:
         faulthandler.enable()
         threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
         torch.set_num_threads(job.threads)
-        run_trial(job.plan, lambda metrics: _tell(connection, metrics), wait=ORPHAN_SECONDS)
+        several = partial(train_sharded, count=job.processes, threads=job.threads) if job.processes > 1 else None
+        run_trial(job.plan, lambda metrics: _tell(connection, metrics), wait=ORPHAN_SECONDS, by=several)
         code = 0
     except Exception as error:
         print(redact(traceback.format_exc()), file=sys.stderr)

@@ -12,6 +12,7 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from stillroom.experiment.launching import (
     unfinished,
 )
 from stillroom.experiment.ray_processes import end_with_parent, guarded
-from stillroom.experiment.resources import trial_resources, worker_resources
+from stillroom.experiment.ray_sharded import numbers_of, train_on_workers
+from stillroom.experiment.resources import process_resources, trial_resources, worker_resources
 from stillroom.files import exclusive, write_text
 from stillroom.offline_teacher_data.shards import Slice
 from stillroom.offline_teacher_data.store import MANIFEST, SHARDS
@@ -70,9 +72,10 @@ def sweep(plans: Sequence[TrialPlan], settings: Sweep, storage: str, watch: Watc
 def describe_cluster(settings: Sweep) -> dict[str, float]:
     """Start or join Ray as a sweep does: `nodes`, `CPU`, `GPU`, and `trials at once`. `UserError` if it cannot."""
     with _ray(settings.address):
-        nodes = [node["Resources"] for node in _nodes()]
+        cluster = _nodes()
+        nodes = [node["Resources"] for node in cluster]
         totals = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
-        return {"nodes": len(nodes), **totals, "trials at once": trial_resources(settings, nodes)[1]}
+        return {"nodes": len(nodes), **totals, "trials at once": _room(settings, cluster)[1]}
 
 
 def capture_on_workers(plan: CapturePlan, workers: int, address: str | None, examples: int, progress: Progress) -> None:
@@ -237,15 +240,16 @@ def _tune(missing: dict[str, TrialPlan], settings: Sweep, storage: str, watch: W
     from ray import tune
 
     cluster = _nodes()
-    resources, concurrent = trial_resources(settings, [node["Resources"] for node in cluster])
+    each, concurrent = _room(settings, cluster)
     plan = next(iter(missing.values()))
     student = [Path(plan.student.model)] if Path(plan.student.model).is_dir() else []
     folders = [plan.experiment, *([] if "://" in storage else [Path(storage)])]
-    _require_sight(cluster, resources, [plan.corpus, plan.store / MANIFEST, *student], folders)
-    with_plans = tune.with_parameters(_trainable, plans=missing, threads=resources["CPU"])
+    _require_sight(cluster, each, [plan.corpus, plan.store / MANIFEST, *student], folders)
+    several = {"count": settings.processes, "each": each, "storage": storage} if settings.processes > 1 else None
+    with_plans = tune.with_parameters(_trainable, plans=missing, threads=each["CPU"], several=several)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a trial's error is in its folder, and told at the end
     tuner = tune.Tuner(
-        tune.with_resources(with_plans, resources),
+        tune.with_resources(with_plans, {"memory": 2**20} if several else each),  # this one waits: it takes no core
         param_space={"trial": tune.grid_search(list(missing))},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=concurrent,
@@ -265,18 +269,23 @@ def _tune(missing: dict[str, TrialPlan], settings: Sweep, storage: str, watch: W
         tuner.fit()
 
 
-def _trainable(config: dict[str, Any], plans: dict[str, TrialPlan], threads: float) -> None:
-    """What Ray calls in a worker: one trial, each epoch's metrics reported."""
+def _room(settings: Sweep, nodes: Sequence[dict[str, Any]]) -> tuple[dict[str, float], int]:
+    """Resources of a trial, or of each process of one that several train, and how many trials run at once."""
+    count = process_resources if settings.processes > 1 else trial_resources
+    return count(settings, [node["Resources"] for node in nodes])
+
+
+def _trainable(
+    config: dict[str, Any], plans: dict[str, TrialPlan], threads: float, several: dict[str, Any] | None
+) -> None:
+    """What Ray calls in a worker: one trial, each epoch's metrics reported; `several`: how others train it."""
     from ray import get_gpu_ids, tune
 
     end_with_parent()
     os.environ.update({} if get_gpu_ids() else {"CUDA_VISIBLE_DEVICES": ""})  # with none assigned Ray hides none
     torch.set_num_threads(max(1, int(threads)))
-    run_trial(plans[config["trial"]], lambda metrics: tune.report(_numbers(metrics)), wait=ORPHAN_SECONDS)
-
-
-def _numbers(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in metrics.items() if isinstance(value, int | float)}
+    plan, by = plans[config["trial"]], partial(train_on_workers, **several) if several else None
+    run_trial(plan, lambda metrics: tune.report(numbers_of(metrics)), wait=ORPHAN_SECONDS, by=by)
 
 
 def _watcher(watch: Watch) -> Any:

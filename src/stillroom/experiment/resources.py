@@ -18,8 +18,20 @@ def trial_resources(settings: Sweep, nodes: Sequence[dict[str, float]]) -> tuple
 
     `nodes` are the resources of each node; a trial runs within one.
     """
-    resources, fit = _fitting(settings.gpus_per_trial, settings.cpus_per_trial, nodes, "sweep.gpus_per_trial")
+    cpus = max(settings.cpus_per_trial, settings.processes)
+    resources, fit = _fitting(settings.gpus_per_trial, cpus, nodes, "sweep.gpus_per_trial")
     return resources, min(fit, settings.max_concurrent or fit)
+
+
+def process_resources(settings: Sweep, nodes: Sequence[dict[str, float]]) -> tuple[dict[str, float], int]:
+    """Resources of each process of a trial that several train, on any nodes, and how many trials run at once."""
+    count = settings.processes
+    cores = sum(int(node.get("CPU", 0)) for node in nodes)
+    cpus = max(1, min(settings.cpus_per_trial, cores) // count)
+    resources, fit = _fitting(1.0, cpus, nodes, "sweep.gpus_per_trial")
+    if fit < count:
+        raise UserError(f"sweep.gpus_per_trial: {count} asked for; the cluster has room for {fit} processes")
+    return resources, min(fit // count, settings.max_concurrent or fit)
 
 
 def worker_resources(workers: int, nodes: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -53,13 +65,11 @@ def _fitting(
     gpus: float, cpus: float, nodes: Sequence[dict[str, float]], asked_by: str
 ) -> tuple[dict[str, float], int]:
     """What a job gets where there are GPUs, or else cores, and how many such jobs fit; fewer cores stop none."""
-    if gpus > 1 and gpus != int(gpus):
-        raise UserError(f"{asked_by}: {gpus} asked for; above one, a job gets whole GPUs: set {int(gpus)}")
     with_gpus = [node for node in nodes if node.get("GPU", 0) > 0 and node.get("CPU", 0) >= 1] if gpus else []
     usable = [node for node in with_gpus or nodes if node.get("GPU", 0) >= gpus or not with_gpus]
     if not usable:
         found = max(node["GPU"] for node in with_gpus)
-        raise UserError(f"{asked_by}: {gpus} asked for, {found:g} found on a node")
+        raise UserError(f"{asked_by}: {gpus:g} asked for, {found:g} found on a node")
     if with_gpus:
         part = min(node.get("CPU", 1.0) * gpus / node["GPU"] for node in usable)
         fit = sum(len(slots([""] * int(node["GPU"]), gpus)) for node in usable)

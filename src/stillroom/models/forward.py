@@ -91,7 +91,7 @@ def _block_outputs(model: PreTrainedModel, wanted: frozenset[int]) -> Iterator[d
     if not wanted:
         yield found
         return
-    blocks = _blocks(model)
+    blocks = blocks_of(model)
 
     def keep(number: int) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
@@ -107,7 +107,7 @@ def _block_outputs(model: PreTrainedModel, wanted: frozenset[int]) -> Iterator[d
             hook.remove()
 
 
-def _blocks(model: PreTrainedModel) -> nn.ModuleList:
+def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
     """The list of a model's blocks: the first as long as the model has layers."""
     layers = int(model.config.get_text_config().num_hidden_layers)
     for module in _base(model).modules():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from stillroom.config import Retention, Training, fingerprint
 from stillroom.errors import UserError
@@ -19,6 +20,7 @@ from stillroom.files import atomic_path, file_sha256, read_json, remove_tree, wr
 from stillroom.models.precision import DTYPES
 from stillroom.training.collation import Batch
 from stillroom.training.distillation_student import PROJECTOR, DistillationStudent, save_student
+from stillroom.training.sharding import Ranks, fill, gathered, part_of, spread
 from stillroom.training.step import Finite
 
 STATE = "trainer_state.pt"
@@ -72,6 +74,8 @@ def last_checkpoint(folder: Path) -> Path | None:
 @contextmanager
 def saving_checkpoint(
     student: DistillationStudent,
+    whole: DistillationStudent,
+    ranks: Ranks,
     tokenizer: Any,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
@@ -84,15 +88,22 @@ def saving_checkpoint(
     The weights lie there in the training precision; `trainer_state.pt` holds them in float32 until the trial is
     finished, with the optimizer while there is an epoch to come. A thread writes that, by far the most of it, so the
     block must leave weights and moments as they are. It must bring `state` to the epoch's end.
+
+    `whole`, from `shard`, has the student's weights from here on. Of several processes the leading one writes.
     """
-    epoch = state.epoch + 1
+    epoch, going_on = state.epoch + 1, state.epoch + 1 < training.epochs
+    fill(whole, student)
+    moments = gathered(optimizer.state_dict()) if going_on else {}
+    if not ranks.leads:
+        yield
+        return
     with atomic_path(folder / f"checkpoint_{epoch}") as building, ThreadPoolExecutor(1, "checkpoint") as thread:
         building.mkdir()
-        save_student(student, tokenizer, building, DTYPES[training.precision])
-        whole = {"student": student.state_dict()}
-        if epoch < training.epochs:
-            whole |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        written = thread.submit(_write_state, whole, building, student.model.device)
+        save_student(whole, tokenizer, building, DTYPES[training.precision])
+        kept = {"student": whole.state_dict()}
+        if going_on:
+            kept |= {"optimizer": moments, "scaler": scaler.state_dict()}
+        written = thread.submit(_write_state, kept, building, whole.model.device)
         yield
         digests = written.result()
         weights = sorted(item for item in digests.items() if item[0].endswith(".safetensors") and item[0] != PROJECTOR)
@@ -172,14 +183,28 @@ def best_epoch(epochs: Sequence[dict[str, Any]]) -> int:
 def restore_checkpoint(
     checkpoint: Path,
     student: DistillationStudent,
+    whole: DistillationStudent,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> TrainingState:
     """Load weights, optimizer and scaler in place; returns what the trial had done."""
     require_whole(checkpoint)
-    saved = torch.load(checkpoint / STATE, map_location=student.model.device, weights_only=True)
-    student.load_state_dict(saved["student"])
+    saved = torch.load(checkpoint / STATE, map_location=whole.model.device, weights_only=True)
+    whole.load_state_dict(saved["student"])
+    spread(whole, student)
     if "optimizer" in saved:
-        optimizer.load_state_dict(saved["optimizer"])
+        optimizer.load_state_dict(_moments_of_part(saved["optimizer"], optimizer))
         scaler.load_state_dict(saved["scaler"])
     return TrainingState(**read_json(checkpoint / PROGRESS))
+
+
+def _moments_of_part(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's state with this process's part of each moment; a count of steps is no moment."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def part(number: int, value: Any) -> Any:
+        own = parameters[number]
+        return part_of(value, own) if isinstance(value, Tensor) and value.shape == own.shape else value
+
+    moments = {number: {name: part(number, v) for name, v in own.items()} for number, own in saved["state"].items()}
+    return {**saved, "state": moments}

@@ -17,6 +17,7 @@ from stillroom.terms import NextToken, Part, Term
 from stillroom.terms.next_token import HeadPart
 from stillroom.terms.placebo import Placebo
 from stillroom.terms.term import each_tensor
+from stillroom.training.sharding import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,14 @@ class Batch:
     examples: tuple[str, ...]
     tokens: int
     """Real tokens, padding left out."""
+    idle: bool = False
+    """Nothing of the step's: it only computes along with the other processes that train the student."""
 
     @property
     def counts(self) -> dict[str, int]:
         """Denominators by term."""
-        return {**self.head.counts, **{name: part.count for name, part in self.parts.items()}}
+        counts = {**self.head.counts, **{name: part.count for name, part in self.parts.items()}}
+        return dict.fromkeys(counts, 0) if self.idle else counts
 
     def pinned(self) -> Batch:
         """The batch in page-locked memory, from which a GPU copies while it computes."""
@@ -70,12 +74,17 @@ class Collator:
         (batch,) = self.step(items, len(items))
         return batch
 
-    def step(self, items: Sequence[Prepared], size: int) -> list[Batch]:
-        """Collate an optimizer step in batches of so many examples, on the CPU."""
-        placebo = Placebo(self._store, items, self._seed) if self._store else None
-        return [self._batch(items[n : n + size], placebo) for n in range(0, len(items), size)]
+    def step(self, items: Sequence[Prepared], size: int, ranks: Ranks = ALONE) -> list[Batch]:
+        """Collate this process's part of an optimizer step in batches of so many examples, on the CPU.
 
-    def _batch(self, items: Sequence[Prepared], placebo: Placebo | None) -> Batch:
+        Every process gets as many batches: one that has too few examples gets idle ones.
+        """
+        placebo = Placebo(self._store, items, self._seed) if self._store else None
+        part = ranks.part(items)
+        cut = [part[n : n + size] for n in range(0, ranks.largest_part(len(items)), size)]
+        return [self._batch(own or items[:1], placebo, idle=not own) for own in cut]
+
+    def _batch(self, items: Sequence[Prepared], placebo: Placebo | None, idle: bool = False) -> Batch:
         longest = max(len(item.encoding) for item in items)
         ids = np.zeros((len(items), longest), dtype=np.int64)
         mask = np.zeros_like(ids)
@@ -94,6 +103,7 @@ class Collator:
             mask=torch.from_numpy(mask),
             head=part(self._head),
             parts={term.name: part(term) for term in self._terms},
-            examples=tuple(item.example.example_id for item in items),
-            tokens=int(mask.sum()),
+            examples=() if idle else tuple(item.example.example_id for item in items),
+            tokens=0 if idle else int(mask.sum()),
+            idle=idle,
         )

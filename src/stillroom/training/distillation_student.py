@@ -5,19 +5,20 @@ Saved as a plain Hugging Face directory that knows nothing of a projector, which
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Int
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from stillroom.models.adapters import save_adapter, without_adapters
-from stillroom.models.forward import Forward, Taps, forward
+from stillroom.models.forward import Taps
 from stillroom.terms import Term
+
+T = TypeVar("T")
 
 PROJECTOR = "projector.safetensors"
 """Weights trained beside the student: `<term>.weight` and so on."""
@@ -37,9 +38,9 @@ class DistillationStudent(nn.Module):
             if (beside := term.trained(seed)) is not None:
                 self.trained[term.name] = beside.to(model.device)
 
-    def forward(self, ids: Int[Tensor, "B T"], taps: Taps) -> Forward:
-        """What one pass leaves behind; no logits (see `terms.output_head`)."""
-        return forward(self.model, ids, taps)
+    def forward(self, compute: Callable[..., T], *arguments: Any) -> T:
+        """What `compute` gives. All that reads weights runs in here: a sharded student has them whole only then."""
+        return compute(*arguments)
 
 
 def save_student(student: DistillationStudent, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from stillroom.config import Objective, TermName, Training
-from stillroom.models.forward import Taps
+from stillroom.models.forward import Taps, forward
 from stillroom.models.precision import DTYPES
 from stillroom.terms import NextToken, Term
 from stillroom.training.collation import Batch
 from stillroom.training.distillation_student import DistillationStudent
+from stillroom.training.sharding import ALONE, Ranks, whole_norm
 
 
 class Finite:
@@ -45,8 +46,10 @@ class StepRunner:
         objective: Objective,
         training: Training,
         scaler: torch.amp.GradScaler,
+        ranks: Ranks = ALONE,
     ) -> None:
         """`head` and `terms` are the objective's."""
+        self.ranks = ranks
         self.student, self.head, self.terms = student, head, terms
         self.objective, self.training, self.scaler = objective, training, scaler
         self.device = student.model.device
@@ -61,12 +64,18 @@ class StepRunner:
         self, batch: Batch, weights: Mapping[TermName, float], counts: Mapping[str, int]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted loss of one micro-batch, each term divided by the whole step's count, and the terms' sums."""
+        found: tuple[Tensor, dict[str, Tensor]] = self.student(self._losses, batch, weights, counts)
+        return found
+
+    def _losses(
+        self, batch: Batch, weights: Mapping[TermName, float], counts: Mapping[str, int]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         terms = [term for term in self.terms if weights[term.name] > 0]  # type: ignore[index]
         taps = Taps()
         for term in terms:
             taps |= term.taps
         with self.autocast():
-            passed = self.student(batch.ids, taps)
+            passed = forward(self.student.model, batch.ids, taps)
             shares = {name: weights[name] / max(counts.get(name, 0), 1) for name in ("task", "kd")}
             total, task, kd = self.head.losses(self.student.model, passed, batch.head, shares)
         sums: dict[str, Tensor] = {"task": task, "kd": kd}
@@ -76,15 +85,20 @@ class StepRunner:
             value = term.loss(passed, batch.parts[term.name], beside)
             sums[term.name] = value.detach()
             total = total + weights[term.name] / max(counts[term.name], 1) * value  # type: ignore[index]
+        if batch.idle:
+            return 0 * total, {name: 0 * value for name, value in sums.items()}
         return total, sums
 
     def update(
         self, micro: Sequence[Batch], optimizer: torch.optim.Optimizer
     ) -> tuple[dict[str, Tensor], dict[str, int], Finite]:
-        """One optimizer step, skipped if a gradient is not finite: the terms' sums, counts, and whether it stepped."""
+        """One optimizer step, skipped if a gradient is not finite: the terms' sums, counts, and whether it stepped.
+
+        Sums and counts are of this process's part of the step.
+        """
         optimizer.zero_grad(set_to_none=True)
         sums, counts = self._backward(micro, self.objective.weights, self.scaler.scale)
-        fused = self.device.type == "cuda" and optimizer.defaults.get("fused")
+        fused = self.device.type == "cuda" and self.ranks.size == 1 and optimizer.defaults.get("fused")
         take = step_in_one_pass if fused else step_pass_by_pass
         finite = take(optimizer, self.scaler, list(self.student.parameters()), self.training.max_gradient_norm)
         self.scaler.update()
@@ -116,7 +130,7 @@ class StepRunner:
         self.student.zero_grad(set_to_none=True)
         self._backward(micro, weights, lambda loss: scale * loss)
         gradients = [p.grad for p in self.student.model.parameters() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients)) / scale if gradients else 0.0
+        return float(whole_norm(gradients)) / scale if gradients else 0.0
 
     def _backward(
         self, micro: Sequence[Batch], weights: Mapping[TermName, float], scale: Callable[[Tensor], Tensor]
@@ -126,8 +140,9 @@ class StepRunner:
             for name, count in batch.counts.items():
                 counts[name] += count
         sums: dict[str, Tensor] = {}
+        whole = self.ranks.summed(counts)
         for batch in micro:
-            total, added = self.losses(batch.to(self.device), weights, counts)
+            total, added = self.losses(batch.to(self.device), weights, whole)
             scale(total).backward()
             for name, value in added.items():
                 sums[name] = sums[name] + value if name in sums else value
@@ -139,7 +154,9 @@ def step_pass_by_pass(
 ) -> Finite:
     """Unscale the gradient, clip it to a norm, and step if it is finite."""
     scaler.unscale_(optimizer)
-    finite = torch.isfinite(torch.nn.utils.clip_grad_norm_(parameters, limit))
+    norm = whole_norm([p.grad for p in parameters if p.grad is not None])
+    torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    finite = torch.isfinite(norm)
     if finite or scaler.is_enabled():
         scaler.step(optimizer)
     return Finite(finite)
@@ -177,7 +194,7 @@ def accumulate(totals: dict[str, Any], sums: Mapping[str, Tensor], counts: Mappi
             totals[f"{name}_count"] += counts[name]
 
 
-def losses_of(totals: dict[str, Any], objective: Objective) -> dict[str, float]:
+def losses_of(totals: Mapping[str, Any], objective: Objective) -> dict[str, float]:
     """Means of the active terms and their weighted total, from sums and counts over many batches."""
     means = {
         f"{name}_loss": float(totals[f"{name}_sum"]) / totals[f"{name}_count"]

@@ -12,8 +12,9 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -56,8 +57,11 @@ from stillroom.training.collation import Batch, Collator
 from stillroom.training.distillation_student import DistillationStudent
 from stillroom.training.optimizers import optimizer_of
 from stillroom.training.schedules import learning_rate, require_room_to_fall
+from stillroom.training.sharding import ALONE, Ranks, scored_by_all, shard
 from stillroom.training.shares import has_shares, with_found_weights
 from stillroom.training.step import Finite, StepRunner, accumulate, losses_of, mean_shares
+
+T = TypeVar("T")
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -94,23 +98,29 @@ def train(
     harness: Harness | None = None,
     report: Report = lambda metrics: None,
     progress: Progress = silent,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Train one student and return its result, which is also `folder/result.json`.
 
     `objective` is the study's; the group's own settings are applied to it. Without a store only the task loss can
     be on. `test` examples are evaluated once, after the last epoch, and so are the tasks of `harness`. Resumes from the
     last complete checkpoint in `folder`, which no other process may write.
+
+    `ranks`: the processes of an initialised process group that train it together, each of which must call this.
+    Their losses are those of one process, but for rounding and the dropout, which differs.
     """
     group_objective = trial.group.objective(objective)
     _set_determinism(training.deterministic)
     device = default_device()
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
+    if ranks.leads:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
+        drop_unusable(folder, last_checkpoint(folder))
+    ranks.wait()
+    last = last_checkpoint(folder)
     tokenizer = load_tokenizer(student_ref)
     store = _open(store_path)
-    last = last_checkpoint(folder)
-    drop_unusable(folder, last)
-    model = _load(student_ref, trial.seed, device, adapter)
+    model = _load(student_ref, trial.seed, device if ranks.size == 1 else torch.device("cpu"), adapter)
     if training.gradient_checkpointing:
         recompute_layers(model)
     head = next_token_of(group_objective, store, tokenizer, model)
@@ -125,16 +135,18 @@ def train(
     require_coverage(coverage, minimum_coverage)
     kinds = count_kinds([*parts["train"], *parts["validation"]]) if store else {}
     _check_architecture(student, parts["train"])
+    whole = shard(student, ranks, device)
     optimizer = optimizer_of(student.parameters(), training)
     scaler = torch.amp.GradScaler(device.type, enabled=training.precision == "float16")
-    state = restore_checkpoint(last, student, optimizer, scaler) if last else TrainingState()
+    state = restore_checkpoint(last, student, whole, optimizer, scaler) if last else TrainingState()
     lengths = [len(item.encoding) for item in parts["train"]]  # of the examples' own answers: one order for all groups
     answers: dict[str, Any] = {}
     if group_objective.task.targets == "teacher":
         parts["train"], answers = with_teacher_answers(parts["train"], tokenizer, store, max_length)
     steps = math.ceil(len(lengths) / training.batch_size)
     require_room_to_fall(training, steps * training.epochs)
-    runner = StepRunner(student, head, terms, group_objective, training, scaler)
+    runner = StepRunner(student, head, terms, group_objective, training, scaler, ranks)
+    score = partial(_scored, whole, training, evaluation, ranks, device)
     finding = has_shares(group_objective)
     if finding:
         runner.objective = with_found_weights(group_objective, state.share_norms, training.share_steps)
@@ -146,19 +158,22 @@ def train(
         unread: tuple[Finite, list[Batch]] | None = None
         order = epoch_order(lengths, training.batch_size, training.bucket_batches, trial.seed, epoch)
         batches = Prefetched(
-            order, lambda chosen: _micro_batches(parts["train"], chosen, training, collate), workers, 2 * workers + 2
+            order,
+            lambda chosen: _micro_batches(parts["train"], chosen, training, collate, ranks),
+            workers,
+            2 * workers + 2,
         )
         student.train()
         for number, micro in enumerate(batches):
             step = epoch * steps + number
             if finding and len(state.share_norms) < training.share_steps:
-                seed_step(trial.seed, step)
+                seed_step(trial.seed, step, ranks.rank)
                 state.share_norms.append(runner.measure(micro, group_objective)["norms"])
                 runner.objective = with_found_weights(group_objective, state.share_norms, training.share_steps)
-            seed_step(trial.seed, step)
+            seed_step(trial.seed, step, ranks.rank)
             if training.gradient_interval and step % training.gradient_interval == 0:
                 state.gradients.append({"step": step, **runner.measure(micro)})
-            seed_step(trial.seed, step)
+            seed_step(trial.seed, step, ranks.rank)
             for parameters in optimizer.param_groups:
                 parameters["lr"] = learning_rate(training, step, steps * training.epochs)
             sums, counts, finite = runner.update(micro, optimizer)
@@ -170,37 +185,52 @@ def train(
             progress(step + 1, steps * training.epochs)
         if unread:
             state.count_step(*unread, training.max_skipped_steps)
-        _require_every_term(group_objective, totals)
+        sums_and_counts = ranks.summed(totals)
+        _require_every_term(group_objective, sums_and_counts)
         trained = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
-        with saving_checkpoint(student, tokenizer, optimizer, scaler, state, folder, training):
+        with saving_checkpoint(student, whole, ranks, tokenizer, optimizer, scaler, state, folder, training):
             began = time.perf_counter()
-            validation, predictions = _validate(
-                student, tokenizer, parts["validation"], examples, runner, collate, training, evaluation
-            )
-            metrics = [*overall_metrics(losses_of(totals, runner.objective), "train"), *validation]
+            validation_losses = _validation_losses(student, parts["validation"], runner, collate, training)
+            predictions = score(lambda model: evaluate(model, tokenizer, examples.validation, evaluation))
+            metrics = [
+                *overall_metrics(losses_of(sums_and_counts, runner.objective), "train"),
+                *validation_losses,
+                *accuracy_metrics(predictions),
+            ]
             facts = {
                 "epoch": epoch + 1,
                 "step": (epoch + 1) * steps,
-                "tokens": tokens,
+                "tokens": int(ranks.summed({"tokens": tokens})["tokens"]),
                 "skipped_steps": state.skipped,
                 "train_seconds": trained - started,
                 "data_wait_seconds": batches.waited,
                 "evaluation_seconds": time.perf_counter() - began,
             }
             state.epoch, state.epochs = epoch + 1, [*state.epochs, {"metrics": metrics, **facts}]
-            save_predictions(predictions, folder / f"predictions_{epoch + 1}.parquet")
-        drop_superseded(folder, keep_checkpoints, state.epochs, finished=False)
+            if ranks.leads:
+                save_predictions(predictions, folder / f"predictions_{epoch + 1}.parquet")
+        if ranks.leads:
+            drop_superseded(folder, keep_checkpoints, state.epochs, finished=False)
         report({**by_column(metrics), **facts})
 
-    test_metrics, spent = _evaluate_test_splits(student, tokenizer, test, harness, training, evaluation, folder)
-    more = {**spent, **({"teacher_answers": answers} if answers else {})}
+    test_metrics, more = list[Metric](), dict[str, Any]()
+    if test or harness:
+        began = time.perf_counter()
+        test_metrics = _evaluate_test_splits(
+            score, tokenizer, test, harness, evaluation, folder if ranks.leads else None
+        )
+        more["test_evaluation_seconds"] = time.perf_counter() - began
+    more = {**more, **({"teacher_answers": answers} if answers else {})}
     if store:
         heads = Collator(store, head, (), trial.seed)
         losses = losses_by_kind(runner, parts["validation"], heads, training.micro_batch_size or training.batch_size)
         more["kinds"] = merged(kinds, losses)
-    result = _finish(trial, runner.objective, state, coverage, folder, student, test_metrics, more)
-    drop_superseded(folder, keep_checkpoints, state.epochs, finished=True)
+    result = _result(trial, runner.objective, state, coverage, student, test_metrics, more)
+    if ranks.leads:
+        _keep_newest_predictions(folder, state)
+        write_json(folder / RESULT, result)
+        drop_superseded(folder, keep_checkpoints, state.epochs, finished=True)
     return result
 
 
@@ -211,9 +241,9 @@ def _set_determinism(on: bool) -> None:
     torch.use_deterministic_algorithms(on)
 
 
-def seed_step(seed: int, step: int) -> None:
-    """Dropout is a function of seed and step, so it is the same in every group and after a restart."""
-    torch.manual_seed((seed << 32) + step)
+def seed_step(seed: int, step: int, rank: int = 0) -> None:
+    """Dropout is a function of seed, step and rank, so it is the same in every group and after a restart."""
+    torch.manual_seed(((seed << 32) + step) ^ (rank << 56))
 
 
 def _open(store_path: Path | None) -> SignalStore | None:
@@ -240,16 +270,16 @@ def _check_architecture(student: DistillationStudent, items: Sequence[Prepared])
 
 
 def _micro_batches(
-    items: Sequence[Prepared], chosen: Sequence[int], training: Training, collate: Collator
+    items: Sequence[Prepared], chosen: Sequence[int], training: Training, collate: Collator, ranks: Ranks
 ) -> list[Batch]:
     size = training.micro_batch_size or training.batch_size
-    batches = collate.step([items[i] for i in chosen], size)
+    batches = collate.step([items[i] for i in chosen], size, ranks)
     return [batch.pinned() for batch in batches] if torch.cuda.is_available() else batches
 
 
 def _require_every_term(objective: Objective, totals: Mapping[str, Any]) -> None:
     """Raise `UserError` if a term that is on has compared nothing in a whole epoch: its group would be another's."""
-    idle = [term for term, weight in objective.weights.items() if weight > 0 and not totals[f"{term}_count"]]
+    idle = [term for term, weight in objective.weights.items() if weight > 0 and not totals.get(f"{term}_count")]
     if idle:
         raise UserError(
             f"the term {idle[0]} is on, but in a whole epoch no example had anything to compare for it; "
@@ -258,70 +288,70 @@ def _require_every_term(objective: Objective, totals: Mapping[str, Any]) -> None
 
 
 @torch.no_grad()
-def _validate(
+def _validation_losses(
     student: DistillationStudent,
-    tokenizer: Any,
     items: Sequence[Prepared],
-    examples: Examples,
     runner: StepRunner,
     collate: Collator,
     training: Training,
-    evaluation: Evaluation,
-) -> tuple[list[Metric], Any]:
+) -> list[Metric]:
     student.eval()
     totals: dict[str, Any] = defaultdict(float)
     order = sorted(range(len(items)), key=lambda i: len(items[i].encoding))
     steps = [order[first : first + training.batch_size] for first in range(0, len(order), training.batch_size)]
-    for micro in Prefetched(steps, lambda chosen: _micro_batches(items, chosen, training, collate)):
+    for micro in Prefetched(steps, lambda chosen: _micro_batches(items, chosen, training, collate, runner.ranks)):
         for batch in micro:
             _, sums = runner.losses(batch.to(runner.device), runner.objective.weights, batch.counts)
             accumulate(totals, sums, batch.counts)
-    losses = overall_metrics(losses_of(totals, runner.objective), "validation")
-    scored = scoring_copy(student.model, training.precision, evaluation.dtype)
-    predictions = evaluate(scored, tokenizer, examples.validation, evaluation)
-    return [*losses, *accuracy_metrics(predictions)], predictions
+    return overall_metrics(losses_of(runner.ranks.summed(totals), runner.objective), "validation")
+
+
+def _scored(
+    whole: DistillationStudent,
+    training: Training,
+    evaluation: Evaluation,
+    ranks: Ranks,
+    device: torch.device,
+    of: Callable[[PreTrainedModel], T],
+) -> T:
+    """What is found with the student as it is saved, in the dtype that it is scored in."""
+    whole.eval()
+    scored = scoring_copy(whole.model, training.precision, evaluation.dtype)
+    if ranks.size == 1:
+        return of(scored)
+    return scored_by_all(scored, scored is not whole.model, ranks, device, of)
 
 
 def _evaluate_test_splits(
-    student: DistillationStudent,
+    score: Callable[[Callable[[PreTrainedModel], Any]], Any],
     tokenizer: Any,
     test: Sequence[Example],
     harness: Harness | None,
-    training: Training,
     evaluation: Evaluation,
-    folder: Path,
-) -> tuple[list[Metric], dict[str, float]]:
-    if not test and not harness:
-        return [], {}
-    started = time.perf_counter()
-    student.eval()
-    scored = scoring_copy(student.model, training.precision, evaluation.dtype)
+    folder: Path | None,
+) -> list[Metric]:
     metrics: list[Metric] = []
     if test:
-        predictions = evaluate(scored, tokenizer, test, evaluation)
-        save_predictions(predictions, folder / "predictions_test.parquet")
+        predictions = score(lambda model: evaluate(model, tokenizer, test, evaluation))
+        if folder:
+            save_predictions(predictions, folder / "predictions_test.parquet")
         metrics += accuracy_metrics(predictions, "test")
     if harness:
-        metrics += harness.metrics(scored, tokenizer, evaluation)
-    return metrics, {"test_evaluation_seconds": time.perf_counter() - started}
+        metrics += score(lambda model: harness.metrics(model, tokenizer, evaluation))
+    return metrics
 
 
-def _finish(
+def _result(
     trial: Trial,
     objective: Objective,
     state: TrainingState,
     coverage: dict[str, Any],
-    folder: Path,
     student: DistillationStudent,
     test_metrics: Sequence[Metric],
     more: Mapping[str, Any],
 ) -> dict[str, Any]:
     last = state.epochs[-1]
-    if (newest := folder / f"predictions_{last['epoch']}.parquet").is_file():  # else stopped right after this line
-        newest.replace(folder / "predictions.parquet")
-    for old in folder.glob("predictions_[0-9]*.parquet"):
-        old.unlink()
-    result = {
+    return {
         "trial": trial.name,
         "config": {"distill_type": trial.group.name, "seed": trial.seed, "objective": objective.model_dump()},
         **last,
@@ -333,5 +363,11 @@ def _finish(
         "coverage": coverage,
         "parameters": sum(p.numel() for p in student.model.parameters()),
     }
-    write_json(folder / RESULT, result)
-    return result
+
+
+def _keep_newest_predictions(folder: Path, state: TrainingState) -> None:
+    newest = folder / f"predictions_{state.epochs[-1]['epoch']}.parquet"
+    if newest.is_file():  # else stopped right after this line
+        newest.replace(folder / "predictions.parquet")
+    for old in folder.glob("predictions_[0-9]*.parquet"):
+        old.unlink()
