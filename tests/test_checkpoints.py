@@ -75,7 +75,7 @@ def test_a_checkpoint_that_is_written_beside_the_evaluation_is_whole_or_absent(u
         seen.append([path.name for path in tmp_path.iterdir() if path.name.startswith(("checkpoint", ".checkpoint"))])
         raise StoppedError
 
-    monkeypatch.setattr("stillroom.training.train_student._validate", broken)
+    monkeypatch.setattr("stillroom.training.train_student._validation_losses", broken)
     with pytest.raises(StoppedError):
         train(Trial("t", GROUPS["combined"], 0), *arguments, tmp_path)
     assert len(seen[0]) == 1

@@ -208,6 +208,20 @@ def test_trials_of_a_killed_node_go_on_elsewhere_with_the_same_numbers(tmp_path,
         assert numbers(result) == numbers(json.loads(json.dumps(expected))), trial.name
 
 
+def test_a_student_is_shared_out_over_two_nodes(tmp_path, study, cluster, second_node):
+    """Each node has one core, so neither holds both processes; the losses are those of one process within rounding."""
+    changes = ("groups=[combined]", "sweep.seeds=[0]", "training.epochs=2")
+    archived(study, *changes)
+    several = [part for change in (*changes, "sweep.gpus_per_trial=2") for part in ("--set", change)]
+    ended(start("sweep", study, cluster, *several))
+    (path,) = (tmp_path / "results" / EXPERIMENT).glob("trial_*/result.json")
+    alone = Workspace(load_study(study, [*changes, f"paths.results={tmp_path / 'alone'}"]))
+    expected, result = alone.train_one("combined", 0), read_json(path)
+    assert path.parent.name == result["trial"] == expected["trial"], "the name says nothing of processes"
+    for row, other in zip(expected["metrics"], result["metrics"], strict=True):
+        assert other == {**row, "value": pytest.approx(row["value"], rel=1e-4)}
+
+
 def test_a_node_that_sees_something_else_is_named_before_any_trial(tmp_path, study, cluster, strange_node):
     """Another version of the package there, and no such folder: both are said, with the node; nothing is begun."""
     archived(study)

@@ -21,6 +21,7 @@ from stillroom.experiment.jobs import run_trial
 from stillroom.experiment.sharded_trial import train_sharded
 from stillroom.files import read_json
 from stillroom.models.hub import load_model
+from stillroom.studies import load_study
 from stillroom.training.distillation_student import DistillationStudent
 from stillroom.training.sharding import ALONE, Ranks, fill, part_of, shard
 
@@ -143,6 +144,13 @@ def test_each_process_holds_its_part_of_the_weights_alone(tmp_path, student_ref)
     (first, whole), (second, _) = said.get(), said.get()
     assert first + second == whole
     assert abs(first - second) < 0.02 * whole
+
+
+@pytest.mark.parametrize(("field", "value"), [("precision", "float16"), ("optimizer", "adamw_8bit")])
+def test_what_cannot_be_sharded_is_refused_before_hours_are_spent(field, value):
+    """A scaler and an 8-bit optimizer know nothing of parts of tensors."""
+    with pytest.raises(UserError, match=rf"training\.{field}: a student on several GPUs .*{value}"):
+        load_study("quickstart", ["sweep.gpus_per_trial=2", f"training.{field}={value}"])
 
 
 def test_a_step_is_shared_out_whole():

@@ -250,17 +250,17 @@ def test_all_checkpoints_are_kept_when_asked(tmp_path, student_ref, store, few):
 @pytest.mark.parametrize("best", [1, 2])
 def test_the_best_checkpoint_is_kept_when_asked(tmp_path, student_ref, store, few, monkeypatch, best):
     """`keep_checkpoints=best` leaves the epoch of highest validation accuracy alone, and it loads."""
-    real, passed = train_student._validate, []
+    real, passed = train_student.accuracy_metrics, []
 
-    def scripted(*arguments):
+    def scripted(predictions):
         passed.append([p.name for p in sorted(tmp_path.glob("checkpoint_*"))])
-        metrics, predictions = real(*arguments)
+        metrics = real(predictions)
         for row in metrics:
             if (row["task"], row["measure"]) == (None, "accuracy"):
                 row["value"] = float(len(passed) == best)
-        return metrics, predictions
+        return metrics
 
-    monkeypatch.setattr(train_student, "_validate", scripted)
+    monkeypatch.setattr(train_student, "accuracy_metrics", scripted)
     result = run(tmp_path, student_ref, store, few, "task_only", keep_checkpoints="best", epochs=3)
     assert passed[2] == (["checkpoint_2"] if best == 2 else ["checkpoint_1", "checkpoint_2"])
     assert [p.name for p in tmp_path.glob("checkpoint_*")] == [f"checkpoint_{best}"]

@@ -197,6 +197,10 @@ class Study(Section):
         names = [g.name for g in self.groups]
         if len(set(names)) < len(names):
             raise ValueError(f"groups are repeated: {names}")
+        if self.sweep.processes > 1 and self.training.precision == "float16":
+            raise ValueError("training.precision: a student on several GPUs trains in bfloat16 or float32, not float16")
+        if self.sweep.processes > 1 and self.training.optimizer != "adamw":
+            raise ValueError(f"training.optimizer: a student on several GPUs has adamw, not {self.training.optimizer}")
         if taken := [name for name in names if name in ("teacher", "student")]:
             raise ValueError(f"a group cannot be named {taken[0]!r}: tables have a row of that name")
         for family in {"primary", "secondary"} & self.analysis.model_fields_set:  # by default some may be absent

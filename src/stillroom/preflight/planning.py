@@ -149,6 +149,7 @@ def plan_study(study: Study, guess_this_cpu: bool = True) -> dict[str, Any]:
                 study.evaluation.dtype,
                 study.corpus.max_length,
                 study.student.lora,
+                study.sweep.processes,
             )
             + _head_memory(study, teacher),
         },
@@ -468,20 +469,24 @@ def trial_memory(
     scored: Precision,
     longest: int,
     lora: Lora | None = None,
+    processes: int = 1,
 ) -> int:
-    """Bytes that training a student takes at its peak, by estimate.
+    """Bytes that training a student takes at its peak, on each GPU of a trial, by estimate.
 
     Weights, gradients and AdamW's two moments in float32, the copy that is `scored` in its dtype, and the activations
     of one forward pass: 34 bytes per token, layer and dimension in 16 bits (Korthikanti et al., MLSys 2023, without the
     attention maps that sdpa does not keep), and three float32 maps of the last layer. With gradient checkpointing, each
     layer's input and one whole layer. With LoRA, gradients and moments of its layers, and a copy with them merged.
-    Moments in 8 bits take a byte.
+    Moments in 8 bits take a byte. Each of several processes has its part of all but a whole layer and the embeddings.
     """
     trained = student.width * teacher_width + (_lora_parameters(student, lora) if lora else student.parameters)
     size = DTYPES[training.precision].itemsize
-    examples = training.micro_batch_size or training.batch_size
+    examples = min(training.micro_batch_size or training.batch_size, -(-training.batch_size // processes))
     kept = 17 + student.layers if training.gradient_checkpointing else 17 * student.layers
     activations = examples * longest * (kept * size * student.width + 3 * 4 * longest * student.heads)
     copied = 0 if training.precision == scored == "float32" else DTYPES[scored].itemsize * student.parameters
     bytes_trained = 16 if training.optimizer == "adamw" else 10
-    return bytes_trained * trained + (8 * student.parameters if lora else 0) + copied + activations
+    weights = bytes_trained * trained + (8 * student.parameters if lora else 0) + copied
+    embeddings = min(2 * student.vocabulary * student.width, student.parameters)
+    gathered = embeddings + (student.parameters - embeddings) // student.layers if processes > 1 else 0
+    return weights // processes + 2 * 4 * gathered + activations  # a gathered weight has a gathered gradient

@@ -217,9 +217,8 @@ def train(
     test_metrics, more = list[Metric](), dict[str, Any]()
     if test or harness:
         began = time.perf_counter()
-        test_metrics = _evaluate_test_splits(
-            score, tokenizer, test, harness, evaluation, folder if ranks.leads else None
-        )
+        kept = folder if ranks.leads else None
+        test_metrics = _evaluate_test_splits(score, tokenizer, test, harness, evaluation, kept)
         more["test_evaluation_seconds"] = time.perf_counter() - began
     more = {**more, **({"teacher_answers": answers} if answers else {})}
     if store:
