@@ -82,7 +82,10 @@ def plain_answer(findings: Sequence[Finding], yes: Mapping[Pair, int], analysis:
         for part in _said([f for f in own if f.verdict == verdict], verdict, analysis, len(own), student)
     ]
     said = "; ".join(parts)
-    return f"{lead}: {said}." if lead else f"{said}."
+    if lead:
+        return f"{lead}: {said}."
+    begins_with_a_group = said.startswith(tuple(f.comparison.first for f in findings))
+    return f"{said}." if begins_with_a_group else f"{said[:1].upper()}{said[1:]}."
 
 
 _VERDICTS = ("improves", "worse", "equivalent", "no evidence of a difference", "undecided")

@@ -269,7 +269,7 @@ def _check_architecture(student: DistillationStudent, items: Sequence[Prepared])
 
 
 def _micro_batches(
-    items: Sequence[Prepared], chosen: Sequence[int], training: Training, collate: Collator, ranks: Ranks
+    items: Sequence[Prepared], chosen: Sequence[int], training: Training, collate: Collator, ranks: Ranks = ALONE
 ) -> list[Batch]:
     size = training.micro_batch_size or training.batch_size
     batches = collate.step([items[i] for i in chosen], size, ranks)
