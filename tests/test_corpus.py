@@ -396,7 +396,7 @@ def test_a_line_ends_at_a_newline_and_nowhere_else(tmp_path):
     rows = [{"question": "one\u2028two\u0085three", "answer": "x"}, {"question": "plain", "answer": "y"}]
     file = tmp_path / "rows.jsonl"
     file.write_text("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows), newline="")
-    assert read_lines(file) == rows
+    assert list(read_lines(file)) == rows
 
 
 def test_processes_that_start_together_build_one_corpus(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def real_examples(count):
     found = []
     for name, split in splits.items():
         data = TaskData(dataset=str(SHARED / "data" / name), split=split, examples=count)
-        found += [TASKS[name].build(row) for row in load_rows(TASKS[name], data, 0, name)[:count]]
+        found += [TASKS[name].build(row) for row in islice(load_rows(TASKS[name], data, 0, name), count)]
     return found
 
 

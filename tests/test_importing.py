@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -118,6 +119,29 @@ def test_a_server_and_distillkit_are_read_as_they_write(importing, answers, exam
             np.testing.assert_allclose(one[column][:-1], other[column][:-1], atol=2e-4)
         captured = store.read(example_id, columns)
         np.testing.assert_allclose(other["topk_logprobs"], captured["topk_logprobs"], atol=2e-4)
+
+
+def test_a_parquet_file_is_never_held_whole(importing, examples, teacher, tmp_path):
+    """Its rows come in another order than the store's, and less is held at any time than all of them take."""
+    encodings = encode_many(teacher[0], [example.text for example in examples.all])
+    many = {"token_ids": list(range(400)), "top_values": np.full(400, -np.log(400)).tolist()}
+    schema = pa.schema([("input_ids", pa.list_(pa.int64()))] + [(name, pa.list_(pa.list_(kind))) for name, kind in (
+        ("token_ids", pa.int64()), ("top_values", pa.float32())
+    )])  # fmt: skip
+    with pq.ParquetWriter(tmp_path / "wide.parquet", schema, use_dictionary=False, compression=None) as file:
+        for encoding in reversed(encodings):
+            row = {"input_ids": encoding.ids.tolist()} | {k: [v] * (len(encoding) - 1) for k, v in many.items()}
+            file.write_batch(pa.RecordBatch.from_pylist([row], schema))
+    before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        importing(None, "wide.parquet")
+        held = tracemalloc.get_traced_memory()[1] + pool.max_memory()
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(before)
+    assert held < 5e6, "as arrays, all rows take 6 MB; as Python objects, 40"
 
 
 def _shifted(row):

@@ -6,13 +6,14 @@ import bz2
 import gzip
 import json
 import lzma
+import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stillroom.config import TaskColumns, TaskData
-from stillroom.data.corpus import build_corpus
+from stillroom.config import Corpus, TaskColumns, TaskData
+from stillroom.data.corpus import _rank, build_corpus
 from stillroom.data.rows import load_rows, source_digest
 from stillroom.data.tasks import get_task
 from stillroom.errors import UserError
@@ -54,7 +55,7 @@ def task_and_data(path, task=TASK, split="train"):
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
     """Byte order marks, line ends, quotes, separators and columns in another case are no part of a row."""
     (tmp_path / name).write_bytes(FILES[name])
-    rows = load_rows(*task_and_data(tmp_path / name), 0, "corpus.tasks.own")
+    rows = list(load_rows(*task_and_data(tmp_path / name), 0, "corpus.tasks.own"))
     assert rows == [{"question": row["Question"], "answer": row["answer"]} for row in ROWS]
 
 
@@ -71,7 +72,7 @@ def test_a_folder_gives_a_split_by_its_file_or_as_datasets_saved_it(tmp_path):
     DatasetDict(dev=Dataset.from_list(ROWS)).save_to_disk(tmp_path / "splits")
     for place in ("parquet/dev.parquet", "parquet", "csv", "alone", "splits"):
         task, data = task_and_data(tmp_path / place, split="dev")
-        assert load_rows(task, data, 0, "own") == expected, place
+        assert list(load_rows(task, data, 0, "own")) == expected, place
         assert source_digest(data), place
     before = source_digest(data)
     Dataset.from_list(ROWS[1:]).save_to_disk(tmp_path / "splits" / "dev")
@@ -104,6 +105,42 @@ def test_a_file_that_cannot_be_read_says_where(tmp_path, name, content, message)
         load_rows(*task_and_data(tmp_path / name), 0, "corpus.tasks.own")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.jsonl.zst", "a.parquet", "saved"])
+def test_what_is_held_of_a_large_source_is_what_is_asked_for(tmp_path, name):
+    """Of 10 MB half at most, and the examples are those that a sort of all rows chooses."""
+    from datasets import Dataset
+
+    rows = [{"question": f"Say {n % 4000}. {n:01900}", "answer": f"{n % 7}"} for n in range(5000)]
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if name == "a.parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name, compression=None, use_dictionary=False)
+    elif name == "a.csv":
+        lines = ["question,answer", *(f"{row['question']},{row['answer']}" for row in rows)]
+        (tmp_path / name).write_text("\n".join(lines))
+    elif name == "saved":
+        Dataset.from_list(rows).save_to_disk(tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(pa.compress(text, "zstd", asbytes=True) if name.endswith("zst") else text)
+    task, data = task_and_data(tmp_path / name)
+    every = sorted((task.build(row) for row in rows), key=lambda e: _rank(e.example_id, "sample0"))
+    del rows, text
+    corpus = Corpus(tasks={"own": data.model_copy(update={"examples": 20})}, max_length=4096)
+    build_corpus(corpus, [])  # what is loaded once
+    before, pool = pa.default_memory_pool(), pa.proxy_memory_pool(pa.default_memory_pool())
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        built = build_corpus(corpus, [])
+        held = tracemalloc.get_traced_memory()[1] + pool.max_memory()
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(before)
+    assert {e.example_id for e in built.all} == {e.example_id for e in every[:20]}
+    assert built.counts["own"]["source_rows"] == 5000
+    assert held < 5e6, held
+
+
 def test_a_row_that_cannot_be_used_is_counted_and_the_first_is_told(tmp_path, tokenizers):
     """NaN and nulls are no text; numbers are, and numbers as texts; an optional column may be any of the former."""
     rows = [{"instruction": f"Add {n}", "input": own, "output": out} for n, (own, out) in enumerate(
@@ -112,8 +149,6 @@ def test_a_row_that_cannot_be_used_is_counted_and_the_first_is_told(tmp_path, to
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     columns = {"prompt": "{instruction}\n{input}", "optional": ["input"], "answer": "{output}"}
     _, data = task_and_data(tmp_path / "a.jsonl", {"generation": columns})
-    from stillroom.config import Corpus
-
     examples = build_corpus(Corpus(tasks={"own": data}), tokenizers)
     assert {e.prompt: e.answer for e in examples.all} == {
         "Add 0\n1 and 2": " 3",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -20,7 +22,7 @@ from stillroom.config import Corpus, TaskData
 from stillroom.data.chat_templates import encode_examples, require_chat_template, settled
 from stillroom.data.encoding import encode_many, ending_tokens, fits, in_answer
 from stillroom.data.label_noise import is_mislabelled, with_label_noise
-from stillroom.data.rows import load_rows
+from stillroom.data.rows import CHANGED, Row, load_rows
 from stillroom.data.tasks import Example, Task, get_task
 from stillroom.data.tasks.example import Turn, shown
 from stillroom.errors import UserError
@@ -101,8 +103,8 @@ def _draw(
     place = f"corpus.tasks.{task.name}"
     rows = load_rows(task, data, corpus.sample_seed, place)
     dropped = Counter({"source_rows": len(rows), "unusable": 0, "duplicates": 0, "too_long": 0})
-    unique = _unique(_usable(task, data, rows, dropped, faults, place), dropped)
-    ordered = sorted(unique, key=lambda example: _rank(example.example_id, f"sample{corpus.sample_seed}"))
+    ranked = _ranked(_usable(task, data, rows, dropped, faults, place), f"sample{corpus.sample_seed}")
+    ordered = _read(task, data, rows, ranked.without_duplicates(dropped))
     settled_ = _settled(ordered, tokenizers, dropped, faults) if data.chat else ordered
     wanted = None if data.examples == "all" else data.examples
     chosen = list(islice(_fitting(settled_, corpus.max_length, tokenizers, dropped), wanted))
@@ -134,11 +136,9 @@ def with_test_splits(
         if wanted and len(rows) < wanted:
             raise UserError(f"{place}.examples: {data.examples} asked for, but the split has {len(rows)} rows")
         dropped = Counter({"source_rows": len(rows), "unusable": 0, "in_corpus": 0, "too_long": 0})
-        usable = list(_usable(task, data, rows, dropped, faults, place))
-        unseen = [example for example in usable if asked(example) not in known]
-        dropped["in_corpus"] = len(usable) - len(unseen)
+        unseen = _unseen(_usable(task, data, rows, dropped, faults, place), known, dropped)
         # the word is part of the draw: another one would choose other examples
-        ordered = sorted(unseen, key=lambda example: _rank(example.example_id, f"official{corpus.sample_seed}"))
+        ordered = _read(task, data, rows, _ranked(unseen, f"official{corpus.sample_seed}").numbers)
         settled_ = _settled(ordered, tokenizers, dropped, faults) if data.chat else ordered
         chosen = list(islice(_fitting(settled_, max_length, tokenizers, dropped), wanted))
         if not chosen:
@@ -153,15 +153,15 @@ def with_test_splits(
 def _usable(
     task: Task,
     data: TaskData,
-    rows: Iterable[dict[str, Any]],
+    rows: Iterable[Row],
     dropped: Counter[str],
     faults: dict[str, str],
     place: str,
-) -> Iterator[Example]:
-    """The rows' examples; rows that give none are counted in `dropped`, the first kept in `faults`."""
+) -> Iterator[tuple[int, Example]]:
+    """The rows' numbers and examples; rows that give none are counted in `dropped`, the first kept in `faults`."""
     for number, row in enumerate(rows):
         try:
-            yield task.build(row)
+            yield number, task.build(row)
         except (ValueError, TypeError, IndexError, AttributeError) as error:
             dropped["unusable"] += 1
             faults.setdefault(task.name, f"row {number} of {data.dataset}/{data.split}: {error}")
@@ -204,15 +204,70 @@ def asked(example: Example) -> str:
     return folded(example.prompt or example.answer)
 
 
-def _unique(examples: Iterable[Example], dropped: Counter[str]) -> Iterator[Example]:
-    seen: set[str] = set()
-    for example in examples:
-        key = asked(example)
-        if key in seen:
-            dropped["duplicates"] += 1
-            continue
-        seen.add(key)
-        yield example
+def _unseen(
+    examples: Iterable[tuple[int, Example]], known: Collection[str], dropped: Counter[str]
+) -> Iterator[tuple[int, Example]]:
+    for number, example in examples:
+        if asked(example) in known:
+            dropped["in_corpus"] += 1
+        else:
+            yield number, example
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    """A source's usable rows in the order of the draw: 32 bytes of each, and nothing of what is in it."""
+
+    numbers: np.ndarray
+    """(N) of the rows in their source."""
+    keys: np.ndarray
+    """(N, 2) digest of what is asked."""
+
+    def without_duplicates(self, dropped: Counter[str]) -> np.ndarray:
+        """The numbers of the rows that are their question's first in the source."""
+        order = np.lexsort((self.numbers, self.keys[:, 1], self.keys[:, 0]))
+        again = (self.keys[order[1:]] == self.keys[order[:-1]]).all(1)
+        first = np.ones(len(order), bool)
+        first[order[1:][again]] = False
+        dropped["duplicates"] = int(again.sum())
+        kept: np.ndarray = self.numbers[first]
+        return kept
+
+
+def _ranked(examples: Iterable[tuple[int, Example]], salt: str) -> _Ranked:
+    numbers, ranks, keys = array("Q"), array("Q"), bytearray()
+    for number, example in examples:
+        numbers.append(number)
+        ranks.append(int(_rank(example.example_id, salt)[:16], 16))
+        keys += hashlib.blake2b(asked(example).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    order = np.argsort(np.frombuffer(ranks, np.uint64), kind="stable")
+    return _Ranked(np.frombuffer(numbers, np.uint64)[order], np.frombuffer(keys, np.uint64).reshape(-1, 2)[order])
+
+
+def _read(task: Task, data: TaskData, rows: Collection[Row], numbers: np.ndarray) -> Iterator[Example]:
+    """The examples of the rows of these numbers, in their order; a source is gone through once, seldom more often.
+
+    What is held is little more than what is asked for: some are too long.
+    """
+    wanted = len(numbers) if data.examples == "all" else data.examples
+    size, first = wanted + wanted // 4 + 256, 0
+    while first < len(numbers):
+        part = numbers[first : first + size].tolist()
+        found = _found(task, rows, set(part))
+        if len(found) < len(part):
+            raise UserError(f"{data.dataset}: {CHANGED}")
+        yield from (found[number] for number in part)
+        first, size = first + size, 2 * size
+
+
+def _found(task: Task, rows: Iterable[Row], numbers: set[int]) -> dict[int, Example]:
+    """By number, the examples of these rows that are still there."""
+    found = {}
+    for number, row in enumerate(islice(rows, max(numbers) + 1)):
+        if number in numbers:
+            with suppress(ValueError, TypeError, IndexError, AttributeError):
+                found[number] = task.build(row)
+    return found
 
 
 def _settled(

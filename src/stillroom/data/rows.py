@@ -8,7 +8,8 @@ import gzip
 import io
 import json
 import lzma
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,7 +21,25 @@ from stillroom.data.tasks import Task
 from stillroom.errors import UserError
 from stillroom.files import file_sha256
 
-Rows = list[dict[str, Any]]
+Row = dict[str, Any]
+
+
+class Rows(Collection[Row]):
+    """A source's rows, read anew each time that one goes through them, so that none has to be kept."""
+
+    def __init__(self, read: Callable[[], Iterable[Row]], count: int) -> None:
+        """`read` starts from the first row; `count`: how many there are."""
+        self._read, self._count = read, count
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __contains__(self, row: object) -> bool:
+        return any(own == row for own in self)
+
 
 _NOT_READ = {
     *(".ndjson", ".pq", ".arrow", ".feather", ".avro", ".orc", ".txt", ".xml", ".zip", ".tar", ".tgz"),
@@ -29,8 +48,13 @@ _NOT_READ = {
 """Ends of names that are a file's, and of no data set on the hub."""
 
 
-def load_rows(task: Task, data: TaskData, seed: int, place: str) -> Sequence[dict[str, Any]]:
-    """A task's rows, its own columns alone; errors name `place`.
+CHANGED = "changed while it was read; run the command again when it is complete"
+_AT_ONCE = 256
+"""Rows of a column file that are held at a time."""
+
+
+def load_rows(task: Task, data: TaskData, seed: int, place: str) -> Collection[Row]:
+    """A task's rows, its own columns alone, to be gone through as often as needed; errors name `place`.
 
     Generated (`builtin`), or from a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file, a folder of `<split>` files
     or of `datasets.save_to_disk`, or the hub.
@@ -61,11 +85,9 @@ def all_rows(file: Path) -> Rows:
     if kind is None:
         raise UserError(f"{file}: give a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file")
     if kind != ".parquet":
-        return _READERS[kind](file)
-    try:
-        return _some(pq.read_table(file).to_pylist(), file)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{file} cannot be loaded: {_reason(error)}") from None
+        return Rows(partial(_READERS[kind], file), _scanned(kind, file)[1])
+    _, count = _schema(file, str(file))
+    return Rows(partial(_read_parquet, file, None, str(file)), count)
 
 
 def names_a_file(dataset: str) -> bool:
@@ -83,11 +105,25 @@ def _kind(path: Path) -> str | None:
 def _of_file(task: Task, data: TaskData, file: Path, place: str) -> Rows:
     """The task's columns of each row."""
     kind = str(_kind(file))
-    if kind == ".parquet":
-        return _read_parquet(task, data, file, place)
-    rows = _READERS[kind](file)
-    named = _columns(task, data, list(dict.fromkeys(name for row in rows for name in row)), place)
-    return [{column: row.get(name) for column, name in named.items()} for row in rows]
+    where = f"{place}.dataset: {file}"
+    present, count = _schema(file, where) if kind == ".parquet" else _scanned(kind, file)
+    named = _columns(task, data, present, place)
+    columns = list(named.values())
+    read = partial(_read_parquet, file, columns, where) if kind == ".parquet" else partial(_READERS[kind], file)
+    return Rows(lambda: ({column: row.get(name) for column, name in named.items()} for row in read()), count)
+
+
+def _scanned(kind: str, file: Path) -> tuple[list[str], int]:
+    """Every name that a row of a text file has, and how many rows there are; a row that cannot be read is told."""
+    names: dict[str, None] = {}
+    count = 0
+    for row in _READERS[kind](file):
+        count += 1
+        if not row.keys() <= names.keys():
+            names |= dict.fromkeys(row)
+    if not count:
+        raise UserError(f"{file} has no rows")
+    return list(names), count
 
 
 def _columns(task: Task, data: TaskData, present: Sequence[str], place: str) -> dict[str, str]:
@@ -103,7 +139,7 @@ def _columns(task: Task, data: TaskData, present: Sequence[str], place: str) -> 
 
 
 def _zstd(path: Path) -> IO[bytes]:
-    return io.BytesIO(pa.input_stream(str(path), compression="zstd").read())
+    return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
 
 
 _OPENERS: dict[str, Callable[[Path], Any]] = {
@@ -128,17 +164,15 @@ def _lines(path: Path) -> Iterator[str]:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
-def read_lines(path: Path) -> Rows:
+def read_lines(path: Path) -> Iterator[Row]:
     """Objects of a JSON Lines file."""
-    rows = []
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         row = _json(line, f"{path}, line {number}")
         if not isinstance(row, dict):
             raise UserError(f'{path}, line {number}: expected an object, one per line, as in {{"question": "…"}}')
-        rows.append(row)
-    return _some(rows, path)
+        yield row
 
 
 def _json(text: str, where: str) -> Any:
@@ -152,14 +186,8 @@ def _json(text: str, where: str) -> Any:
         raise UserError(f"{where}: a number has too many digits; write it as text") from None
 
 
-def _some(rows: Rows, path: Path) -> Rows:
-    if not rows:
-        raise UserError(f"{path} has no rows")
-    return rows
-
-
-def _read_json(path: Path) -> Rows:
-    """A list of objects, alone or as the one list in an object."""
+def _read_json(path: Path) -> Iterator[Row]:
+    """A list of objects, alone or as the one list in an object: the one kind of file that is read whole."""
     whole = _json("".join(_lines(path)), str(path))
     if isinstance(whole, dict):
         lists = [value for value in whole.values() if isinstance(value, list)]
@@ -169,10 +197,10 @@ def _read_json(path: Path) -> Rows:
     for number, row in enumerate(whole, 1):
         if not isinstance(row, dict):
             raise UserError(f"{path}, row {number}: expected an object, not {str(row)[:60]!r}")
-    return _some(whole, path)
+    yield from whole
 
 
-def _read_csv(path: Path) -> Rows:
+def _read_csv(path: Path) -> Iterator[Row]:
     """Rows under a header; every cell is a text. Commas, semicolons or tabs, whichever the header has most of."""
     csv.field_size_limit(2**31 - 1)
     lines = _lines(path)
@@ -183,7 +211,6 @@ def _read_csv(path: Path) -> Rows:
         names = [name.strip() for name in next(reader, [])]
         if len(set(names)) < len(names) or not all(names):
             raise UserError(f"{path}, line 1: columns need different names, none of them empty; the header is {names}")
-        rows = []
         for row in reader:
             if len(row) != len(names) and any(row):
                 raise UserError(
@@ -191,10 +218,9 @@ def _read_csv(path: Path) -> Rows:
                     "a cell that holds the separator or a line break needs double quotes around it"
                 )
             if any(row):
-                rows.append(dict(zip(names, row, strict=True)))
+                yield dict(zip(names, row, strict=True))
     except csv.Error as error:
         raise UserError(f"{path}, line {reader.line_num}: not valid CSV: {error}") from None
-    return _some(rows, path)
 
 
 def _again(first: str, lines: Iterator[str]) -> Iterator[str]:
@@ -202,20 +228,34 @@ def _again(first: str, lines: Iterator[str]) -> Iterator[str]:
     yield from lines
 
 
-def _read_parquet(task: Task, data: TaskData, path: Path, place: str) -> Rows:
+_DAMAGED = (OSError, KeyError, pa.ArrowException, ValueError, OverflowError)
+"""What a damaged Parquet file shows itself in."""
+
+
+def _schema(path: Path, place: str) -> tuple[list[str], int]:
+    """Names of a Parquet file's columns, and how many rows it has; errors begin with `place`."""
+    try:
+        with pq.ParquetFile(path) as table:
+            present, count = table.schema_arrow.names, table.metadata.num_rows
+    except _DAMAGED as error:
+        raise UserError(f"{place} cannot be loaded: {_reason(error)}") from error
+    if not count:
+        raise UserError(f"{place} cannot be loaded: it has no rows")
+    return present, count
+
+
+def _read_parquet(path: Path, columns: list[str] | None, place: str) -> Iterator[Row]:
     """The file itself: the data set library would give older rows from its cache."""
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as table:
-            named = _columns(task, data, table.schema_arrow.names, place)
-            rows = table.read(columns=list(named.values())).select(list(named.values())).to_pylist()
-    except (OSError, KeyError, pa.ArrowException, ValueError, OverflowError) as error:
-        raise UserError(f"{place}.dataset: {path} cannot be loaded: {_reason(error)}") from error
-    if not rows:
-        raise UserError(f"{place}.dataset: {path} cannot be loaded: it has no rows")
-    return [{column: row[name] for column, name in named.items()} for row in rows]
+        # as it is read by default, a whole row group is held, which may be the whole file
+        with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False, buffer_size=2**20) as table:
+            for batch in table.iter_batches(_AT_ONCE, columns=columns):
+                yield from batch.to_pylist()
+    except _DAMAGED as error:
+        raise UserError(f"{place} cannot be loaded: {_reason(error)}") from error
 
 
-_READERS: dict[str, Callable[[Path], Rows]] = {
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": read_lines,
     ".json": _read_json,
     ".csv": _read_csv,
@@ -264,8 +304,13 @@ def _saved(task: Task, data: TaskData, place: str) -> Rows:
 
 def _of_dataset(task: Task, data: TaskData, rows: Any, place: str) -> Rows:
     named = _columns(task, data, rows.column_names, place)
-    listed = rows.select_columns(list(named.values())).to_list()
-    return [{column: row[name] for column, name in named.items()} for row in listed]
+    arrow = rows.select_columns(list(named.values())).with_format("arrow")
+
+    def read() -> Iterator[Row]:
+        for table in arrow.iter(_AT_ONCE):
+            yield from ({column: row[name] for column, name in named.items()} for row in table.to_pylist())
+
+    return Rows(read, len(rows))
 
 
 def _of_hub(task: Task, data: TaskData, place: str) -> Rows:
@@ -301,4 +346,4 @@ def require_unchanged(sources: Sequence[TaskData], digests: Sequence[str | None]
     """`UserError` unless every source still has its digest, so that it is of the rows that were read since."""
     for data, digest in zip(sources, digests, strict=True):
         if source_digest(data) != digest:
-            raise UserError(f"{data.dataset}: changed while it was read; run the command again when it is complete")
+            raise UserError(f"{data.dataset}: {CHANGED}")

@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -31,23 +34,26 @@ from stillroom.signals.signal import Layout, id_dtype
 _ABOVE_ONE = 1e-3
 """By how much a token's probabilities may sum to more than 1: float32 rounds that far."""
 
-
 _DISTILLKIT = ("input_ids", "token_ids", "top_values")
 """Columns of a Parquet file."""
 
 
 class _Line(NamedTuple):
-    """Where an example's row is; from a Parquet file, the row itself."""
+    """Where an example's row is: in its file of lines or, from a Parquet file, among the rows that are set aside."""
 
     file: Path
     number: int
     offset: int = 0
     choice: int = 0
-    row: dict[str, Any] | None = None
+
+    @property
+    def of_columns(self) -> bool:
+        """Whether the file is Parquet."""
+        return self.file.suffix == ".parquet"
 
     def __str__(self) -> str:
         """For a message."""
-        return f"{self.file}, {'line' if self.row is None else 'row'} {self.number}"
+        return f"{self.file}, {'row' if self.of_columns else 'line'} {self.number}"
 
 
 def write_requests(tokenizer: Any, examples: Sequence[Example], path: Path) -> None:
@@ -78,21 +84,22 @@ def import_signals(
     """
     layout = Layout(signals.top_k, 0, 0, signals.dtype, id_dtype(vocabulary), hidden_layers=(), attention_layers=())
     encodings = encode_examples(tokenizer, examples)
-    with exclusive(store.parent, "import", f".{store.name}.lock"):
+    with exclusive(store.parent, "import", f".{store.name}.lock"), ExitStack() as held:
         imported = [{"name": file.name, "sha256": _sha256(file)} for file in files]
         made = fingerprint(origin, imported)
         if (store / MANIFEST).exists() and (known := SignalStore.open(store)).manifest["fingerprint"] == made:
             return known
         if (store / MANIFEST).exists() or any(store.glob("*.parquet")):
             raise UserError(f"{store} holds files of another capture; delete it, or choose another with paths.store")
-        lines = _find(files, examples, encodings)
+        aside = held.enter_context(tempfile.TemporaryFile(dir=store.parent))
+        lines = _find(files, examples, encodings, aside)
         shards = plan_shards(encodings, signals.shard_examples)
         done = 0
 
         def rows(chosen: list[int]) -> Iterator[tuple[str, str, Encoding, Mapping[str, torch.Tensor]]]:
             nonlocal done
             for i in chosen:
-                columns = _columns(_read(lines[i]), lines[i], examples[i], encodings[i], layout, vocabulary)
+                columns = _columns(_read(lines[i], aside), lines[i], examples[i], encodings[i], layout, vocabulary)
                 yield examples[i].example_id, examples[i].task, encodings[i], columns
                 done += 1
                 progress(done, len(examples))
@@ -112,8 +119,13 @@ def _sha256(file: Path) -> str:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
 
 
-def _find(files: Sequence[Path], examples: Sequence[Example], encodings: Sequence[Encoding]) -> list[_Line]:
-    """Where each example's row is; `UserError` names one that has none, two, or one of other tokens."""
+def _find(
+    files: Sequence[Path], examples: Sequence[Example], encodings: Sequence[Encoding], aside: IO[bytes]
+) -> list[_Line]:
+    """Where each example's row is; `UserError` names one that has none, two, or one of other tokens.
+
+    What an example needs of a Parquet file is written `aside`: its rows are not in the order of the store's.
+    """
     by_id = {example.example_id: i for i, example in enumerate(examples)}
     by_tokens = {encoding.ids.tobytes(): i for i, encoding in enumerate(encodings)}
     found: dict[int, _Line] = {}
@@ -137,7 +149,7 @@ def _find(files: Sequence[Path], examples: Sequence[Example], encodings: Sequenc
             if i in found:
                 raise UserError(f"{line}: example {examples[i].example_id} is in {found[i]} as well")
             _require_same(row, line, examples[i], encodings[i])
-            found[i] = line
+            found[i] = _set_aside(row, line, aside) if line.of_columns else line
     if absent := [i for i in range(len(examples)) if i not in found]:
         first = examples[absent[0]]
         raise UserError(
@@ -168,14 +180,15 @@ def _rows(file: Path) -> Iterator[tuple[_Line, dict[str, Any]]]:
 def _distillkit_rows(file: Path) -> Iterator[tuple[_Line, dict[str, Any]]]:
     """Rows of `input_ids`, `token_ids` and `top_values`, DistillKit's uncompressed form; entry t is of token t + 1."""
     try:
-        with pq.ParquetFile(file) as table:
+        # as it is read by default, a whole row group is held, which may be the whole file
+        with pq.ParquetFile(file, pre_buffer=False, buffer_size=2**20) as table:
             if missing := [name for name in _DISTILLKIT if name not in table.schema_arrow.names]:
                 raise UserError(
                     f"{file} lacks the columns {missing}; it has {table.schema_arrow.names}. DistillKit's compressed "
                     "rows are read by its own code first: docs/how-to/imported.md"
                 )
             number = 0
-            for batch in table.iter_batches(64, columns=list(_DISTILLKIT)):
+            for batch in table.iter_batches(1, columns=list(_DISTILLKIT)):
                 for row in batch.to_pylist():
                     number += 1
                     try:
@@ -185,14 +198,23 @@ def _distillkit_rows(file: Path) -> Iterator[tuple[_Line, dict[str, Any]]]:
                     if not (top[0].ndim == 2 and top[0].shape == top[1].shape):
                         raise UserError(f"{file}, row {number}: token_ids and top_values must be lists of equal lists")
                     found = {"prompt_token_ids": row["input_ids"], "top": (top[0], top[1].astype(np.float32))}
-                    yield _Line(file, number, row=found), found
+                    yield _Line(file, number), found
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{file} cannot be read: {error}") from None
 
 
-def _read(line: _Line) -> dict[str, Any]:
-    if line.row is not None:
-        return line.row
+def _set_aside(row: Mapping[str, Any], line: _Line, aside: IO[bytes]) -> _Line:
+    offset = aside.seek(0, os.SEEK_END)
+    for own in (np.array(row["prompt_token_ids"], np.int64), *row["top"]):
+        np.save(aside, own, allow_pickle=False)
+    return line._replace(offset=offset)
+
+
+def _read(line: _Line, aside: IO[bytes]) -> dict[str, Any]:
+    if line.of_columns:
+        aside.seek(line.offset)
+        tokens, *top = (np.load(aside, allow_pickle=False) for _ in range(3))
+        return {"prompt_token_ids": tokens.tolist(), "top": tuple(top)}
     with line.file.open("rb") as raw:
         raw.seek(line.offset)
         return _parsed(raw.readline(), line.file, line.number)[line.choice]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,9 @@ def write_study(data: Path, teacher: str, student: str, target: Path) -> Start:
     return Start(target, len(rows), used, (*guesses, f"{used} of {len(rows)} rows can be used{fault}"))
 
 
-def _guess(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
+def _guess(rows: Collection[dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
     """The task's section of the study, and what it rests on."""
-    columns = list(dict.fromkeys(name for row in rows[:1000] for name in row))
+    columns = list(dict.fromkeys(name for row in islice(rows, 1000) for name in row))
     named = {name.casefold().strip(): name for name in columns}
 
     def first(names: Sequence[str], *taken: str | None) -> str | None:
@@ -91,7 +92,7 @@ def _guess(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _question(
-    rows: Sequence[dict[str, Any]], asked: str, said: str, more: str | None
+    rows: Collection[dict[str, Any]], asked: str, said: str, more: str | None
 ) -> tuple[dict[str, Any], list[str]]:
     guesses = [f"{asked!r} is the question, {said!r} its answer, which counts as a whole"]
     if more is None:
@@ -101,15 +102,19 @@ def _question(
     return {"generation": {"prompt": prompt, "optional": [more], "answer": f"{{{said}}}"}}, guesses
 
 
-def _few(rows: Sequence[dict[str, Any]], column: str) -> list[str]:
+def _few(rows: Collection[dict[str, Any]], column: str) -> list[str]:
     """The values of a column, as texts, if they are few and each comes again; else none."""
-    values = [str(row.get(column)).strip() for row in rows]
-    texts = sorted(set(values))
-    few = 2 <= len(texts) <= _MOST_CHOICES and 3 * len(texts) <= len(values) and all(texts)
+    found: set[str] = set()
+    for row in rows:
+        found.add(str(row.get(column)).strip())
+        if len(found) > _MOST_CHOICES:
+            return []
+    texts = sorted(found)
+    few = len(texts) >= 2 and 3 * len(texts) <= len(rows) and all(texts)
     return texts if few and max(map(len, texts)) <= 40 else []
 
 
-def _usable(name: str, data: Path, columns: dict[str, Any], rows: Sequence[dict[str, Any]]) -> tuple[int, str]:
+def _usable(name: str, data: Path, columns: dict[str, Any], rows: Collection[dict[str, Any]]) -> tuple[int, str]:
     """How many different examples the rows give, and what is wrong with the first that gives none."""
     try:
         TaskColumns(**columns)
@@ -122,7 +127,7 @@ def _usable(name: str, data: Path, columns: dict[str, Any], rows: Sequence[dict[
     prompts, fault = set(), ""
     for number, row in enumerate(rows):
         try:
-            prompts.add(folded(task.build({column: row.get(column) for column in task.columns}).prompt))
+            prompts.add(hash(folded(task.build({column: row.get(column) for column in task.columns}).prompt)))
         except ValueError as error:
             fault = fault or f"; the first that cannot is row {number}: {error}"
     return len(prompts), fault
