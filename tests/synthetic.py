@@ -10,12 +10,12 @@ import pytest
 
 from stillroom.analysis import evidence, report
 from stillroom.analysis.figures import draw
-from stillroom.analysis.frame import PLANNED, write_summary
-from stillroom.config import EXPERIMENT, RESULT
+from stillroom.analysis.frame import write_summary
 from stillroom.data.corpus import Examples, save_corpus
 from stillroom.data.tasks import TASKS
 from stillroom.evaluation.metrics import accuracy_metrics, by_key, overall_metrics, save_predictions
 from stillroom.files import read_json, write_json
+from stillroom.folders import EXPERIMENT, PLANNED, RESULT
 from stillroom.provenance import record_run
 from stillroom.studies import load_study
 

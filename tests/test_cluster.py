@@ -20,10 +20,10 @@ import torch
 from ray.cluster_utils import Cluster
 
 import stillroom
-from stillroom.config import ERROR, EXPERIMENT
 from stillroom.errors import UserError
 from stillroom.experiment.workspace import Workspace
 from stillroom.files import read_json
+from stillroom.folders import ERROR, EXPERIMENT
 from stillroom.offline_teacher_data.store import SignalStore
 from stillroom.studies import load_study
 from studies import study_file

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stillroom import cli
-from stillroom.config import EXPERIMENT
+from stillroom.folders import EXPERIMENT
 from synthetic import quick_reports, write_results
 
 TRIAL = f"{EXPERIMENT}/trial_00000003_combined_seed_1"

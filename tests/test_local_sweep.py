@@ -18,7 +18,7 @@ import pytest
 from conftest import STUDENT_SHAPE, write_model
 from processes import descendants, stillroom, wait_for
 from setups import numbers
-from stillroom.config import ERROR, ModelRef, Sweep
+from stillroom.config import ModelRef, Sweep
 from stillroom.errors import UserError
 from stillroom.experiment import local_sweep
 from stillroom.experiment.local_sweep import sweep
@@ -26,6 +26,7 @@ from stillroom.experiment.local_worker import OUTPUT
 from stillroom.experiment.resources import cores, slots
 from stillroom.experiment.workspace import Workspace
 from stillroom.files import exclusive, read_json
+from stillroom.folders import ERROR, TrialFolder
 from stillroom.studies import load_study
 from studies import study_file
 
@@ -427,6 +428,11 @@ def test_ctrl_c_ends_every_process_at_once(tmp_path, study, times, moment):
 
 def test_a_second_sweep_is_refused(tmp_path):
     """Two would start every trial twice."""
-    plan = SimpleNamespace(trial=SimpleNamespace(name="trial"), folder=tmp_path / "trial", experiment=tmp_path)
+    plan = SimpleNamespace(
+        trial=SimpleNamespace(name="trial"),
+        folder=tmp_path / "trial",
+        files=TrialFolder(tmp_path / "trial"),
+        experiment=tmp_path,
+    )
     with exclusive(tmp_path, "sweep"), pytest.raises(UserError, match="another sweep is writing here"):
         sweep([plan], Sweep(seeds=(0,)), pytest.fail)

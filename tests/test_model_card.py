@@ -10,9 +10,9 @@ from markdown_it import MarkdownIt
 
 from stillroom.afterwards.export import _card
 from stillroom.analysis.escaping import control_free, fence, markdown_plain
-from stillroom.config import EXPERIMENT
 from stillroom.errors import UserError
 from stillroom.files import read_json, write_json
+from stillroom.folders import EXPERIMENT
 from synthetic import write_results
 
 HOSTILE = (

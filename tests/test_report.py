@@ -15,16 +15,16 @@ import pytest
 from recompute_report import check_report
 from stillroom.analysis.escaping import latex_escaped
 from stillroom.analysis.figures import Figure, inline_panels, study_figures
-from stillroom.analysis.frame import SUMMARY, write_summary
+from stillroom.analysis.frame import write_summary
 from stillroom.analysis.report import command_with, evidence_of, warnings_of, write_report
 from stillroom.analysis.results import StudyResults
 from stillroom.analysis.sameness import identical_groups
 from stillroom.analysis.samples import samples_of
 from stillroom.cli.printing import print_answers
-from stillroom.config import EXPERIMENT
 from stillroom.data.corpus import folded
 from stillroom.errors import UserError
 from stillroom.files import read_json, write_json
+from stillroom.folders import EXPERIMENT
 from synthetic import make_identical, quick_reports, write_results
 
 HOSTILE = '<script>document.title="owned"</script><img src=x onerror="document.title=1"></pre>{{ 7*7 }}'
@@ -536,7 +536,7 @@ def test_a_failed_trial_is_told_from_one_that_never_ran(tmp_path):
     write_results(tmp_path, seeds=(0, 1), drop=[("hidden", 1), ("combined", 0)])
     shutil.rmtree(next((tmp_path / EXPERIMENT).glob("*_combined_seed_0")))
     write_summary(tmp_path)
-    table = pd.read_csv(tmp_path / SUMMARY).set_index(["config/distill_type", "config/seed"])["status"]
+    table = pd.read_csv(tmp_path / "results_summary.csv").set_index(["config/distill_type", "config/seed"])["status"]
     assert (table["hidden", 1], table["combined", 0]) == ("failed", "missing")
     assert (table == "finished").sum() == 8
 

@@ -15,11 +15,12 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import start_processes
 
 from setups import TIMES
-from stillroom.config import ERROR, Group, Lora
+from stillroom.config import Group, Lora
 from stillroom.errors import UserError
 from stillroom.experiment.jobs import run_trial
 from stillroom.experiment.sharded_trial import train_sharded
 from stillroom.files import read_json
+from stillroom.folders import ERROR
 from stillroom.models.hub import load_model
 from stillroom.studies import load_study
 from stillroom.training.distillation_student import DistillationStudent

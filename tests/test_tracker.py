@@ -12,7 +12,6 @@ from contextlib import closing
 
 import pytest
 
-from stillroom.config import EXPERIMENT
 from stillroom.errors import UserError
 from stillroom.evaluation.metrics import by_column
 from stillroom.experiment.mlflow_runs import MLflowRuns
@@ -20,6 +19,7 @@ from stillroom.experiment.tracked import history
 from stillroom.experiment.tracker import Tracker
 from stillroom.experiment.wandb_runs import WandbRuns
 from stillroom.files import read_json
+from stillroom.folders import EXPERIMENT
 from stillroom.studies import load_study
 from synthetic import write_results
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 from stillroom.config import GROUPS, Training
 from stillroom.experiment.watching import SweepWatch
+from stillroom.folders import TrialFolder
 from stillroom.progress import ProgressBars
 from stillroom.training.train_student import Trial
 
@@ -15,9 +16,11 @@ def test_a_sweep_is_watched_epoch_by_epoch(tmp_path, monkeypatch, capsys):
     plans = []
     for number, group in enumerate(("task_only", "black_box", "hidden")):
         trial = Trial(f"{number:08d}", GROUPS[group], 0)
-        plans.append(SimpleNamespace(trial=trial, training=Training(epochs=2), folder=tmp_path / trial.name))
-    plans[0].folder.mkdir()
-    (plans[0].folder / "result.json").write_text("{}")
+        plans.append(
+            SimpleNamespace(trial=trial, training=Training(epochs=2), files=TrialFolder(tmp_path / trial.name))
+        )
+    plans[0].files.path.mkdir()
+    plans[0].files.result.write_text("{}")
     shown = []
     watch = SweepWatch(plans, lambda what, done, total, note="": shown.append((done, total, note)))
     names = [plan.trial.name for plan in plans]

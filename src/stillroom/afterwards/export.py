@@ -14,13 +14,14 @@ from stillroom import __version__
 from stillroom.analysis.escaping import control_free, fence, markdown_plain
 from stillroom.analysis.frame import accuracy_keys
 from stillroom.analysis.reading import read_baselines, read_planned, read_result
-from stillroom.config import RESULT, ModelRef
+from stillroom.config import ModelRef
 from stillroom.data.chat_templates import turn_ends
 from stillroom.data.corpus import load_corpus
 from stillroom.data.rows import names_a_file
 from stillroom.errors import UserError
 from stillroom.evaluation.metrics import Key, by_key
 from stillroom.files import atomic_path
+from stillroom.folders import RESULT, ResultsFolder, TrialFolder
 from stillroom.models.adapters import ADAPTER, write_peft_folder
 from stillroom.models.hub import load_tokenizer
 from stillroom.training.checkpoints import DIGESTS, RESUMING, checkpoints, require_whole
@@ -34,11 +35,12 @@ def export_trial(trial: Path, target: Path, as_adapter: bool = False) -> Path:
     peft loads beside the student before training. `UserError` if the trial is not finished, has no such layers, or
     `target` has something in it.
     """
-    if not (trial / RESULT).is_file():
+    if not TrialFolder(trial).result.is_file():
         raise UserError(f"{trial} is not the folder of a finished trial: {RESULT} is missing; run `stillroom sweep`")
     kept = checkpoints(trial)
     if not kept:
-        raise UserError(f"{trial} has no checkpoint left to export; delete {trial / RESULT} and run the sweep again")
+        result = TrialFolder(trial).result
+        raise UserError(f"{trial} has no checkpoint left to export; delete {result} and run the sweep again")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists; name a new folder")
     require_whole(kept[-1])
@@ -83,7 +85,7 @@ def _generation_config(trial: Path, folder: Path) -> GenerationConfig:
     """Greedy, as the model was measured; it stops at EOS and, where it learnt chats, at what ends a turn."""
     tokenizer = load_tokenizer(ModelRef(model=str(folder)))
     pad = tokenizer.pad_token_id
-    examples, _ = load_corpus(_results(trial) / "corpus")
+    examples, _ = load_corpus(_results(trial).corpus)
     ends = list(dict.fromkeys([tokenizer.eos_token_id, *turn_ends(tokenizer, examples.train)]))
     return GenerationConfig(
         do_sample=False,
@@ -94,19 +96,19 @@ def _generation_config(trial: Path, folder: Path) -> GenerationConfig:
     )
 
 
-def _results(trial: Path) -> Path:
+def _results(trial: Path) -> ResultsFolder:
     """The results folder that a trial is in."""
-    return trial.resolve().parent.parent
+    return TrialFolder(trial.resolve()).results
 
 
 def _planned(trial: Path) -> dict[str, Any]:
-    return read_planned(_results(trial))
+    return read_planned(_results(trial).path)
 
 
 def _card(trial: Path, checkpoint: Path, as_adapter: bool = False) -> str:
-    study, result = _planned(trial)["study"], read_result(trial / RESULT)
+    study, result = _planned(trial)["study"], read_result(TrialFolder(trial).result)
     epoch = int(checkpoint.name.split("_")[1])
-    examples, _ = load_corpus(_results(trial) / "corpus")
+    examples, _ = load_corpus(_results(trial).corpus)
     student, teacher, objective = study["student"], study["teacher"], result["config"]["objective"]
     facts = {
         "version": __version__,
@@ -152,7 +154,8 @@ def _of_epoch(trial: Path, result: dict[str, Any], epoch: int) -> dict[str, Any]
         if own["epoch"] == epoch:
             return dict(own)
     raise UserError(
-        f"{trial / RESULT} has no epoch {epoch}, whose checkpoint is there; delete the folder and run the sweep again"
+        f"{TrialFolder(trial).result} has no epoch {epoch}, whose checkpoint is there; delete the folder and run the "
+        "sweep again"
     )
 
 
@@ -192,7 +195,7 @@ def _term_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _metric_rows(trial: Path, own: dict[str, Any], counts: dict[str, dict[str, int]]) -> list[dict[str, Any]]:
-    known = read_baselines(_results(trial))
+    known = read_baselines(_results(trial).path)
     columns = {"own": by_key(own["metrics"])}
     columns |= {role: by_key(known[role]["metrics"]) if role in known else {} for role in ("student", "teacher")}
     validated = {task: count["validation"] for task, count in counts.items()}

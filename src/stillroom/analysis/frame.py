@@ -10,13 +10,10 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from stillroom.analysis.reading import PLANNED as PLANNED
 from stillroom.analysis.reading import read_planned, read_results
-from stillroom.config import ERROR, EXPERIMENT
 from stillroom.evaluation.metrics import Key, Metric, by_key, column_names
 from stillroom.files import atomic_path
-
-SUMMARY = "results_summary.csv"
+from stillroom.folders import ResultsFolder, TrialFolder
 
 
 def summary_row(result: dict[str, Any]) -> dict[str, Any]:
@@ -53,13 +50,13 @@ def write_summary(results: Path) -> None:
     """
     planned = read_planned(results)
     trials = planned["trials"]
-    folders = [results / EXPERIMENT / trial["name"] for trial in trials]
+    folders = [ResultsFolder(results).trial(trial["name"]).path for trial in trials]
     frame = summary_frame(read_results(results, planned))
     frame.insert(0, "status", "finished")
     done = set(frame["trial"]) if len(frame) else set()
     absent = [
         {
-            "status": "failed" if (folder / ERROR).is_file() else "missing",
+            "status": "failed" if TrialFolder(folder).error.is_file() else "missing",
             "trial": trial["name"],
             "config/distill_type": trial["group"],
             "config/seed": trial["seed"],
@@ -67,7 +64,7 @@ def write_summary(results: Path) -> None:
         for trial, folder in zip(trials, folders, strict=True)
         if trial["name"] not in done
     ]
-    with atomic_path(results / SUMMARY) as temporary:
+    with atomic_path(ResultsFolder(results).summary) as temporary:
         pd.concat([frame, pd.DataFrame(absent)]).to_csv(temporary, index=False)
 
 

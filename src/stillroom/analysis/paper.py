@@ -15,6 +15,7 @@ from stillroom.analysis.frame import group_table
 from stillroom.analysis.results import StudyResults
 from stillroom.analysis.verdicts import Answer
 from stillroom.files import atomic_path, write_text
+from stillroom.folders import ResultsFolder
 
 
 def accuracy_rows(results: StudyResults) -> pd.DataFrame:
@@ -219,8 +220,8 @@ def _pinned(model: dict[str, Any]) -> str:
 def write_paper(results: StudyResults, answers: Sequence[Answer], tables: dict[str, pd.DataFrame]) -> None:
     """Write `tables/*.csv` (those of `study_tables`) and `paper/` into the results folder."""
     for name, table in tables.items():
-        with atomic_path(results.folder / "tables" / f"{name}.csv") as path:
+        with atomic_path(ResultsFolder(results.folder).tables / f"{name}.csv") as path:
             table.to_csv(path, index=False)
-    write_text(results.folder / "paper" / "accuracy.tex", accuracy_latex(results))
-    write_text(results.folder / "paper" / "contrasts.tex", comparison_latex(results, answers))
-    write_text(results.folder / "paper" / "checklist.md", checklist(results))
+    write_text(ResultsFolder(results.folder).paper / "accuracy.tex", accuracy_latex(results))
+    write_text(ResultsFolder(results.folder).paper / "contrasts.tex", comparison_latex(results, answers))
+    write_text(ResultsFolder(results.folder).paper / "checklist.md", checklist(results))

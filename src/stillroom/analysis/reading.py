@@ -17,14 +17,11 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stillroom.analysis.escaping import control_free
-from stillroom.config import BASELINE_LABELS, BASELINES, ERROR, EXPERIMENT, RESULT, Analysis, Study
+from stillroom.config import BASELINE_LABELS, Analysis, Study
 from stillroom.errors import UserError
 from stillroom.evaluation.metrics import TASK_MEASURES, Key, Metric, by_key
 from stillroom.files import read_json
-
-PLANNED = "planned.json"
-"""The study and every trial it should have: what a report is complete against."""
-PREDICTIONS = "predictions.parquet"
+from stillroom.folders import ResultsFolder, TrialFolder
 
 _OUTDATED = "`stillroom run STUDY` brings it up to date"
 
@@ -205,10 +202,10 @@ def _damaged(path: Path, fault: str, remedy: str) -> UserError:
 
 def read_planned(results: Path) -> dict[str, Any]:
     """`planned.json`: the study with every field it has, the trials, what teacher data, examples and baselines."""
-    path = results / PLANNED
+    path = ResultsFolder(results).planned
     if not path.is_file():
         raise UserError(
-            f"{results} has no {PLANNED}: it is not a results folder, or `stillroom sweep` has not been run yet"
+            f"{results} has no {path.name}: it is not a results folder, or `stillroom sweep` has not been run yet"
         )
     planned = _checked(path, _Planned, _OUTDATED)
     try:
@@ -225,11 +222,9 @@ def read_planned(results: Path) -> dict[str, Any]:
 
 def read_results(results: Path, planned: Mapping[str, Any]) -> list[dict[str, Any]]:
     """`result.json` of every planned trial that has one, in the plan's order."""
-    folders = [(results / EXPERIMENT / trial["name"], trial) for trial in planned["trials"]]
+    folders = [(ResultsFolder(results).trial(trial["name"]), trial) for trial in planned["trials"]]
     tasks, harness = scored_tasks(planned["study"]), harness_splits(planned["study"])
-    return [
-        _read_result(folder / RESULT, trial, tasks, harness) for folder, trial in folders if (folder / RESULT).exists()
-    ]
+    return [_read_result(folder.result, trial, tasks, harness) for folder, trial in folders if folder.result.exists()]
 
 
 def scored_tasks(study: Mapping[str, Any]) -> list[str]:
@@ -307,7 +302,7 @@ def _again(trial: Path) -> str:
 
 def read_error(trial: Path) -> str | None:
     """What stopped a trial, as it left it behind; None if it left nothing."""
-    path = trial / ERROR
+    path = TrialFolder(trial).error
     if not path.exists():
         return None
     try:
@@ -330,7 +325,7 @@ def read_baselines(results: Path, suffix: str = "") -> dict[str, dict[str, Any]]
         )
     found = {}
     for role in BASELINE_LABELS:
-        path = results / BASELINES / f"{role}{suffix}.json"
+        path = ResultsFolder(results).baseline(role, suffix)
         if not path.exists():
             continue
         own = _checked(path, _Baseline, _measure_again(path))
@@ -348,16 +343,16 @@ def _measure_again(path: Path) -> str:
 
 def read_run(results: Path) -> dict[str, Any]:
     """`run.json`: each stage's commit, versions and hardware."""
-    return _checked(results / "run.json", _Run, "delete it, and `stillroom run STUDY` writes it again")
+    return _checked(ResultsFolder(results).run_record, _Run, "delete it, and `stillroom run STUDY` writes it again")
 
 
 def read_corpus(results: Path) -> dict[str, Any]:
     """`corpus.json`: what the examples are, and what was dropped on the way."""
-    return _checked(results / "corpus" / "corpus.json", _Corpus, _draw_again(results))
+    return _checked(ResultsFolder(results).corpus_facts, _Corpus, _draw_again(results))
 
 
 def _draw_again(results: Path) -> str:
-    return f"delete {results / 'corpus'}, and `stillroom run STUDY` makes it again"
+    return f"delete {ResultsFolder(results).corpus}, and `stillroom run STUDY` makes it again"
 
 
 def read_examples(results: Path, counts: Mapping[str, Mapping[str, int]]) -> pd.DataFrame:
@@ -365,7 +360,7 @@ def read_examples(results: Path, counts: Mapping[str, Mapping[str, int]]) -> pd.
 
     `counts`: those of `corpus.json`, which the rows must bear out.
     """
-    path, remedy = results / "corpus" / "corpus.parquet", _draw_again(results)
+    path, remedy = ResultsFolder(results).corpus_rows, _draw_again(results)
     rows = _read_table(path, dict.fromkeys(("example_id", "task", "split", "prompt", "answer"), "text"), remedy)
     there = rows.groupby(["task", "split"]).size()
     for task, own in counts.items():
@@ -393,12 +388,12 @@ def _read_predictions(path: Path, metrics: Sequence[Metric], remedy: str) -> pd.
 
 def read_trial_predictions(trial: Path, result: Mapping[str, Any]) -> pd.DataFrame:
     """A finished trial's predictions on the validation split."""
-    return _read_predictions(trial / PREDICTIONS, result["metrics"], _again(trial))
+    return _read_predictions(TrialFolder(trial).predictions, result["metrics"], _again(trial))
 
 
 def read_baseline_predictions(results: Path, role: str, metrics: Sequence[Metric]) -> pd.DataFrame:
     """A baseline's predictions on the validation split."""
-    path = results / BASELINES / f"{role}.parquet"
+    path = ResultsFolder(results).baseline_predictions(role)
     return _read_predictions(path, metrics, _measure_again(path))
 
 

@@ -35,6 +35,7 @@ from stillroom.analysis.verdicts import Answer, answer_questions, what_it_takes
 from stillroom.config import TERMS, WEAK_SIGNAL
 from stillroom.evaluation.metrics import Key, by_key
 from stillroom.files import write_text
+from stillroom.folders import ResultsFolder
 
 SELDOM_ALIGNED = 0.5
 """A kind of text of whose predictions fewer are aligned is remarked upon."""
@@ -265,7 +266,7 @@ def write_report(folder: Path) -> Path:
     answers = answer_questions(evidence)
     figures = study_figures(results, evidence, distinct_findings(answers))
     for figure in figures:
-        save_figure(figure, folder / "figures")
+        save_figure(figure, ResultsFolder(folder).figures)
     tables = study_tables(results, answers)
     write_paper(results, answers, tables)
     needed = what_it_takes(evidence, answers)
@@ -303,8 +304,8 @@ def write_report(folder: Path) -> Path:
         terms=[term for term in TERMS if any(term in row["shares"] for row in gradient_rows(results))],
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
-    write_text(folder / "report.html", page)
-    return folder / "report.html"
+    write_text(ResultsFolder(folder).report, page)
+    return ResultsFolder(folder).report
 
 
 def other_measures(results: StudyResults) -> dict[str, Key]:
@@ -328,7 +329,10 @@ TASK_LOSS = "task loss, nats per token"
 
 def _downloads(folder: Path, tables: dict[str, pd.DataFrame]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for path in [*(folder / "tables" / f"{name}.csv" for name in tables), *sorted((folder / "paper").iterdir())]:
+    for path in [
+        *(ResultsFolder(folder).tables / f"{name}.csv" for name in tables),
+        *sorted(ResultsFolder(folder).paper.iterdir()),
+    ]:
         kind = "text/csv" if path.suffix == ".csv" else "text/plain"
         count = len(tables[path.stem]) if path.suffix == ".csv" else None
         rows.append({"name": path.name, "rows": count, "bytes": path.stat().st_size, "uri": _data_uri(path, kind)})

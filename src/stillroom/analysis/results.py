@@ -13,7 +13,6 @@ import pandas as pd
 
 from stillroom.analysis.frame import Measured, accuracy_keys, summary_frame
 from stillroom.analysis.reading import (
-    PREDICTIONS,
     harness_splits,
     read_baseline_predictions,
     read_baselines,
@@ -27,10 +26,11 @@ from stillroom.analysis.reading import (
     scored_tasks,
 )
 from stillroom.analysis.sameness import identical_groups
-from stillroom.config import BASELINES, EXPERIMENT, Analysis
+from stillroom.config import Analysis
 from stillroom.data.corpus import folded
 from stillroom.errors import UserError
 from stillroom.evaluation.metrics import Key, Metric, agreement, by_key, column_names
+from stillroom.folders import ResultsFolder, TrialFolder
 
 T = TypeVar("T")
 
@@ -68,7 +68,7 @@ class StudyResults:
 
     def trial_folder(self, name: str) -> Path:
         """Where a trial's files are."""
-        return self.folder / EXPERIMENT / name
+        return ResultsFolder(self.folder).trial(name).path
 
     @cached_property
     def analysis(self) -> Analysis:
@@ -149,7 +149,7 @@ class StudyResults:
             label + where
             for suffix, where in (("", ""), ("_test", " on test splits"))
             for role, label in self.labels.items()
-            if role not in self._measured[suffix] and (self.folder / BASELINES / f"{role}{suffix}.json").is_file()
+            if role not in self._measured[suffix] and ResultsFolder(self.folder).baseline(role, suffix).is_file()
         ]
 
     @cached_property
@@ -204,7 +204,7 @@ class StudyResults:
         for result in self.finished:
             folder = self.trial_folder(result["trial"])
             own = read_trial_predictions(folder, result)
-            self._require_same_examples(own, folder / PREDICTIONS)
+            self._require_same_examples(own, TrialFolder(folder).predictions)
             found[result["config"]["distill_type"], result["config"]["seed"]] = own
         return found
 
@@ -213,7 +213,7 @@ class StudyResults:
         """The baselines' predictions on the same examples, by what tables call them, where they were kept."""
         found = {}
         for role, own in self._measured[""].items():
-            path = self.folder / BASELINES / f"{role}.parquet"
+            path = ResultsFolder(self.folder).baseline_predictions(role)
             if path.exists():
                 found[self.labels[role]] = read_baseline_predictions(self.folder, role, own["metrics"])
                 self._require_same_examples(found[self.labels[role]], path)
@@ -233,10 +233,10 @@ class StudyResults:
         if not self.other_corpus:
             scored = self.examples["task"].isin(scored_tasks(self.study))
             rows = self.examples[(self.examples["split"] == "validation") & scored]
-            return self.folder / "corpus" / "corpus.parquet", sorted(rows["example_id"])
+            return ResultsFolder(self.folder).corpus_rows, sorted(rows["example_id"])
         first = self.finished[0]
         folder = self.trial_folder(first["trial"])
-        return folder / PREDICTIONS, list(read_trial_predictions(folder, first)["example_id"])
+        return TrialFolder(folder).predictions, list(read_trial_predictions(folder, first)["example_id"])
 
     @cached_property
     def measured_with_agreement(self) -> list[Measured]:

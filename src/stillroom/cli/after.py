@@ -76,12 +76,13 @@ def compare(
     """
     from stillroom.analysis.side_by_side import side_by_side
     from stillroom.cli.printing import print_side_by_side
+    from stillroom.folders import ResultsFolder
 
     facts = side_by_side(folders)
     if not json:
         print_side_by_side(facts)
     groups = {group: {name: row.plain for name, row in own.items()} for group, own in facts["groups"].items()}
-    reports = " ".join(str(folder / "report.html") for folder in folders)
+    reports = " ".join(str(ResultsFolder(folder).report) for folder in folders)
     finish(json, {**facts, "groups": groups}, "", f"open {reports}")
 
 

@@ -185,7 +185,7 @@ def sweep(study: StudyArgument, set_: SetOption = None, json: JsonOption = False
     """
     workspace = open_workspace(study, set_)
     errors = workspace.sweep()
-    summary = workspace.results / "results_summary.csv"
+    summary = workspace.folder.summary
     finish(json, {"summary": summary, "failed": errors}, f"{summary}.", following("report", study, set_))
     _fail_on(errors)
 
@@ -226,11 +226,11 @@ def report(
 
     Example: stillroom report small
     """
-    from stillroom.analysis.frame import PLANNED
     from stillroom.analysis.report import write_report
+    from stillroom.folders import ResultsFolder
 
     folder = Path(study)
-    if (folder / PLANNED).is_file():
+    if ResultsFolder(folder).planned.is_file():
         write_report(folder)
     else:
         workspace = open_workspace(study, set_)
@@ -241,12 +241,13 @@ def report(
 
 def _finish_report(folder: Path, as_json: bool, errors: dict[str, str]) -> None:
     from stillroom.cli.printing import print_answers
+    from stillroom.folders import ResultsFolder
 
-    path = folder / "report.html"
+    path = ResultsFolder(folder).report
     BARS.close()
     if not as_json:
         print_answers(folder)
-    facts = {"report": path, "summary": folder / "results_summary.csv", "failed": errors}
+    facts = {"report": path, "summary": ResultsFolder(folder).summary, "failed": errors}
     finish(as_json, facts, f"Report: {path}.", "open it in a browser")
 
 

@@ -65,12 +65,6 @@ def default_store_path(environ: Mapping[str, str] | None = None, system: str = o
 
 OFFLINE_DATA_PATH = default_store_path()
 
-EXPERIMENT = "knowledge_distillation_experiment"
-"""Folder of the trials, in the results folder."""
-RESULT, ERROR = "result.json", "error.json"
-"""What a trial leaves in its own: all its numbers, or what stopped it."""
-BASELINES = "baselines"
-"""Folder of what was measured of the baselines, in the results folder."""
 BASELINE_LABELS = {"teacher": "teacher", "student": "student before training"}
 """The baselines by role, and what messages call them."""
 

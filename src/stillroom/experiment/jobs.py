@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.config import (
-    ERROR,
-    RESULT,
     Evaluation,
     Lora,
     ModelRef,
@@ -28,6 +26,7 @@ from stillroom.errors import UserError
 from stillroom.evaluation.generation import teacher_answers
 from stillroom.evaluation.harness_tasks import Harness
 from stillroom.files import exclusive, read_json, write_json
+from stillroom.folders import TrialFolder
 from stillroom.models.adapters import lora_adapter
 from stillroom.models.hub import load_model, load_tokenizer
 from stillroom.offline_teacher_data.capturing import capture_slice
@@ -60,6 +59,11 @@ class TrialPlan:
     def folder(self) -> Path:
         """Where the trial writes."""
         return self.experiment / self.trial.name
+
+    @property
+    def files(self) -> TrialFolder:
+        """What lies there, by name."""
+        return TrialFolder(self.folder)
 
 
 @dataclass(frozen=True)
@@ -107,15 +111,15 @@ def run_trial(
     """
     with exclusive(plan.folder, "trial", wait=wait):
         if finished(plan):
-            result: dict[str, Any] = read_json(plan.folder / RESULT)
+            result: dict[str, Any] = read_json(plan.files.result)
             return result
         try:
             result = (by or train_plan)(plan, report, progress)
         except Exception as error:
             said = {"error": redact(f"{type(error).__name__}: {error}"), "failures": failures(plan) + 1}
-            write_json(plan.folder / ERROR, {**said, "traceback": redact(traceback.format_exc())})
+            write_json(plan.files.error, {**said, "traceback": redact(traceback.format_exc())})
             raise
-        (plan.folder / ERROR).unlink(missing_ok=True)
+        plan.files.error.unlink(missing_ok=True)
         return result
 
 
@@ -155,18 +159,18 @@ def _load_examples(corpus: Path, digest: str) -> Examples:
 
 def finished(plan: TrialPlan) -> bool:
     """Whether the trial has its result. Its folder's name holds a fingerprint of all it was made from."""
-    return (plan.folder / RESULT).is_file()
+    return plan.files.result.is_file()
 
 
 def failures(plan: TrialPlan) -> int:
     """How often the trial itself has failed since `error.json` was last cleared."""
-    path = plan.folder / ERROR
+    path = plan.files.error
     return int(read_json(path, "failures")["failures"]) if path.is_file() else 0
 
 
 def error_of(plan: TrialPlan) -> str:
     """Why the trial has no result."""
-    path = plan.folder / ERROR
+    path = plan.files.error
     if path.is_file():
         return str(read_json(path, "error")["error"])
     return "no result and no error message: the process was stopped"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from stillroom.config import ERROR
 from stillroom.experiment.jobs import TrialPlan, error_of, failures, finished
 
 Watch = Callable[[str, dict[str, Any]], None]
@@ -23,7 +22,7 @@ def unfinished(plans: Sequence[TrialPlan]) -> dict[str, TrialPlan]:
 def forget_errors(plans: Mapping[str, TrialPlan]) -> None:
     """Let every trial start with all its tries."""
     for plan in plans.values():
-        (plan.folder / ERROR).unlink(missing_ok=True)
+        plan.files.error.unlink(missing_ok=True)
 
 
 def may_be_tried(plan: TrialPlan, retries: int) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from stillroom.config import ERROR, Sweep
+from stillroom.config import Sweep
 from stillroom.errors import UserError
 from stillroom.experiment.jobs import TrialPlan, failures, finished
 from stillroom.experiment.launching import Watch, errors_of, forget_errors, may_be_tried, unfinished
@@ -139,7 +139,7 @@ def _settle(trial: _Running, plan: TrialPlan, watch: Watch) -> bool:
         return False
     if failures(plan) == trial.failed_before:  # it could not say itself what stopped it
         why = trial.said[-1] if trial.said else _ended(code, plan)
-        write_json(plan.folder / ERROR, {"error": why, "failures": trial.failed_before + 1, "traceback": ""})
+        write_json(plan.files.error, {"error": why, "failures": trial.failed_before + 1, "traceback": ""})
     killed = code == -signal.SIGKILL
     if killed:
         logging.getLogger("stillroom").warning("warning: %s was killed, perhaps because memory ran out", trial.name)

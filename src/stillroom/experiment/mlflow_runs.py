@@ -15,9 +15,10 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from stillroom.config import RESULT, Study
+from stillroom.config import Study
 from stillroom.experiment.tracked import flat, history, written
 from stillroom.files import read_json
+from stillroom.folders import TrialFolder
 
 _LOG = logging.getLogger("stillroom")
 
@@ -121,7 +122,7 @@ class MLflowRuns:
         """A finished trial, once: its settings, the metrics of each epoch and of the test splits, its gradients."""
         if not self._there():
             return
-        result = read_json(folder / RESULT)
+        result = read_json(TrialFolder(folder).result)
         with self._running() as mlflow:
             tags = {"kind": "trial", "trial": result["trial"], "study_run": self._parent}
             if self._whole_run(tags):

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from stillroom.config import RESULT
 from stillroom.errors import UserError
 from stillroom.experiment.jobs import TrialPlan, train_plan
 from stillroom.experiment.ray_processes import end_with_parent
@@ -51,7 +50,7 @@ def train_on_workers(
             if isinstance(cause, UserError):
                 raise cause from None
         raise
-    result: dict[str, Any] = read_json(plan.folder / RESULT)
+    result: dict[str, Any] = read_json(plan.files.result)
     return result
 
 

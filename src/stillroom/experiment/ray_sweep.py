@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from stillroom.config import EXPERIMENT, Sweep
+from stillroom.config import Sweep
 from stillroom.errors import UserError
 from stillroom.experiment.jobs import CapturePlan, TrialPlan, run_capture, run_trial
 from stillroom.experiment.launching import (
@@ -33,6 +33,7 @@ from stillroom.experiment.ray_processes import end_with_parent, guarded
 from stillroom.experiment.ray_sharded import numbers_of, train_on_workers
 from stillroom.experiment.resources import process_resources, trial_resources, worker_resources
 from stillroom.files import exclusive, write_text
+from stillroom.folders import EXPERIMENT
 from stillroom.offline_teacher_data.shards import Slice
 from stillroom.offline_teacher_data.store import MANIFEST, SHARDS
 from stillroom.progress import Progress, silent

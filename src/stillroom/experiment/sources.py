@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from stillroom.config import BASELINE_LABELS, BASELINES, ModelRef, Study, fingerprint
+from stillroom.config import BASELINE_LABELS, ModelRef, Study, fingerprint
 from stillroom.data.chat_templates import chat_template_hash, encode_examples, encode_prompts
 from stillroom.data.corpus import (
     Examples,
@@ -27,6 +27,7 @@ from stillroom.errors import UserError
 from stillroom.evaluation.baselines import Baseline
 from stillroom.evaluation.harness_tasks import Harness, harness_files
 from stillroom.files import exclusive, remove_leftovers
+from stillroom.folders import ResultsFolder
 from stillroom.models.architecture import PROBE, check_capture, check_model, try_miniature
 from stillroom.models.builtin_pair import materialise
 from stillroom.models.hub import (
@@ -77,6 +78,11 @@ class Sources:
         return self.study.paths.results
 
     @property
+    def folder(self) -> ResultsFolder:
+        """What lies in it, by name."""
+        return ResultsFolder(self.results)
+
+    @property
     def store_path(self) -> Path:
         """The folder of the teacher's data."""
         return self.study.paths.store_path
@@ -84,12 +90,12 @@ class Sources:
     @cached_property
     def teacher_ref(self) -> ModelRef:
         """The teacher before fine-tuning, built-in ones written to disk."""
-        return materialise(self.study.teacher, self.results / "models")
+        return materialise(self.study.teacher, self.folder.models)
 
     @cached_property
     def student_ref(self) -> ModelRef:
         """The student before training, a built-in one written to disk."""
-        return materialise(self.study.student, self.results / "models")
+        return materialise(self.study.student, self.folder.models)
 
     @cached_property
     def student_identity(self) -> str:
@@ -110,7 +116,7 @@ class Sources:
     @cached_property
     def examples(self) -> Examples:
         """The corpus, built on first use and then read."""
-        folder = self.results / "corpus"
+        folder = self.folder.corpus
         self.require_supported()
         remove_leftovers(self.results, within=True)
         for place in (self.store_path, self.store_path.parent):
@@ -179,7 +185,7 @@ class Sources:
     @cached_property
     def measured_baselines(self) -> list[Baseline]:
         """The baselines that are measured: teacher and student before training, on validation and on test splits."""
-        settings, folder = self.study.evaluation, self.results / BASELINES
+        settings, folder = self.study.evaluation, self.folder.baselines
         teacher, student = (self.teacher_identity, self.study.teacher.dtype), (self.student_identity, settings.dtype)
         test = (self.examples.test, self.examples.harness)
         splits = {"validation": (self.examples.validation, {}), "test": test}

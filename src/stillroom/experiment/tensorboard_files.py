@@ -6,9 +6,10 @@ import importlib.util
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from stillroom.config import RESULT, Study
+from stillroom.config import Study
 from stillroom.experiment.tracked import flat, history, missing, written
 from stillroom.files import atomic_path, read_json
+from stillroom.folders import TrialFolder
 
 
 class TensorBoardFiles:
@@ -40,7 +41,7 @@ class TensorBoardFiles:
 
     def log_trial(self, folder: Path) -> None:
         """A finished trial, once: its settings as a table, its numbers by step."""
-        result = read_json(folder / RESULT)
+        result = read_json(TrialFolder(folder).result)
         target = self.folder / result["trial"]
         if target.exists():
             return

@@ -10,11 +10,11 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from stillroom.analysis.frame import PLANNED
-from stillroom.config import RESULT, Study, fingerprint
+from stillroom.config import Study, fingerprint
 from stillroom.errors import UserError
 from stillroom.experiment.tracked import history, missing, written
 from stillroom.files import file_sha256, read_json, write_json
+from stillroom.folders import ResultsFolder, TrialFolder
 
 _SECONDS = 20
 """How long a server may take to answer: a sweep must not wait minutes for it."""
@@ -65,7 +65,7 @@ class WandbRuns:
 
     def log_trial(self, folder: Path) -> None:
         """A finished trial, once: its settings, its numbers by step."""
-        result = read_json(folder / RESULT)
+        result = read_json(TrialFolder(folder).result)
         config, group = result["config"], result["config"]["distill_type"]
         with self._run(result["trial"], group, config, result["trial"]) as run:
             if run is not None:
@@ -74,7 +74,7 @@ class WandbRuns:
 
     def log_report(self, path: Path) -> None:
         """The study's run: its settings, the snapshot, and the report as an artefact; again where the report is new."""
-        planned = read_json(self.results / PLANNED) if (self.results / PLANNED).is_file() else {}
+        planned = read_json(path) if (path := ResultsFolder(self.results).planned).is_file() else {}
         snapshot = {"name": planned.get("snapshot"), "fingerprint": planned.get("fingerprint")}
         config = {**self.study.model_dump(mode="json"), "snapshot": snapshot}
         with self._run(self.study.name, "study", config, file_sha256(path)) as run:

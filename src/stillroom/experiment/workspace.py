@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from stillroom import offline_teacher_data as otd
-from stillroom.analysis.frame import PLANNED, worse_or_equal, write_summary
+from stillroom.analysis.frame import worse_or_equal, write_summary
 from stillroom.analysis.report import write_report
-from stillroom.config import BASELINE_LABELS, EXPERIMENT, Group, ModelRef, fingerprint
+from stillroom.config import BASELINE_LABELS, Group, ModelRef, fingerprint
 from stillroom.data.chat_templates import chat_template_hash
 from stillroom.data.corpus import examples_digest
 from stillroom.errors import UserError
@@ -47,7 +47,7 @@ class Workspace(Sources):
         """The teacher to capture: fine-tuned if the study says so, and then only once."""
         if self.study.teacher.fine_tune.method == "none":
             return self.teacher_ref
-        folder = self.results / "teacher"
+        folder = self.folder.teacher
         origin = self.fine_tuning_fingerprint(model_identity(self.teacher_ref))
         if (known := fine_tuned_teacher(folder, origin)) is not None:
             return ModelRef(model=str(known), trust_remote_code=self.study.teacher.trust_remote_code)
@@ -96,7 +96,7 @@ class Workspace(Sources):
             precision=self.study.teacher.dtype,
             signals=self.study.signals,
             evaluation=self.study.evaluation,
-            corpus=(self.results / "corpus").resolve(),
+            corpus=self.folder.corpus.resolve(),
             store=self.store_path.resolve(),
             origin=origin,
             quantization=self.study.teacher.quantization,
@@ -260,9 +260,9 @@ class Workspace(Sources):
                 training=self.study.training,
                 objective=self.study.objective,
                 evaluation=self.study.evaluation.with_whole_paths(),
-                corpus=(self.results / "corpus").resolve(),
+                corpus=self.folder.corpus.resolve(),
                 store=store,
-                experiment=(self.results / EXPERIMENT).resolve(),
+                experiment=self.folder.trials.resolve(),
                 minimum_coverage=self.study.signals.minimum_coverage,
                 max_length=self.study.corpus.max_length,
                 keep_checkpoints=self.study.sweep.keep_checkpoints,
@@ -276,11 +276,11 @@ class Workspace(Sources):
             "study": self.study.model_dump(mode="json"),
             "snapshot": store.name,
             "fingerprint": read_json(store / MANIFEST)["fingerprint"],
-            "corpus": read_json(self.results / "corpus" / "corpus.json")["fingerprint"],
+            "corpus": read_json(self.folder.corpus_facts)["fingerprint"],
             "baselines": {baseline.name: baseline.fingerprint for baseline in self.measured_baselines},
             "trials": trials,
         }
-        write_json(self.results / PLANNED, planned)
+        write_json(self.folder.planned, planned)
         return plans
 
     def trial_id(self, group: Group, seed: int, store: Path) -> str:
@@ -325,7 +325,7 @@ class Workspace(Sources):
             if event == "finished":
                 with suppress(UserError):  # the trials go on; at the end it is done again, and then it must succeed
                     write_summary(self.results)
-                    self.tracker.log_trial(self.results / EXPERIMENT / facts["trial"])
+                    self.tracker.log_trial(self.folder.trial(facts["trial"]).path)
             shown.tell(event, facts)
 
         self.tracker.check()
@@ -334,7 +334,7 @@ class Workspace(Sources):
         if self.study.sweep.launched_by() == "local":
             errors = sweep_here(plans, self.study.sweep, watch)
         else:
-            storage = self.study.sweep.storage or str(self.results / "ray")
+            storage = self.study.sweep.storage or str(self.folder.ray)
             where = storage if "://" in storage else str(Path(storage).resolve())
             errors = sweep(plans, self.study.sweep, where, watch)
         write_summary(self.results)
@@ -363,4 +363,4 @@ class Workspace(Sources):
         return Tracker(self.study, self.results)
 
     def _record(self, stage: str, facts: dict[str, Any]) -> None:
-        record_run(self.results / "run.json", stage, {**self.meter.read(), **facts}, self.study.model_dump(mode="json"))
+        record_run(self.folder.run_record, stage, {**self.meter.read(), **facts}, self.study.model_dump(mode="json"))

@@ -17,6 +17,7 @@ from stillroom.config import Retention, Training, fingerprint
 from stillroom.errors import UserError
 from stillroom.evaluation.metrics import by_key
 from stillroom.files import atomic_path, file_sha256, read_json, remove_tree, write_json
+from stillroom.folders import TrialFolder
 from stillroom.models.precision import DTYPES
 from stillroom.training.collation import Batch
 from stillroom.training.distillation_student import PROJECTOR, DistillationStudent, save_student
@@ -97,7 +98,7 @@ def saving_checkpoint(
     if not ranks.leads:
         yield
         return
-    with atomic_path(folder / f"checkpoint_{epoch}") as building, ThreadPoolExecutor(1, "checkpoint") as thread:
+    with atomic_path(TrialFolder(folder).checkpoint(epoch)) as building, ThreadPoolExecutor(1, "checkpoint") as thread:
         building.mkdir()
         save_student(whole, tokenizer, building, DTYPES[training.precision])
         kept = {"student": whole.state_dict()}
@@ -157,7 +158,7 @@ def drop_superseded(folder: Path, keep: Retention, epochs: Sequence[dict[str, An
     A trial resumes from its newest checkpoint until its result is on disk.
     """
     *older, newest = checkpoints(folder)
-    best = folder / f"checkpoint_{best_epoch(epochs)}"
+    best = TrialFolder(folder).checkpoint(best_epoch(epochs))
     for old in older:
         if keep == "all" or (keep == "best" and old == best):
             _finish(old)

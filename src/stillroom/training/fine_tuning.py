@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stillroom.config import GROUPS, RESULT, Evaluation, FineTuning, Lora, ModelRef, Objective
+from stillroom.config import GROUPS, Evaluation, FineTuning, Lora, ModelRef, Objective
 from stillroom.data.corpus import Examples
 from stillroom.files import read_json, write_json
+from stillroom.folders import TrialFolder
 from stillroom.models.adapters import lora_adapter
 from stillroom.progress import Progress, silent
 from stillroom.training.checkpoints import checkpoints, require_whole
@@ -29,9 +30,9 @@ def fine_tune_teacher(
     lora = Lora(rank=settings.lora_rank, alpha=settings.lora_alpha)
     trial = Trial(origin, GROUPS["task_only"], settings.seed)
     kept = checkpoints(folder / trial.name)
-    finished = (folder / trial.name / RESULT).is_file() and bool(kept)
+    finished = TrialFolder(folder / trial.name).result.is_file() and bool(kept)
     result = (
-        read_json(folder / trial.name / RESULT, "epochs")
+        read_json(TrialFolder(folder / trial.name).result, "epochs")
         if finished
         else train(
             trial,

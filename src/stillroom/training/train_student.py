@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from stillroom.config import RESULT, Evaluation, Group, ModelRef, Objective, Retention, Training
+from stillroom.config import Evaluation, Group, ModelRef, Objective, Retention, Training
 from stillroom.data.corpus import Examples
 from stillroom.data.prepared import Prepared
 from stillroom.data.tasks import Example
@@ -28,6 +28,7 @@ from stillroom.evaluation.harness_tasks import Harness
 from stillroom.evaluation.metrics import Metric, accuracy_metrics, by_column, overall_metrics, save_predictions
 from stillroom.evaluation.scoring import evaluate
 from stillroom.files import remove_leftovers, write_json
+from stillroom.folders import TrialFolder
 from stillroom.models.architecture import check_capture, check_model
 from stillroom.models.attention_capture import recompute_layers
 from stillroom.models.hub import load_model, load_tokenizer
@@ -209,7 +210,7 @@ def train(
             }
             state.epoch, state.epochs = epoch + 1, [*state.epochs, {"metrics": metrics, **facts}]
             if ranks.leads:
-                save_predictions(predictions, folder / f"predictions_{epoch + 1}.parquet")
+                save_predictions(predictions, TrialFolder(folder).predictions_of(epoch + 1))
         if ranks.leads:
             drop_superseded(folder, keep_checkpoints, state.epochs, finished=False)
         report({**by_column(metrics), **facts})
@@ -228,7 +229,7 @@ def train(
     result = _result(trial, runner.objective, state, coverage, student, test_metrics, more)
     if ranks.leads:
         _keep_newest_predictions(folder, state)
-        write_json(folder / RESULT, result)
+        write_json(TrialFolder(folder).result, result)
         drop_superseded(folder, keep_checkpoints, state.epochs, finished=True)
     return result
 
@@ -333,7 +334,7 @@ def _evaluate_test_splits(
     if test:
         predictions = score(lambda model: evaluate(model, tokenizer, test, evaluation))
         if folder:
-            save_predictions(predictions, folder / "predictions_test.parquet")
+            save_predictions(predictions, TrialFolder(folder).test_predictions)
         metrics += accuracy_metrics(predictions, "test")
     if harness:
         metrics += score(lambda model: harness.metrics(model, tokenizer, evaluation))
@@ -365,8 +366,8 @@ def _result(
 
 
 def _keep_newest_predictions(folder: Path, state: TrainingState) -> None:
-    newest = folder / f"predictions_{state.epochs[-1]['epoch']}.parquet"
+    newest = TrialFolder(folder).predictions_of(state.epochs[-1]["epoch"])
     if newest.is_file():  # else stopped right after this line
-        newest.replace(folder / "predictions.parquet")
+        newest.replace(TrialFolder(folder).predictions)
     for old in folder.glob("predictions_[0-9]*.parquet"):
         old.unlink()
