@@ -92,7 +92,7 @@ class Evidence:
         secondary = [pair for pair in self.analysis.secondary if set(pair) <= set(self.groups)]
         unasked = unasked_pairs(self.groups, [*self.primary, *secondary])
         before = [[(group, self.student)] for group in self.groups] if self.student else []
-        return [own for own in (unasked, *before, self.primary, secondary) if own]
+        return [family for family in (unasked, *before, self.primary, secondary) if family]
 
     def baseline_of(self, group: str) -> Pair | None:
         """The contrast that says what a group gains: a declared primary one, else labels alone, a declared one, or the
@@ -125,7 +125,7 @@ class Evidence:
         )
         found = []
         for pairs, (scores, missing) in zip(families, scored, strict=True):
-            arrays = {group: np.array(list(own.values())) for group, own in scores.items()}
+            arrays = {group: np.array(list(by_seed.values())) for group, by_seed in scores.items()}
             for row in compare(pairs, arrays, measure, self.analysis.alpha):
                 found.append(self._finding(row, len(pairs), scores, missing, next(bootstraps)))
         return tuple(found)
@@ -159,7 +159,7 @@ class Evidence:
             if pairs:
                 differences = [right[first] - right[second] for first, second in pairs]
                 intervals = bootstrap_intervals(differences, np.random.default_rng(0), alpha=self.analysis.alpha)
-                found |= {(pair, used): own for pair, own in zip(pairs, intervals, strict=True)}
+                found |= {(pair, used): interval for pair, interval in zip(pairs, intervals, strict=True)}
         return iter([found.get(contrast, (math.nan, math.nan)) for contrast in contrasts])
 
     def _has_predictions(self, pair: Pair, seeds: Sequence[int]) -> bool:
@@ -167,16 +167,18 @@ class Evidence:
 
     def _right(self, group: str, seeds: Sequence[int], measure: str) -> ndarray:
         rows = [self.predictions[group, seed] for seed in seeds]
-        chosen = rows if measure == self.overall else [own[own["task"] == measure] for own in rows]
-        return np.stack([own["correct"].to_numpy() for own in chosen]).astype(np.float64)
+        chosen = (
+            rows if measure == self.overall else [predictions[predictions["task"] == measure] for predictions in rows]
+        )
+        return np.stack([predictions["correct"].to_numpy() for predictions in chosen]).astype(np.float64)
 
     def interactions(self, pairs: Sequence[Pair]) -> dict[Pair, tuple[float, int]]:
         """By contrast: p of the group × task interaction, and over how many seeds."""
         found = {}
         for first, second in pairs:
             by_task = [self.scores({first, second}, task)[0] for task in self.tasks]
-            seeds = [seed for seed in self.seeds if all(seed in own[first] for own in by_task)]
-            values = [[own[first][seed] - own[second][seed] for own in by_task] for seed in seeds]
+            seeds = [seed for seed in self.seeds if all(seed in scores[first] for scores in by_task)]
+            values = [[scores[first][seed] - scores[second][seed] for scores in by_task] for seed in seeds]
             found[first, second] = interaction_p(np.array(values).reshape(len(seeds), len(self.tasks))), len(seeds)
         return found
 

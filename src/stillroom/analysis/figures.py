@@ -105,7 +105,9 @@ def study_figures(results: StudyResults, evidence: Evidence, findings: Sequence[
             "differences",
             says,
             "Difference of each pair of groups at the same seed, overall and by task.",
-            [partial(forest_panel, own, pairs, margin, name) for name, own in of_measure.items()] if pairs else [],
+            [partial(forest_panel, findings, pairs, margin, name) for name, findings in of_measure.items()]
+            if pairs
+            else [],
             across,
             {},
             pairs,
@@ -230,11 +232,11 @@ def curves_panel(results: StudyResults, split: str, measure: str, title: str, se
     """One number of all tasks together by epoch and group, with every seed's own line if `seeds`."""
     rows: pd.DataFrame = results.history(split, measure)
     for number, (group, colour) in enumerate(group_colours(results.groups).items()):
-        own = rows[rows["group"] == group].pivot_table(index="epoch", columns="seed", values="value")
-        if len(own):
+        curves = rows[rows["group"] == group].pivot_table(index="epoch", columns="seed", values="value")
+        if len(curves):
             if seeds:
-                axis.plot(own.index, own.to_numpy(), color=colour, lw=0.6, alpha=0.35)
-            axis.plot(own.index, own.mean(axis=1), color=colour, marker=MARKERS[number % 8], ms=4)
+                axis.plot(curves.index, curves.to_numpy(), color=colour, lw=0.6, alpha=0.35)
+            axis.plot(curves.index, curves.mean(axis=1), color=colour, marker=MARKERS[number % 8], ms=4)
     axis.set_title(title)
     axis.set_xlabel("epoch")
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -246,9 +248,9 @@ def curves_panel(results: StudyResults, split: str, measure: str, title: str, se
 
 def gradients_panel(results: StudyResults, group: str, axis: Any) -> None:
     """A group's shares of the gradient by step, on a logarithmic axis so that a faint term is seen."""
-    own = results.gradients[results.gradients["group"] == group]
+    gradients = results.gradients[results.gradients["group"] == group]
     for number, term in enumerate(TERMS):
-        means = own[own["term"] == term].groupby("step")["share"].mean()
+        means = gradients[gradients["term"] == term].groupby("step")["share"].mean()
         if len(means):
             axis.plot(means.index, means, color=PALETTE[number], marker=MARKERS[number], ms=3, lw=1.2)
     axis.axhline(WEAK_SIGNAL, color=MUTED, ls="--", lw=0.8)
@@ -267,8 +269,12 @@ def coverage_panel(coverage: Mapping[str, Mapping[str, float]], axis: Any) -> No
     """Alignment coverage by task."""
     for number, name in enumerate(_COVERAGE):
         values = [
-            (own["token_coverage"], own["prediction_coverage"], own["same_position"] / max(own["aligned"], 1))[number]
-            for own in coverage.values()
+            (
+                task_coverage["token_coverage"],
+                task_coverage["prediction_coverage"],
+                task_coverage["same_position"] / max(task_coverage["aligned"], 1),
+            )[number]
+            for task_coverage in coverage.values()
         ]
         places = np.arange(len(coverage)) + 0.27 * (number - 1)
         drawn = axis.barh(places, values, 0.25, color=PALETTE[number], label=name)
@@ -282,9 +288,9 @@ def coverage_panel(coverage: Mapping[str, Mapping[str, float]], axis: Any) -> No
 def cost_panel(results: StudyResults, axis: Any) -> None:
     """Milliseconds of a step in each trial's fastest epoch, by group."""
     for place, (group, colour) in enumerate(group_colours(results.groups).items()):
-        own = 1000 * results.costs.loc[results.costs["group"] == group, "fastest_step_seconds"].to_numpy()
-        middle = float(np.median(own)) if len(own) else np.nan
-        _seeds(axis, own, place, colour, MARKERS[place % 8], middle, np.nan, np.nan)
+        milliseconds = 1000 * results.costs.loc[results.costs["group"] == group, "fastest_step_seconds"].to_numpy()
+        middle = float(np.median(milliseconds)) if len(milliseconds) else np.nan
+        _seeds(axis, milliseconds, place, colour, MARKERS[place % 8], middle, np.nan, np.nan)
     axis.set_xlabel("milliseconds")
     axis.set_xlim(left=0)
     axis.set_yticks(range(len(results.groups)), results.groups)

@@ -34,7 +34,11 @@ def summary_row(result: dict[str, Any]) -> dict[str, Any]:
         **tested,
         **{name: value for name, value in facts.items() if name not in of_epoch},
         **shares,
-        **{f"weight_{term}": own["weight"] for term, own in config["objective"].items() if own.get("share")},
+        **{
+            f"weight_{term}": settings["weight"]
+            for term, settings in config["objective"].items()
+            if settings.get("share")
+        },
     }
 
 
@@ -124,8 +128,8 @@ def group_table(
         values = by_key(metrics)
         rows.append(Row(name, 0, {label: Spread(values.get(key, math.nan), math.nan) for label, key in wanted.items()}))
     for group in groups:
-        own = [trial.values for trial in trials if trial.group == group]
-        rows.append(Row(group, len(own), {label: _spread(own, key) for label, key in wanted.items()}))
+        trial_values = [trial.values for trial in trials if trial.group == group]
+        rows.append(Row(group, len(trial_values), {label: _spread(trial_values, key) for label, key in wanted.items()}))
     return rows
 
 

@@ -20,11 +20,14 @@ from stillroom.folders import ResultsFolder
 
 def accuracy_rows(results: StudyResults) -> pd.DataFrame:
     """Tidy: group, seed, task, examples, correct, accuracy; from the predictions alone. Baselines have no seed."""
-    parts = [(group, str(seed), own) for (group, seed), own in results.predictions.items()]
-    parts += [(label, "", own) for label, own in results.baseline_predictions.items()]
+    parts = [(group, str(seed), predictions) for (group, seed), predictions in results.predictions.items()]
+    parts += [(label, "", predictions) for label, predictions in results.baseline_predictions.items()]
     rows = []
-    for group, seed, own in parts:
-        for task, part in [(results.overall, own), *((task, own[own["task"] == task]) for task in results.tasks)]:
+    for group, seed, predictions in parts:
+        for task, part in [
+            (results.overall, predictions),
+            *((task, predictions[predictions["task"] == task]) for task in results.tasks),
+        ]:
             right = int(part["correct"].sum())
             share = right / len(part)
             rows.append(
@@ -58,7 +61,7 @@ def comparison_rows(answers: Sequence[Answer]) -> pd.DataFrame:
 
 def coverage_rows(results: StudyResults) -> pd.DataFrame:
     """A row per task: the counts and shares of the alignment."""
-    return pd.DataFrame([{"task": task, **own} for task, own in results.coverage.items()])
+    return pd.DataFrame([{"task": task, **task_coverage} for task, task_coverage in results.coverage.items()])
 
 
 def study_tables(results: StudyResults, answers: Sequence[Answer]) -> dict[str, pd.DataFrame]:
@@ -167,9 +170,9 @@ def checklist(results: StudyResults) -> str:
     latest = max(stages.values(), key=lambda stage: str(stage["finished"]))
     models = [f"- {role}: `{_pinned(study[role])}`" for role in ("teacher", "student")]
     data = [
-        f"- {name}: `{own['dataset']}`, split `{own['split']}`, revision `{own['revision'] or 'none given'}`, "
-        + _drawn(results, name)
-        for name, own in study["corpus"]["tasks"].items()
+        f"- {name}: `{task_data['dataset']}`, split `{task_data['split']}`, "
+        f"revision `{task_data['revision'] or 'none given'}`, " + _drawn(results, name)
+        for name, task_data in study["corpus"]["tasks"].items()
     ]
     hours = (results.costs["train_seconds"].sum() + results.costs["evaluation_seconds"].sum()) / 3600
     gpus = ", ".join(latest["hardware"]["gpus"]) or "none"
@@ -209,8 +212,8 @@ def _drawn(results: StudyResults, task: str) -> str:
     if results.other_corpus:
         asked = results.study["corpus"]["tasks"][task]["examples"]
         return f"{asked} examples asked for; those in this folder are another study's"
-    own = results.corpus[task]
-    return f"{own['train']} training and {own['validation']} validation examples"
+    counts = results.corpus[task]
+    return f"{counts['train']} training and {counts['validation']} validation examples"
 
 
 def _pinned(model: dict[str, Any]) -> str:

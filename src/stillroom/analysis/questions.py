@@ -104,17 +104,20 @@ def unasked_pairs(groups: Mapping[str, Recipe], declared: Sequence[tuple[str, st
 
     The black boxes are those that declared contrasts compare a white box with; where none does, the study's first.
     """
-    boxes = [name for name, own in groups.items() if "kd" in own.terms and not own.inner and not own.placebo]
-    compared = {name for pair in declared if all(own in groups for own in pair) for name in pair}
+    boxes = [
+        name for name, recipe in groups.items() if "kd" in recipe.terms and not recipe.inner and not recipe.placebo
+    ]
+    compared = {name for pair in declared if all(group in groups for group in pair) for name in pair}
     wanted = [box for box in boxes if box in compared] or boxes[:1]
-    alone = [name for name, own in groups.items() if not own.signals]
+    alone = [name for name, recipe in groups.items() if not recipe.signals]
     pairs = [(box, other) for box in wanted for other in alone]
     return [pair for pair in pairs if pair not in declared and pair[::-1] not in declared]
 
 
 def _richer(first: Recipe | None, second: Recipe | None) -> int:
     counts = [
-        (-1 if own is None else len(own.signals), 0 if own is None else len(own.terms)) for own in (first, second)
+        (-1 if recipe is None else len(recipe.signals), 0 if recipe is None else len(recipe.terms))
+        for recipe in (first, second)
     ]
     return (counts[0] > counts[1]) - (counts[0] < counts[1])
 

@@ -229,12 +229,12 @@ def read_results(results: Path, planned: Mapping[str, Any]) -> list[dict[str, An
 
 def scored_tasks(study: Mapping[str, Any]) -> list[str]:
     """Tasks whose answers can be right or wrong: all but plain texts."""
-    return [task for task, own in study["corpus"]["tasks"].items() if not own.get("text")]
+    return [task for task, data in study["corpus"]["tasks"].items() if not data.get("text")]
 
 
 def harness_splits(study: Mapping[str, Any]) -> list[str]:
     """Test splits that lm-evaluation-harness evaluates, in numbers of its own."""
-    return [name for name, own in study["evaluation"]["test_splits"].items() if own.get("harness")]
+    return [name for name, split in study["evaluation"]["test_splits"].items() if split.get("harness")]
 
 
 def read_result(path: Path, harness: Sequence[str] | None = None) -> dict[str, Any]:
@@ -328,12 +328,12 @@ def read_baselines(results: Path, suffix: str = "") -> dict[str, dict[str, Any]]
         path = ResultsFolder(results).baseline(role, suffix)
         if not path.exists():
             continue
-        own = _checked(path, _Baseline, _measure_again(path))
-        if own["fingerprint"] != planned["baselines"].get(f"{role}{suffix}"):
+        baseline = _checked(path, _Baseline, _measure_again(path))
+        if baseline["fingerprint"] != planned["baselines"].get(f"{role}{suffix}"):
             continue
-        _require_metrics(path, own["metrics"], needed, _measure_again(path), harness)
-        _require_of_harness(path, own["metrics"], harness, _measure_again(path))
-        found[role] = own
+        _require_metrics(path, baseline["metrics"], needed, _measure_again(path), harness)
+        _require_of_harness(path, baseline["metrics"], harness, _measure_again(path))
+        found[role] = baseline
     return found
 
 
@@ -363,10 +363,10 @@ def read_examples(results: Path, counts: Mapping[str, Mapping[str, int]]) -> pd.
     path, remedy = ResultsFolder(results).corpus_rows, _draw_again(results)
     rows = _read_table(path, dict.fromkeys(("example_id", "task", "split", "prompt", "answer"), "text"), remedy)
     there = rows.groupby(["task", "split"]).size()
-    for task, own in counts.items():
+    for task, split_counts in counts.items():
         for split in ("train", "validation"):
-            if own[split] != (found := int(there.get((task, split), 0))):
-                raise _damaged(path, f"{found} {split} examples of {task}, not {own[split]}", remedy)
+            if split_counts[split] != (found := int(there.get((task, split), 0))):
+                raise _damaged(path, f"{found} {split} examples of {task}, not {split_counts[split]}", remedy)
     return rows
 
 
@@ -377,8 +377,8 @@ def _read_predictions(path: Path, metrics: Sequence[Metric], remedy: str) -> pd.
     columns = {"example_id": "text", "task": "text", "prediction": "answer", "gold": "text", "correct": "truth"}
     rows = _read_table(path, {**columns, "scores": "numbers"}, remedy)
     measured = by_key(metrics)
-    for task, own in [(None, rows), *rows.groupby("task")]:
-        key, value = ("validation", task, "accuracy"), own["correct"].mean()
+    for task, task_rows in [(None, rows), *rows.groupby("task")]:
+        key, value = ("validation", task, "accuracy"), task_rows["correct"].mean()
         if not abs(value - measured.get(key, float("nan"))) < 1e-9:
             raise _damaged(
                 path, f"{_described(key)} is {value:.4f} by its rows, which are not the ones that were measured", remedy

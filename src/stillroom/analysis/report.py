@@ -70,12 +70,12 @@ def gradient_rows(results: StudyResults) -> list[dict[str, Any]]:
     """By group: each term's mean share of the gradient, and which added terms stayed under `WEAK_SIGNAL`."""
     rows = []
     for group in results.groups:
-        own = results.frame[results.frame["config/distill_type"] == group]
+        trials = results.frame[results.frame["config/distill_type"] == group]
         columns = {term: f"gradient_share_{term}" for term in TERMS}
         shares = {
-            term: float(own[column].mean())
+            term: float(trials[column].mean())
             for term, column in columns.items()
-            if column in own and own[column].notna().any()
+            if column in trials and trials[column].notna().any()
         }
         weak = [term for term, share in shares.items() if term != "task" and share < WEAK_SIGNAL]
         rows.append({"group": group, "shares": shares, "weak": weak})
@@ -127,8 +127,8 @@ def warnings_of(results: StudyResults) -> list[str]:
             f"The {terms} term contributed under {100 * WEAK_SIGNAL:g} % of the gradient in {listed(groups)}: such a "
             "group may differ from its baseline in name only."
         )
-    for kind, own in results.kinds.items():
-        share = own["aligned_predictions"] / own["predictions"] if own["predictions"] else 1.0
+    for kind, counts in results.kinds.items():
+        share = counts["aligned_predictions"] / counts["predictions"] if counts["predictions"] else 1.0
         if share < SELDOM_ALIGNED:
             found.append(
                 f"Only {percent(share)} of the predictions of {kind} are made where teacher and student have read the "
@@ -193,13 +193,13 @@ def integrity_rows(results: StudyResults) -> list[tuple[str, str]]:
         rows.append(("teacher data verified", f"{verified['finished']}, {_checked(verified)}"))
     elif verified:
         rows.append(("teacher data verified", "before archiving; the latest record is for other data"))
-    for task, own in results.coverage.items():
+    for task, task_coverage in results.coverage.items():
         floor = results.study["signals"]["minimum_coverage"]
         rows.append(
             (
                 f"alignment on {task}",
-                f"{percent(own['token_coverage'])} of tokens (floor {100 * floor:g} %), "
-                f"{percent(own['prediction_coverage'])} of predictions",
+                f"{percent(task_coverage['token_coverage'])} of tokens (floor {100 * floor:g} %), "
+                f"{percent(task_coverage['prediction_coverage'])} of predictions",
             )
         )
     return rows
@@ -218,8 +218,8 @@ def group_rows(study: dict[str, Any]) -> list[dict[str, str]]:
     """Each group's terms with their weights, and the settings of its own."""
     shared, rows = study["objective"], []
     for group in study["groups"]:
-        own, shares = {term: group.get(term) or {} for term in group["terms"]}, group.get("share") or {}
-        weights = {term: settings.get("weight", shared[term]["weight"]) for term, settings in own.items()}
+        by_term, shares = {term: group.get(term) or {} for term in group["terms"]}, group.get("share") or {}
+        weights = {term: settings.get("weight", shared[term]["weight"]) for term, settings in by_term.items()}
         rows.append(
             {
                 "name": group["name"],
@@ -232,7 +232,7 @@ def group_rows(study: dict[str, Any]) -> list[dict[str, str]]:
                         *(f"placebo {term}" for term in group.get("placebo", ())),
                         *(
                             f"{term}.{name} {value}"
-                            for term, settings in own.items()
+                            for term, settings in by_term.items()
                             for name, value in settings.items()
                             if name != "weight"
                         ),

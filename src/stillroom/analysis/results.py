@@ -135,7 +135,7 @@ class StudyResults:
     @cached_property
     def baselines(self) -> dict[str, dict[str, Any]]:
         """Baselines by what tables call them; see `read_baselines`."""
-        return {self.labels[role]: own for role, own in self._measured[""].items()}
+        return {self.labels[role]: baseline for role, baseline in self._measured[""].items()}
 
     @cached_property
     def _measured(self) -> dict[str, dict[str, dict[str, Any]]]:
@@ -160,12 +160,12 @@ class StudyResults:
     @cached_property
     def baseline_metrics(self) -> dict[str, list[Metric]]:
         """Metrics of the baselines."""
-        return {label: own["metrics"] for label, own in self.baselines.items()}
+        return {label: baseline["metrics"] for label, baseline in self.baselines.items()}
 
     @cached_property
     def test_metrics(self) -> dict[str, list[Metric]]:
         """Metrics of the baselines on the test splits, if the study evaluates any."""
-        return {self.labels[role]: own["metrics"] for role, own in self._measured["_test"].items()}
+        return {self.labels[role]: baseline["metrics"] for role, baseline in self._measured["_test"].items()}
 
     @cached_property
     def test_keys(self) -> dict[str, Key]:
@@ -203,19 +203,19 @@ class StudyResults:
         found: dict[tuple[str, int], pd.DataFrame] = {}
         for result in self.finished:
             folder = self.trial_folder(result["trial"])
-            own = read_trial_predictions(folder, result)
-            self._require_same_examples(own, TrialFolder(folder).predictions)
-            found[result["config"]["distill_type"], result["config"]["seed"]] = own
+            predictions = read_trial_predictions(folder, result)
+            self._require_same_examples(predictions, TrialFolder(folder).predictions)
+            found[result["config"]["distill_type"], result["config"]["seed"]] = predictions
         return found
 
     @cached_property
     def baseline_predictions(self) -> dict[str, pd.DataFrame]:
         """The baselines' predictions on the same examples, by what tables call them, where they were kept."""
         found = {}
-        for role, own in self._measured[""].items():
+        for role, baseline in self._measured[""].items():
             path = ResultsFolder(self.folder).baseline_predictions(role)
             if path.exists():
-                found[self.labels[role]] = read_baseline_predictions(self.folder, role, own["metrics"])
+                found[self.labels[role]] = read_baseline_predictions(self.folder, role, baseline["metrics"])
                 self._require_same_examples(found[self.labels[role]], path)
         return found
 
@@ -298,14 +298,14 @@ class StudyResults:
     def kind_losses(self) -> dict[str, dict[str, float]]:
         """By group that has it, L_KD after the last epoch on the validation split by kind of text: mean over seeds."""
         rows = [
-            {"group": result["config"]["distill_type"], "kind": kind, "loss": own["kd_loss"]}
+            {"group": result["config"]["distill_type"], "kind": kind, "loss": facts["kd_loss"]}
             for result in self.finished
-            for kind, own in result.get("kinds", {}).items()
-            if own.get("kd_loss") is not None
+            for kind, facts in result.get("kinds", {}).items()
+            if facts.get("kd_loss") is not None
         ]
         found: dict[str, dict[str, float]] = {}
-        for (group, kind), own in pd.DataFrame(rows, columns=["group", "kind", "loss"]).groupby(["group", "kind"]):
-            found.setdefault(str(group), {})[str(kind)] = float(own["loss"].mean())
+        for (group, kind), losses in pd.DataFrame(rows, columns=["group", "kind", "loss"]).groupby(["group", "kind"]):
+            found.setdefault(str(group), {})[str(kind)] = float(losses["loss"].mean())
         return {group: found[group] for group in self.groups if group in found}
 
     @cached_property

@@ -41,8 +41,8 @@ def samples_of(results: StudyResults) -> dict[str, list[Sample]]:
     models = results.baseline_predictions | groups
     found = {}
     for task in results.tasks:
-        own = {name: rows[rows["task"] == task].set_index("example_id") for name, rows in models.items()}
-        right = pd.DataFrame({name: own[name]["correct"] for name in groups}).mean(axis=1)
+        by_model = {name: rows[rows["task"] == task].set_index("example_id") for name, rows in models.items()}
+        right = pd.DataFrame({name: by_model[name]["correct"] for name in groups}).mean(axis=1)
         chosen = {
             "The groups differ": (right - 0.5).abs()[(right > 0) & (right < 1)],
             "Every group is right": right[right == 1],
@@ -52,9 +52,10 @@ def samples_of(results: StudyResults) -> dict[str, list[Sample]]:
             Sample(
                 kind,
                 prompts.get(example, "(not among the examples of this folder)"),
-                str(next(iter(own.values())).loc[example, "gold"]),
+                str(next(iter(by_model.values())).loc[example, "gold"]),
                 tuple(
-                    (name, _said(rows.loc[example]), bool(rows.loc[example, "correct"])) for name, rows in own.items()
+                    (name, _said(rows.loc[example]), bool(rows.loc[example, "correct"]))
+                    for name, rows in by_model.items()
                 ),
             )
             for kind, values in chosen.items()

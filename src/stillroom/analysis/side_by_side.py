@@ -53,6 +53,6 @@ def differing_settings(studies: Mapping[str, Mapping[str, Any]]) -> dict[str, di
         name: dict(settings_rows({key: value for key, value in study.items() if key not in ignored}))
         for name, study in studies.items()
     }
-    names = dict.fromkeys(field for own in fields.values() for field in own)
-    values = {field: {name: own.get(field, "–") for name, own in fields.items()} for field in names}
-    return {field: own for field, own in values.items() if len(set(own.values())) > 1}
+    names = dict.fromkeys(field for settings in fields.values() for field in settings)
+    values = {field: {name: settings.get(field, "–") for name, settings in fields.items()} for field in names}
+    return {field: by_study for field, by_study in values.items() if len(set(by_study.values())) > 1}

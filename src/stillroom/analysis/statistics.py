@@ -186,25 +186,25 @@ def compare(
     `scores`: for each group one value a seed, the same seeds in the same order.
     """
     differences = [scores[first] - scores[second] for first, second in pairs]
-    raw = [sign_flip_p(own) for own in differences]
+    raw = [sign_flip_p(by_seed) for by_seed in differences]
     adjusted = holm_adjusted(raw) if all(math.isfinite(p) for p in raw) else raw
     rows = []
-    for (first, second), own, p, adjusted_p in zip(pairs, differences, raw, adjusted, strict=True):
-        low, high = mean_interval(own, alpha)
+    for (first, second), by_seed, p, adjusted_p in zip(pairs, differences, raw, adjusted, strict=True):
+        low, high = mean_interval(by_seed, alpha)
         rows.append(
             Comparison(
                 first,
                 second,
                 measure,
-                len(own),
-                float(own.mean()) if len(own) else math.nan,
+                len(by_seed),
+                float(by_seed.mean()) if len(by_seed) else math.nan,
                 low,
                 high,
                 p,
                 float(adjusted_p),
-                effect_size(own),
-                detectable_by_signs(len(own), alpha, len(pairs)),
-                2 / 2 ** len(own) if len(own) else math.nan,
+                effect_size(by_seed),
+                detectable_by_signs(len(by_seed), alpha, len(pairs)),
+                2 / 2 ** len(by_seed) if len(by_seed) else math.nan,
             )
         )
     return rows

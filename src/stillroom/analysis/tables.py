@@ -54,7 +54,7 @@ def contrast_table(findings: Sequence[Finding]) -> Table:
 def _table(rows: Sequence[Mapping[str, str]], said_once: Iterable[str]) -> Table:
     """A table of these rows; a column of `said_once` that has one value throughout becomes a constant."""
     values = {name: dict.fromkeys(row[name] for row in rows) for name in said_once}
-    constants = {name: next(iter(own)) for name, own in values.items() if len(own) == 1}
+    constants = {name: next(iter(distinct)) for name, distinct in values.items() if len(distinct) == 1}
     headings = tuple(name for name in rows[0] if name not in constants)
     return Table(constants, headings, tuple(tuple(row[name] for name in headings) for row in rows))
 
@@ -101,20 +101,20 @@ def summaries(results: StudyResults, evidence: Evidence, answers: Sequence[Answe
     }
     rows = []
     for row in table:
-        own, is_group = accuracy[row.name], row.name in results.groups
+        spread, is_group = accuracy[row.name], row.name in results.groups
         pair = evidence.baseline_of(row.name) if is_group else None
         finding = found.get(pair) if pair else None
         rows.append(
             Summary(
                 group=row.name,
-                accuracy=own,
-                best=is_group and own.mean == best,
+                accuracy=spread,
+                best=is_group and spread.mean == best,
                 against=finding.comparison.second if finding else "",
                 difference=points(finding.comparison.difference) if finding else "–",
                 interval=interval(finding.comparison.low, finding.comparison.high) if finding else "–",
                 verdict=finding.verdict if finding else "",
                 seeds=str(row.seeds) if is_group else "–",
-                closed=(own.mean - student.mean) / gap if student and gap > 0 else math.nan,
+                closed=(spread.mean - student.mean) / gap if student and gap > 0 else math.nan,
             )
         )
     return rows
@@ -161,16 +161,16 @@ def cost_table(results: StudyResults) -> Table:
     """A row a group: what a trial takes."""
     rows = []
     for group in results.groups:
-        own = results.costs[results.costs["group"] == group]
-        if len(own):
-            pace = 1000 * own["fastest_step_seconds"]
+        costs = results.costs[results.costs["group"] == group]
+        if len(costs):
+            pace = 1000 * costs["fastest_step_seconds"]
             rows.append(
                 {
                     "group": group,
                     "ms per step, median": decimal(pace.median(), 1),
                     "fastest … slowest trial": f"{decimal(pace.min(), 1)} … {decimal(pace.max(), 1)}",
-                    "training tokens": f"{own['tokens'].mean():.0f}",
-                    "MB on disk": decimal(own["disk_bytes"].mean() / 1e6, 1),
+                    "training tokens": f"{costs['tokens'].mean():.0f}",
+                    "MB on disk": decimal(costs["disk_bytes"].mean() / 1e6, 1),
                 }
             )
     return _table(rows, ("training tokens", "MB on disk"))
@@ -202,17 +202,17 @@ def kind_table(results: StudyResults) -> Table:
     rows = [
         {
             "kind of text": kind,
-            "student tokens": str(own["tokens"]),
-            "tokens aligned": percent(own["aligned"] / own["tokens"]),
-            "predictions": str(own["predictions"]),
+            "student tokens": str(counts["tokens"]),
+            "tokens aligned": percent(counts["aligned"] / counts["tokens"]),
+            "predictions": str(counts["predictions"]),
             "predictions aligned": percent(
-                own["aligned_predictions"] / own["predictions"] if own["predictions"] else math.nan
+                counts["aligned_predictions"] / counts["predictions"] if counts["predictions"] else math.nan
             ),
             **{
                 f"KD loss, {group}": decimal(losses.get(kind, math.nan), 3)
                 for group, losses in results.kind_losses.items()
             },
         }
-        for kind, own in results.kinds.items()
+        for kind, counts in results.kinds.items()
     ]
     return _table(rows, ())

@@ -77,9 +77,9 @@ def plain_answer(findings: Sequence[Finding], yes: Mapping[Pair, int], analysis:
     lead = _lead([(f.verdict, yes[_groups(f)]) for f in deciding])
     parts = [
         part
-        for own in (deciding, [f for f in findings if f not in deciding])
+        for subset in (deciding, [f for f in findings if f not in deciding])
         for verdict in _VERDICTS
-        for part in _said([f for f in own if f.verdict == verdict], verdict, analysis, len(own), student)
+        for part in _said([f for f in subset if f.verdict == verdict], verdict, analysis, len(subset), student)
     ]
     said = "; ".join(parts)
     if lead:
@@ -109,11 +109,11 @@ def _lead(found: Sequence[tuple[str, int]]) -> str:
 def _said(findings: Sequence[Finding], verdict: str, analysis: Analysis, of: int, student: str | None) -> Iterator[str]:
     """What one verdict says, a clause for each group that others were compared with."""
     for second in dict.fromkeys(f.comparison.second for f in findings):
-        own = [f.comparison for f in findings if f.comparison.second == second]
-        shown = [row.first + ("" if row.seeds == 0 else f" ({points(row.difference)} points)") for row in own]
-        several, names = len(own) > 1, listed(shown)
-        if 3 < len(own) == of and all(row.seeds for row in own):
-            least, most = (pick(row.difference for row in own) for pick in (min, max))
+        comparisons = [f.comparison for f in findings if f.comparison.second == second]
+        shown = [row.first + ("" if row.seeds == 0 else f" ({points(row.difference)} points)") for row in comparisons]
+        several, names = len(comparisons) > 1, listed(shown)
+        if 3 < len(comparisons) == of and all(row.seeds for row in comparisons):
+            least, most = (pick(row.difference for row in comparisons) for pick in (min, max))
             several, names = False, f"each of the {of} groups ({points(least)} to {points(most)} points)"
         second = f"the {second}" if second == student else second
         if verdict == "improves":
