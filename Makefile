@@ -15,8 +15,9 @@ install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt "$$(grep '^torch' constraints.txt)"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt "$$(grep '^torch' constraints.txt)" -e '.[dev]'
+	# on all cores, where pip uses one; some packages have templates that are no Python
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	touch $@
 
 quickstart: install
@@ -25,9 +26,9 @@ quickstart: install
 quick: install
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
-# more processes than cores: half of the time, a slow test waits
+# more processes than cores: half of the time, a slow test waits; the longest files first (tests/own_time.py)
 test: install
-	$(BIN)/python -m pytest -n 4 --dist loadfile
+	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff format --check src tests benchmarks tools

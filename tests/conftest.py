@@ -181,6 +181,24 @@ def finished_study(tmp_path_factory, teacher_ref, student_ref):
     return workspace
 
 
+@pytest.fixture
+def quick_sweeps(monkeypatch):
+    """Sweeps on this machine start without eight seconds of imports; `test_local_sweep.py` starts them as they are."""
+    import warm_start
+    from stillroom.experiment import local_worker
+
+    monkeypatch.setattr(local_worker, "subprocess", warm_start.subprocesses(warm_start.address()))
+
+
+@pytest.fixture
+def quick_pictures():
+    """Reports whose figures are drawn, but not rendered to files, which takes ten seconds a report."""
+    from synthetic import quick_reports
+
+    with quick_reports():
+        yield
+
+
 def real_tokenizer(name):
     """A real tokenizer by folder name, or a skip that says where it was looked for."""
     for folder in (SHARED / "models" / name, REAL_MODELS / name):

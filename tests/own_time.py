@@ -1,6 +1,7 @@
 """A test that is not marked slow takes three seconds of the processor at most, or fails: `make quick` stays quick.
 
 A run of all tests allows five times as much: slow tests beside it, and what they left behind, cost a test some.
+The files that take longest start first, so that at the end no process waits for one of them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,22 @@ import os
 import pytest
 
 QUICK_SECONDS = 3.0
+LONGEST = (
+    "test_control.py",
+    "test_terminal.py",
+    "test_cluster.py",
+    "test_faults.py",
+    "test_end_to_end.py",
+    "test_local_sweep.py",
+    "test_tutorial.py",
+    "test_architecture.py",
+    "test_how_to.py",
+    "test_report.py",
+    "test_benchmarks.py",
+    "test_damaged_results.py",
+    "test_config_fuzz.py",
+)
+"""Files by the processor's time that their tests take, from five minutes to twenty seconds."""
 
 _shared_seconds = 0.0
 _began = pytest.StashKey[float]()
@@ -19,6 +36,12 @@ def _own_seconds():
     """The processor's time, so that a busy machine fails no test; without that of fixtures that others use too."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system - _shared_seconds
+
+
+def pytest_collection_modifyitems(items):
+    """With `--no-loadscope-reorder`, the processes take up files in this order."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -78,7 +78,7 @@ def shell(folder: Path, source: Path) -> dict[str, str]:
     """An environment whose `stillroom` and `python` are those under test, with the package at `source`."""
     programs = folder / ".bin"
     programs.mkdir()
-    starters = {"python": f'#!/bin/sh\nexec {sys.executable} "$@"\n', "stillroom": warm_start.client()[0]}
+    starters = {"python": f'#!/bin/sh\nexec {sys.executable} "$@"\n', "stillroom": warm_start.client()}
     for name, text in starters.items():
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)

@@ -17,7 +17,7 @@ _CONTEXT.set_forkserver_preload(
         "stillroom.experiment.workspace",
         "stillroom.studies",
         "transformers.models.llama.modeling_llama",
-        "mlflow",
+        "mlflow.store.tracking.sqlalchemy_store",
     ]
 )
 
@@ -71,6 +71,14 @@ def command(*arguments):
 
     sys.argv = ["stillroom", *map(str, arguments)]
     main()
+
+
+def command_without_pictures(*arguments):
+    """The command line, whose report's figures are drawn, but not rendered to files, which takes ten seconds."""
+    from synthetic import quick_reports
+
+    with quick_reports():
+        command(*arguments)
 
 
 def command_with_its_tracker_elsewhere(*arguments):

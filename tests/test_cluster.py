@@ -19,6 +19,7 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
+import processes
 import stillroom
 from stillroom.errors import UserError
 from stillroom.experiment.workspace import Workspace
@@ -81,23 +82,16 @@ def strange_node(cluster, tmp_path):
     process.wait(60)
 
 
-def start(command, path, cluster, *arguments):
-    """The command in a process of its own, on the cluster."""
-    address = ("--set", f"sweep.address={cluster.address}") if cluster else ()
-    return subprocess.Popen(
-        [sys.executable, "-c", "from stillroom.cli import main; main()", command, path, *address, *arguments],
-        env={**os.environ, "PYTHONPATH": SOURCES},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def start_sweep(log, path, cluster):
+    """`stillroom sweep` in a process of its own, on the cluster."""
+    of_ray = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}
+    return processes.stillroom(log, "sweep", path, "--set", f"sweep.address={cluster.address}", environ=of_ray)
 
 
-def ended(process, code=0):
+def ended(running, code=0):
     """Its output, once it ended with the exit code."""
-    output, _ = process.communicate(timeout=900)
-    assert process.returncode == code, output
-    return output
+    assert running.end(900) == code, running.output
+    return running.output
 
 
 def children(pid):
@@ -154,11 +148,12 @@ def numbers(result):
 
 @pytest.fixture
 def study(tmp_path, teacher_ref, student_ref):
-    """A study file; its trials have enough epochs for one to be seen and killed on a machine at leisure."""
-    training = {"epochs": 24, "precision": "float32", "gradient_interval": 2}
-    sweep = {"seeds": [0, 1], "cpus_per_trial": 1, "retries": 0}
+    """A study file: a trial for each node and one that waits, with epochs enough for one to be seen and killed."""
+    training = {"epochs": 8, "precision": "float32", "gradient_interval": 2}
+    sweep = {"seeds": [0, 1, 2], "cpus_per_trial": 1, "retries": 0}
     (tmp_path / "results").mkdir()
-    return study_file(tmp_path, teacher_ref.model, student_ref.model, training=training, sweep=sweep)
+    pair = (teacher_ref.model, student_ref.model)
+    return study_file(tmp_path, *pair, training=training, sweep=sweep, groups=["combined"])
 
 
 def archived(path, *overrides, **capture):
@@ -190,12 +185,12 @@ def test_workers_on_a_cluster_make_the_store_of_one_process(tmp_path, study, clu
 def test_trials_of_a_killed_node_go_on_elsewhere_with_the_same_numbers(tmp_path, study, cluster, second_node):
     """A node dies in mid-sweep: without a retry allowed, every trial still ends, and as it does on one machine."""
     archived(study)
-    sweep = start("sweep", study, cluster)
+    sweep = start_sweep(tmp_path / "log", study, cluster)
     name, before = unfinished_trial_on(second_node, tmp_path / "results")
     kill(second_node)
     ended(sweep)
     folder = tmp_path / "results" / EXPERIMENT
-    assert len(list(folder.glob("trial_*/result.json"))) == 4
+    assert len(list(folder.glob("trial_*/result.json"))) == 3
     assert not list(folder.glob(f"trial_*/{ERROR}"))
     resumed = read_json(folder / name / "result.json")
     kept = [epoch["train_seconds"] for epoch in before]
@@ -225,7 +220,7 @@ def test_a_student_is_shared_out_over_two_nodes(tmp_path, study, cluster, second
 def test_a_node_that_sees_something_else_is_named_before_any_trial(tmp_path, study, cluster, strange_node):
     """Another version of the package there, and no such folder: both are said, with the node; nothing is begun."""
     archived(study)
-    output = " ".join(ended(start("sweep", study, cluster), code=2).split())
+    output = " ".join(ended(start_sweep(tmp_path / "log", study, cluster), code=2).split())
     assert re.search(
         r"error: every node must see .* node \S+ \([\d.]+\): its stillroom \(\S+\) is not the one used here", output
     )

@@ -32,7 +32,7 @@ from stillroom.offline_teacher_data.store import SignalStore
 from stillroom.studies import load_study
 from studies import run, study_file
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_sweeps")]
 
 
 @pytest.fixture
@@ -121,6 +121,7 @@ def test_the_test_splits_are_evaluated_for_trials_and_baselines(tmp_path, teache
     assert changed.plans()[0].folder != trial
 
 
+@pytest.mark.usefixtures("quick_pictures")
 def test_no_task_name_is_forbidden(tmp_path, teacher_ref, student_ref, capsys):
     """Tasks called like a measure or a heading, from training to report: every number is that of its own rows."""
     for name, more in (("sums", 0), ("others", 10)):
@@ -185,6 +186,7 @@ def test_other_test_rows_in_the_same_file_are_another_trial(tmp_path, teacher_re
     assert names[0] != names[1] == names[2]
 
 
+@pytest.mark.usefixtures("quick_pictures")
 def test_one_failing_trial_stops_no_other_and_is_retried_alone(tmp_path, teacher_ref, student_ref):
     """It is listed with its error, the report is marked incomplete, and the same command completes it."""
     path = study_file(tmp_path, teacher_ref.model, student_ref.model)
@@ -330,6 +332,7 @@ def test_one_baseline_at_a_time_is_in_memory(tmp_path, teacher_ref, student_ref,
     assert loaded[2:] == [student_ref.model]
 
 
+@pytest.mark.usefixtures("quick_pictures")
 def test_a_report_is_of_the_study_as_it_is_now(finished_study):
     """What a study file says of its analysis counts without another sweep."""
     study = finished_study.study
@@ -370,6 +373,7 @@ def test_a_fine_tuned_teacher_is_another_teacher(tmp_path, teacher_ref, student_
     assert all(value > 0 for value in baselines["teacher"]["answer_nll"].values())
 
 
+@pytest.mark.usefixtures("quick_pictures")
 def test_a_report_without_the_teachers_data_is_of_what_was_planned_last(tmp_path, finished_study, caplog):
     """Results are carried elsewhere without the models: the page is made all the same, and says on whose word."""
     shutil.copytree(finished_study.results, tmp_path / "results")

@@ -223,6 +223,7 @@ def test_a_trial_killed_in_mid_epoch_goes_on_from_its_checkpoint(tmp_path, archi
 def test_a_sweep_whose_driver_is_killed_is_finished_by_the_same_command(tmp_path, archived, undisturbed):
     """Only what is missing runs, no trial counts twice, meanwhile no second sweep starts, and orphans do no harm."""
     path, here = copy_of(archived, tmp_path)
+    here = (*here, "--set", "groups=[combined]", "--set", "sweep.seeds=[0, 1, 2]")
     results, log = tmp_path / "results", tmp_path / "log"
 
     def finished():
@@ -235,14 +236,14 @@ def test_a_sweep_whose_driver_is_killed_is_finished_by_the_same_command(tmp_path
     running.signal(signal.SIGKILL)
     assert running.end() == -signal.SIGKILL
     table = pd.read_csv(results / "results_summary.csv")
-    assert len(table) == 4
+    assert len(table) == 3
     assert set(table["status"]) <= {"finished", "missing"}
     first = finished()
-    assert len(first) < 4
+    assert len(first) < 3
     done(log, "sweep", path, *here)
     assert {name: finished()[name] for name in first} == first
     table = pd.read_csv(results / "results_summary.csv")
-    assert table["status"].tolist() == ["finished"] * 4
+    assert table["status"].tolist() == ["finished"] * 3
     assert table["trial"].is_unique
     assert table["validation_accuracy"].notna().all()
     result = read_json(trial_folder(tmp_path) / "result.json")

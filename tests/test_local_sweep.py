@@ -22,7 +22,7 @@ from stillroom.config import ModelRef, Sweep
 from stillroom.errors import UserError
 from stillroom.experiment import local_sweep
 from stillroom.experiment.local_sweep import sweep
-from stillroom.experiment.local_worker import OUTPUT
+from stillroom.experiment.local_worker import OUTPUT, Forks
 from stillroom.experiment.resources import cores, slots
 from stillroom.experiment.workspace import Workspace
 from stillroom.files import exclusive, read_json
@@ -156,41 +156,35 @@ def results_in(archived, folder):
     return archived[1], [f"paths.results={folder / 'results'}"]
 
 
-class Watched:
-    """What a sweep tells, with the pids of its trials as they start; `at` is called with each event."""
+@pytest.fixture(scope="module", autouse=True)
+def pids():
+    """The process of each trial that was started last, by the trial's name."""
+    found, start = {}, Forks.start
 
-    def __init__(self, at=lambda event, facts, pid: None):
-        self.events, self.pids, self._at, self._seen = [], {}, at, set()
+    def noted(forks, job, slot):
+        fork = start(forks, job, slot)
+        found[job.plan.trial.name] = fork.pid
+        return fork
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Forks, "start", noted)
+        yield found
+
+
+class Watched:
+    """What a sweep tells; `at` is called with each event and the pid of its trial."""
+
+    def __init__(self, pids, at=lambda event, facts, pid: None):
+        self.events, self._pids, self._at = [], pids, at
 
     def __call__(self, event, facts):
         """What a sweep calls."""
         self.events.append((event, facts["trial"]))
-        if event == "started":
-            now = trials_of(os.getpid())
-            new = now - self._seen
-            self._seen |= now
-            assert len(new) == 1
-            self.pids[facts["trial"]] = new.pop()
-        self._at(event, facts, self.pids[facts["trial"]])
+        self._at(event, facts, self._pids[facts["trial"]])
 
     def of(self, name):
         """The events of a trial."""
         return [event for event, trial in self.events if trial == name]
-
-
-def trials_of(pid):
-    """The processes below one that are killed first where memory runs out: trials, and nothing else."""
-    found = set()
-    for child in descendants(pid):
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:  # it says so first thing, but not before it is there
-            if parent_of(child) == pid:  # the process that forks
-                break
-            if Path(f"/proc/{child}/oom_score_adj").read_text().strip() == "1000":
-                found.add(child)
-                break
-            time.sleep(0.001)
-    return found
 
 
 def results_of(plans):
@@ -211,13 +205,14 @@ def private(pid):
 
 
 @pytest.fixture(scope="module")
-def swept(archived, tmp_path_factory):
+def swept(archived, tmp_path_factory, pids):
     """An undisturbed sweep, four trials by two: its plans and events, and its processes' memory as they ran."""
     folder = tmp_path_factory.mktemp("swept")
     workspace = Workspace(load_study(*results_in(archived, folder)))
-    began, peaks, scores = [], [], []
+    began, peaks, scores, processes = [], [], [], set()
 
     def at(event, facts, pid):
+        processes.add(pid)
         if event == "started":
             began.append(private(pid))
         if event == "epoch" and facts["epoch"] == 1:  # after its last one it may be gone
@@ -225,9 +220,11 @@ def swept(archived, tmp_path_factory):
             who = {"trial": pid, "parent": parent_of(pid), "sweep": os.getpid()}
             scores.append({name: int(Path(f"/proc/{other}/oom_score").read_text()) for name, other in who.items()})
 
-    watched = Watched(at)
+    watched = Watched(pids, at)
     assert sweep(workspace.plans(), workspace.study.sweep, watched) == {}
-    return SimpleNamespace(workspace=workspace, watched=watched, began=began, peaks=peaks, scores=scores)
+    return SimpleNamespace(
+        workspace=workspace, watched=watched, began=began, peaks=peaks, scores=scores, processes=processes
+    )
 
 
 @linux
@@ -240,8 +237,8 @@ def test_trials_have_the_numbers_of_train_one_and_run_two_at_once(swept, undistu
     for plan in plans:
         assert watched.of(plan.trial.name) == ["started", "epoch", "epoch", "epoch", "finished"]
         assert not (plan.folder / OUTPUT).exists()
-    assert len(set(watched.pids.values())) == 4
-    assert not descendants(os.getpid()) & set(watched.pids.values())
+    assert len(swept.processes) == 4
+    assert not descendants(os.getpid()) & swept.processes
 
 
 @linux
@@ -289,12 +286,12 @@ def command_of(pid):
 
 @linux
 @pytest.mark.slow
-def test_a_trial_that_raises_fails_alone(study):
+def test_a_trial_that_raises_fails_alone(study, pids, quick_sweeps):
     """It is tried again, its error.json has its words, the others finish, and the sweep says which failed and why."""
     workspace = Workspace(load_study(study[0], [study[1], "groups=[task_only]"]))
     good, bad = workspace.plans()
     bad = bad.__class__(**{**bad.__dict__, "student": ModelRef(model=str(workspace.results / "nowhere"))})
-    watched = Watched()
+    watched = Watched(pids)
     errors = sweep([bad, good], workspace.study.sweep, watched)
     assert list(errors) == [bad.trial.name]
     assert "nowhere" in errors[bad.trial.name]
@@ -306,7 +303,9 @@ def test_a_trial_that_raises_fails_alone(study):
 
 @linux
 @pytest.mark.slow
-def test_a_trial_killed_in_mid_epoch_is_tried_again_and_ends_with_the_same_numbers(study, undisturbed):
+def test_a_trial_killed_in_mid_epoch_is_tried_again_and_ends_with_the_same_numbers(
+    study, undisturbed, pids, quick_sweeps
+):
     """From its checkpoint; the other running trial continues, and one fewer runs at once from then on."""
     workspace = Workspace(load_study(study[0], [study[1]]))
     plans, killed = workspace.plans(), []
@@ -317,7 +316,7 @@ def test_a_trial_killed_in_mid_epoch_is_tried_again_and_ends_with_the_same_numbe
             killed.append(pid)
             os.kill(pid, signal.SIGKILL)
 
-    watched = Watched(at)
+    watched = Watched(pids, at)
     assert sweep(plans, workspace.study.sweep, watched) == {}
     assert watched.of(victim) == ["started", "epoch", "failed", "started", "epoch", "epoch", "finished"]
     assert results_of(plans) == undisturbed
@@ -326,35 +325,34 @@ def test_a_trial_killed_in_mid_epoch_is_tried_again_and_ends_with_the_same_numbe
 
 @linux
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "says"),
-    [
-        (signal.SIGKILL, r"killed by signal 9 \(SIGKILL\): out of memory\? Set sweep\.max_concurrent lower"),
-        (signal.SIGSEGV, r"killed by signal 11 \(SIGSEGV\); .*output\.log has what it printed"),
-    ],
-)
-def test_a_trial_killed_on_every_try_is_an_error_that_names_the_signal(study, number, says):
-    """The summary has it as failed, and the next sweep tries it again."""
-    workspace = Workspace(load_study(study[0], [study[1], "groups=[task_only]", "sweep.retries=0"]))
-    victim = workspace.plans()[0].trial.name
-    pids = []
+def test_a_trial_killed_on_every_try_is_an_error_that_names_the_signal(study, pids, quick_sweeps):
+    """Two of three trials, each by a signal of its own; the next sweep tries them again."""
+    changes = ["groups=[task_only]", "sweep.retries=0", "sweep.seeds=[0, 1, 2]"]
+    workspace = Workspace(load_study(study[0], [study[1], *changes]))
+    *victims, other = workspace.plans()
+    out_of_memory, broken = (plan.trial.name for plan in victims)
+    numbers = {out_of_memory: signal.SIGKILL, broken: signal.SIGSEGV}
 
     def at(event, facts, pid):
-        if event == "started" and facts["trial"] == victim:
-            pids.append(pid)
-            os.kill(pid, number)
+        if event == "started" and facts["trial"] in numbers:
+            os.kill(pid, numbers[facts["trial"]])
 
-    errors = sweep(workspace.plans(), workspace.study.sweep, Watched(at))
-    assert list(errors) == [victim]
-    assert re.search(says, errors[victim])
+    errors = sweep(workspace.plans(), workspace.study.sweep, Watched(pids, at))
+    assert set(errors) == set(numbers)
+    for name, says in (
+        (out_of_memory, r"killed by signal 9 \(SIGKILL\): out of memory\? Set sweep\.max_concurrent lower"),
+        (broken, r"killed by signal 11 \(SIGSEGV\); .*output\.log has what it printed"),
+    ):
+        assert re.search(says, errors[name])
+    assert (other.folder / "result.json").is_file()
     assert workspace.sweep() == {}
     table = pd.read_csv(workspace.results / "results_summary.csv")
-    assert table["status"].tolist() == ["finished"] * 2
+    assert table["status"].tolist() == ["finished"] * 3
 
 
 @linux
 @pytest.mark.slow
-def test_the_process_that_forks_may_be_killed(study, undisturbed):
+def test_the_process_that_forks_may_be_killed(study, undisturbed, pids, quick_sweeps):
     """Trials that run go on without it, and a new one takes its place."""
     workspace = Workspace(load_study(study[0], [study[1]]))
     killed = []
@@ -365,7 +363,7 @@ def test_the_process_that_forks_may_be_killed(study, undisturbed):
             os.kill(killed[0], signal.SIGKILL)
 
     plans = workspace.plans()
-    assert sweep(plans, workspace.study.sweep, Watched(at)) == {}
+    assert sweep(plans, workspace.study.sweep, Watched(pids, at)) == {}
     assert killed
     assert results_of(plans) == undisturbed
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from own_time import LONGEST
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "stillroom"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -21,7 +23,7 @@ SLOW = """
 import subprocess, sys, time
 import pytest
 
-BURN = "import time; end = time.process_time() + 3.2\\nwhile time.process_time() < end: pass"
+BURN = "import time; end = time.process_time() + 0.8\\nwhile time.process_time() < end: pass"
 
 @pytest.fixture(scope="module")
 def shared():
@@ -32,7 +34,7 @@ def own():
     exec(BURN)
 
 def test_shared(shared): pass
-def test_waiting(): time.sleep(3.2)
+def test_waiting(): time.sleep(0.8)
 @pytest.mark.slow
 def test_marked(): exec(BURN)
 def test_slow(): exec(BURN)
@@ -105,6 +107,7 @@ def test_a_test_file_says_what_it_protects():
 def test_a_test_that_hides_its_slowness_fails(tmp_path):
     """Its own processor time counts, its children's too; not sleep, nor what other tests use as well."""
     (tmp_path / "test_it.py").write_text(SLOW)
+    (tmp_path / "conftest.py").write_text("import own_time\n\nown_time.QUICK_SECONDS = 0.6\n")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "own_time", "-o", "addopts=", "-m", "not slow", "."]
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert "3 failed, 2 passed, 1 deselected" in done.stdout, done.stdout
@@ -146,3 +149,8 @@ def test_unfinished_work_is_not_left_in_the_source():
     """Nothing pretends."""
     for path in SOURCES:
         assert not re.search(r"NotImplementedError|TO" + r"DO\b|FIX" + r"ME|XX" + r"X", path.read_text("utf-8")), path
+
+
+def test_the_files_that_start_first_are_there():
+    """One that was renamed would start last, and the others' processes would wait for it."""
+    assert set(LONGEST) <= {path.name for path in TESTS}
