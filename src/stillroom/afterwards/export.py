@@ -150,9 +150,9 @@ def _quoted(text: str) -> str:
 
 
 def _of_epoch(trial: Path, result: dict[str, Any], epoch: int) -> dict[str, Any]:
-    for own in result["epochs"]:
-        if own["epoch"] == epoch:
-            return dict(own)
+    for record in result["epochs"]:
+        if record["epoch"] == epoch:
+            return dict(record)
     raise UserError(
         f"{TrialFolder(trial).result} has no epoch {epoch}, whose checkpoint is there; delete the folder and run the "
         "sweep again"
@@ -194,9 +194,9 @@ def _term_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _metric_rows(trial: Path, own: dict[str, Any], counts: dict[str, dict[str, int]]) -> list[dict[str, Any]]:
+def _metric_rows(trial: Path, record: dict[str, Any], counts: dict[str, dict[str, int]]) -> list[dict[str, Any]]:
     known = read_baselines(_results(trial).path)
-    columns = {"own": by_key(own["metrics"])}
+    columns = {"trained": by_key(record["metrics"])}
     columns |= {role: by_key(known[role]["metrics"]) if role in known else {} for role in ("student", "teacher")}
     validated = {task: count["validation"] for task, count in counts.items()}
     keys: dict[str, Key] = accuracy_keys([("validation", task, "accuracy") for task in validated])
