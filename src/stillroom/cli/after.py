@@ -81,7 +81,7 @@ def compare(
     facts = side_by_side(folders)
     if not json:
         print_side_by_side(facts)
-    groups = {group: {name: row.plain for name, row in own.items()} for group, own in facts["groups"].items()}
+    groups = {group: {name: row.plain for name, row in by_study.items()} for group, by_study in facts["groups"].items()}
     reports = " ".join(str(ResultsFolder(folder).report) for folder in folders)
     finish(json, {**facts, "groups": groups}, "", f"open {reports}")
 

@@ -21,7 +21,7 @@ def print_plan(plan: dict[str, Any], as_json: bool = False) -> None:
 
     console = Console()
     sizes = ("width", "heads", "layers", "vocabulary", "parameters")
-    models = [(f"{role} {own['model']}", *(f"{own[k]:,}" for k in sizes)) for role, own in plan["models"].items()]
+    models = [(f"{role} {shape['model']}", *(f"{shape[k]:,}" for k in sizes)) for role, shape in plan["models"].items()]
     console.print(_table("Models", ("model", *sizes), models))
     console.print(_table("Corpus", ("task", "examples", "teacher tokens", "student tokens"), _corpus_rows(plan)))
     _print_design(console, plan["design"])
@@ -36,7 +36,7 @@ def print_plan(plan: dict[str, Any], as_json: bool = False) -> None:
     if plan["measured"]:
         found = plan["measured"]["hours"].items()
         times: list[tuple[str, ...]] = [
-            (name.replace("_", " "), _time(own["hours"]), _time(own["error"])) for name, own in found
+            (name.replace("_", " "), _time(measured["hours"]), _time(measured["error"])) for name, measured in found
         ]
         console.print(_table("Time on this machine, measured", ("stage", "time", "±"), times))
         console.print("Measured")
@@ -69,16 +69,16 @@ def print_fields(found: dict[str, list[dict[str, str]]]) -> None:
 
 def _print_design(console: Any, design: dict[str, Any]) -> None:
     """What the design can find out: families of contrasts, then the smallest difference by task."""
-    families = {name: own for name, own in design["families"].items() if own["contrasts"]}
+    families = {name: family for name, family in design["families"].items() if family["contrasts"]}
     rows = [
-        (n, *map(_figure, (own["contrasts"], own["smallest_adjusted_p"], own["seeds_needed"])))
-        for n, own in families.items()
+        (n, *map(_figure, (family["contrasts"], family["smallest_adjusted_p"], family["seeds_needed"])))
+        for n, family in families.items()
     ]
     headings = ("contrasts", "number", "smallest p", "seeds needed")
     console.print(_table(f"What {design['seeds']} seeds can find out", headings, rows))
     measures = [
-        (name, str(own["validation_examples"]), *(_points(own["detectable_difference"][n]) for n in families))
-        for name, own in design["measures"].items()
+        (name, str(measure["validation_examples"]), *(_points(measure["detectable_difference"][n]) for n in families))
+        for name, measure in design["measures"].items()
     ]
     headings = ("accuracy on", "validation examples", *families)
     console.print(_table("Smallest difference it detects, in points", headings, measures))
@@ -95,7 +95,9 @@ def _points(difference: float | None) -> str:
 def _corpus_rows(plan: dict[str, Any]) -> list[tuple[str, ...]]:
     corpus = plan["corpus"]
     rows = {**corpus["by_task"], "total": corpus}
-    return [(n, *(f"{own[k]:,}" for k in ("examples", "teacher_tokens", "student_tokens"))) for n, own in rows.items()]
+    return [
+        (n, *(f"{counts[k]:,}" for k in ("examples", "teacher_tokens", "student_tokens"))) for n, counts in rows.items()
+    ]
 
 
 def _rows(values: dict[str, Any], show: Callable[[Any], str]) -> list[tuple[str, ...]]:
@@ -154,7 +156,10 @@ def print_store(facts: dict[str, Any]) -> None:
         if "hidden_mean_square" not in facts
         else f"a token: top {layout['top_k']} next tokens, hidden state of {layout['width']}, {layout['heads']} heads' "
         f"attention, in {layout['dtype']}; hidden mean square {facts['hidden_mean_square']:.4g}",
-        *(f"{task}: {own['examples']:,} examples, {own['tokens']:,} tokens" for task, own in facts["tasks"].items()),
+        *(
+            f"{task}: {counts['examples']:,} examples, {counts['tokens']:,} tokens"
+            for task, counts in facts["tasks"].items()
+        ),
         *_answers_line(facts),
         *(f"made from {key}: {value}" for key, value in facts["made_from"].items()),
     ]
@@ -169,9 +174,10 @@ def _norm(token: dict[str, Any]) -> str:
 def _answers_line(facts: dict[str, Any]) -> list[str]:
     if "teacher_answers" not in facts:
         return []
-    own = facts["teacher_answers"]
+    counts = facts["teacher_answers"]
     return [
-        f"{own['answers']:,} answers of the teacher's own: {own['empty']:,} empty, {own['unended']:,} without an end"
+        f"{counts['answers']:,} answers of the teacher's own: {counts['empty']:,} empty, "
+        f"{counts['unended']:,} without an end"
     ]
 
 
