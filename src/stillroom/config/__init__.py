@@ -289,7 +289,7 @@ class Study(Section):
     def test_splits(self) -> dict[str, TaskData]:
         """The benchmarks' own splits by task, each with its data set."""
         splits = self.evaluation.test_splits
-        return {name: own.data(self.corpus.tasks[name]) for name, own in splits.items() if own.harness is None}
+        return {name: split.data(self.corpus.tasks[name]) for name, split in splits.items() if split.harness is None}
 
     @property
     def has_chats(self) -> bool:

@@ -88,8 +88,8 @@ class ChoiceColumns(_Columns):
     @field_validator("choices")
     @classmethod
     def _different(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        own = (value,) if isinstance(value, str) else value
-        if any(not choice.strip() for choice in own) or len({choice.lstrip() for choice in own}) < len(own):
+        texts = (value,) if isinstance(value, str) else value
+        if any(not choice.strip() for choice in texts) or len({choice.lstrip() for choice in texts}) < len(texts):
             raise ValueError("must be different texts, none of them empty")
         return value
 

@@ -157,13 +157,13 @@ class Group(Section):
     @model_validator(mode="after")
     def _settings_of_terms_that_are_on(self) -> Group:
         for term in TERMS:
-            own = getattr(self, term)
-            if own is not None and term not in self.terms:
+            settings = getattr(self, term)
+            if settings is not None and term not in self.terms:
                 raise ValueError(f"has settings for {term}, which is not among its terms {list(self.terms)}")
             for name, way in (("placebo", f"placebo: [{term}]"), ("share", f"share: {{{term}: 0.1}}")):
-                if own is not None and name in own.model_fields_set:
+                if settings is not None and name in settings.model_fields_set:
                     raise ValueError(f"has {term}.{name}: write {way} beside terms instead")
-            if own is not None and term in self.share and "weight" in own.model_fields_set:
+            if settings is not None and term in self.share and "weight" in settings.model_fields_set:
                 raise ValueError(f"has a share and a weight of {term}: leave one out")
         for name in ("placebo", "share"):
             for term in getattr(self, name):
@@ -180,8 +180,8 @@ class Group(Section):
 
     def settings(self, term: TermName) -> dict[str, Any]:
         """This group's own settings of a term."""
-        own = getattr(self, term)
-        return {} if own is None else own.model_dump(exclude_unset=True)
+        settings = getattr(self, term)
+        return {} if settings is None else settings.model_dump(exclude_unset=True)
 
     def objective(self, shared: Objective) -> Objective:
         """The objective of this group: `shared` with this group's settings, weight 0 for a term that is off.
