@@ -63,7 +63,7 @@ def _by_stop(examples: Sequence[Example]) -> dict[tuple[str, ...], list[int]]:
 
 def _begins(text: str, stop: Sequence[str]) -> int | None:
     """Where the first of some texts begins in another."""
-    return min((place for own in stop if (place := text.find(own)) >= 0), default=None)
+    return min((place for sequence in stop if (place := text.find(sequence)) >= 0), default=None)
 
 
 @torch.no_grad()
@@ -137,7 +137,9 @@ def _continued(
         for n, row in zip(rows.tolist(), ids, strict=True):
             found[n] = row[start:]
         ended = torch.isin(ids[:, start:], ending).any(1).cpu()
-        ended |= torch.tensor([_begins(own, texts) is not None for own in tokenizer.batch_decode(ids[:, start:])])
+        ended |= torch.tensor(
+            [_begins(continuation, texts) is not None for continuation in tokenizer.batch_decode(ids[:, start:])]
+        )
         if ended.all():
             break
         if ended.any():

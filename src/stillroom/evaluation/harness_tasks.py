@@ -52,7 +52,7 @@ class Harness:
     def load(cls, splits: Mapping[str, BenchmarkSplit], known: Mapping[str, dict[str, Any]] | None = None) -> Harness:
         """Load the tasks and their data sets; `UserError` where one cannot be, or is not as it is `known`."""
         loaded = {name: _load(name, split) for name, split in splits.items()}
-        described = {name: _described(name, splits[name], own) for name, own in loaded.items()}
+        described = {name: _described(name, splits[name], split_tasks) for name, split_tasks in loaded.items()}
         if known is not None and (changed := [name for name in splits if described[name] != known.get(name)]):
             raise UserError(
                 f"evaluation.test_splits.{changed[0]}: the harness's task is not the one that this study was started "
@@ -121,8 +121,8 @@ def _manager(name: str, split: BenchmarkSplit) -> Any:
         from lm_eval.tasks import TaskManager
 
         try:
-            own = [str(split.include_path)] if split.include_path else None
-            manager = TaskManager(include_path=own, include_defaults=own is None)
+            folders = [str(split.include_path)] if split.include_path else None
+            manager = TaskManager(include_path=folders, include_defaults=folders is None)
         except Exception as error:  # of YAML, or of what a definition in the folder does
             raise _fault(name, "the harness cannot read its tasks", error) from error
     where = f"tasks in {split.include_path}" if split.include_path else "harness's own tasks (`lm_eval ls tasks`)"
@@ -157,11 +157,11 @@ def _set_up(loaded: Any) -> None:
 
 def _require_usable(name: str, split: BenchmarkSplit, loaded: Any) -> None:
     place = f"evaluation.test_splits.{name}"
-    for own, task in loaded["tasks"].items():
+    for task_name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
-            raise UserError(f"{place}.harness: {own} runs code that the model writes, which is not done here")
+            raise UserError(f"{place}.harness: {task_name} runs code that the model writes, which is not done here")
         if getattr(task, "MULTIMODAL", False):
-            raise UserError(f"{place}.harness: {own} is not of text alone")
+            raise UserError(f"{place}.harness: {task_name} is not of text alone")
     group = loaded.get("groups", {}).get(split.harness)
     if group is not None and not group.has_aggregation:
         tasks = ", ".join(list(loaded["tasks"])[:5])
@@ -174,11 +174,11 @@ def _require_usable(name: str, split: BenchmarkSplit, loaded: Any) -> None:
 def _described(name: str, split: BenchmarkSplit, loaded: Any) -> dict[str, Any]:
     """What pins a task: the harness's version, the files of its folder, and every request that it makes."""
     digest, documents = hashlib.sha256(), 0
-    for own in sorted(loaded["tasks"]):
-        task = loaded["tasks"][own]
+    for task_name in sorted(loaded["tasks"]):
+        task = loaded["tasks"][task_name]
         documents += len({instance.doc_id for instance in task.instances})
         for instance in task.instances:
-            asked = [own, instance.request_type, instance.doc_id, instance.args]
+            asked = [task_name, instance.request_type, instance.doc_id, instance.args]
             digest.update(json.dumps(asked, sort_keys=True, default=str).encode())
     for path in _definitions(split.include_path):
         digest.update(file_sha256(path).encode())

@@ -94,7 +94,9 @@ def accuracy_metrics(predictions: pd.DataFrame, split: str = "validation") -> li
             measures["calibration_error"] = calibration_error(rows)
         else:
             measures["accuracy_flexible"] = float(rows["correct_flexible"].mean())
-        metrics += [Metric(split=split, task=str(task), measure=name, value=own) for name, own in measures.items()]
+        metrics += [
+            Metric(split=split, task=str(task), measure=name, value=measured) for name, measured in measures.items()
+        ]
     return metrics
 
 
@@ -107,8 +109,8 @@ def calibration_error(predictions: pd.DataFrame) -> float:
     """
     if predictions.empty:
         raise UserError("there are no predictions, so there is no calibration error")
-    scores = [np.asarray(own, dtype=float) for own in predictions["scores"]]
-    confidence = np.array([1 / np.exp(own - own.max()).sum() for own in scores])
+    scores = [np.asarray(choice_scores, dtype=float) for choice_scores in predictions["scores"]]
+    confidence = np.array([1 / np.exp(choice_scores - choice_scores.max()).sum() for choice_scores in scores])
     right = predictions["correct"].to_numpy(dtype=float)
     bins = np.clip(np.ceil(confidence * _BINS).astype(int) - 1, 0, _BINS - 1)
     gaps = np.bincount(bins, right - confidence, minlength=_BINS)
