@@ -148,12 +148,12 @@ def _ray(address: str | None) -> Iterator[None]:
         return
     _require_listener(address)
     ray.shutdown()
-    own: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+    options: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     ray_constants.ENABLE_RAY_CLUSTER = address != "local"  # where Ray was imported before
     worker.listen_error_messages = silent  # would print its servers' errors amid our output; ours come as exceptions
     environment = {"env_vars": _WORKER_ENVIRONMENT}
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **own)
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment, **options)
     except Exception as error:  # Ray raises a plain one when its processes do not start in time
         raise UserError(_unreachable(address, error)) from error
     if address == "local":
@@ -215,12 +215,12 @@ def _require_sight(
     faults = []
     try:
         asked = []
-        for node, own in zip(able, probes, strict=True):
-            for probe in own:
+        for node, node_probes in zip(able, probes, strict=True):
+            for probe in node_probes:
                 write_text(probe, "")
             where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=where)(look)
-            asked.append(task.remote(package_digest(), paths, own))
+            asked.append(task.remote(package_digest(), paths, node_probes))
         for node, reference in zip(able, asked, strict=True):
             try:
                 found = ray.get(reference, timeout=_PROBE_SECONDS)

@@ -236,7 +236,7 @@ class Workspace(Sources):
             self._record("evaluate", {"measured": [baseline.name for baseline in due]})
         found = {baseline.name: baseline.read() or {} for baseline in self.measured_baselines}
         measured = {role: found[role] for role in BASELINE_LABELS if role in found}
-        no_better = worse_or_equal(*(own["metrics"] for own in measured.values())) if len(measured) == 2 else []
+        no_better = worse_or_equal(*(facts["metrics"] for facts in measured.values())) if len(measured) == 2 else []
         return {**measured, "teacher_no_better": {"tasks": no_better}}
 
     def _measure(self, role: str, due: list[Baseline]) -> None:
