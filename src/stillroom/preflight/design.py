@@ -75,23 +75,23 @@ def sized(data: TaskData | BenchmarkSplit) -> int:
 
 def _measure(examples: int, families: dict[str, dict[str, Any]]) -> dict[str, Any]:
     spread = math.sqrt(0.5 / examples)  # of the difference of two shares, each of variance 1/4 over the examples
-    effects = {name: own["detectable"] for name, own in families.items()}
+    effects = {name: family["detectable"] for name, family in families.items()}
     differences = {name: None if d is None or d * spread > 1 else d * spread for name, d in effects.items()}
     return {"validation_examples": examples, "spread": spread, "detectable_difference": differences}
 
 
 def _warnings(study: Study, design: dict[str, Any]) -> list[str]:
     found = []
-    for name, own in design["families"].items():
-        if not own["contrasts"]:
+    for name, family in design["families"].items():
+        if not family["contrasts"]:
             if getattr(study.analysis, name):
                 found.append(f"analysis.{name}: the study has no two groups that it compares; add them, or declare it")
-        elif design["seeds"] < own["seeds_needed"]:
-            p = own["smallest_adjusted_p"]
+        elif design["seeds"] < family["seeds_needed"]:
+            p = family["smallest_adjusted_p"]
             found.append(
                 f"analysis.{name}: with {_count(design['seeds'], 'seed')} the smallest p over "
-                f"{_count(own['contrasts'], 'contrast')} is {p:.2g}, so no verdict at {design['alpha']:g} is possible; "
-                f"it takes {own['seeds_needed']} seeds (sweep.seeds) or fewer contrasts (analysis.{name})"
+                f"{_count(family['contrasts'], 'contrast')} is {p:.2g}, so no verdict at {design['alpha']:g} is "
+                f"possible; it takes {family['seeds_needed']} seeds (sweep.seeds) or fewer contrasts (analysis.{name})"
             )
     return found + _margin_warnings(study, design)
 

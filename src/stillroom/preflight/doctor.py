@@ -187,8 +187,8 @@ def _harness(study: Study) -> Lines:
 
 
 def _harness_task(name: str, split: BenchmarkSplit) -> str:
-    own = Harness.load({name: split}).described[name]
-    return f"{own['task']}, {own['examples']:,} examples, by lm_eval {own['lm_eval']}"
+    described = Harness.load({name: split}).described[name]
+    return f"{described['task']}, {described['examples']:,} examples, by lm_eval {described['lm_eval']}"
 
 
 def _tokenizers(study: Study) -> Lines:
@@ -235,13 +235,13 @@ def _coverage(study: Study, teacher: Any, student: Any) -> Finding:
     except UserError as error:
         return Finding("coverage", False, str(error))
     by_task = {name: [e for e in examples.all if e.task == name][:SAMPLE] for name, _ in tasks}
-    some = [example for own in by_task.values() for example in own]
+    some = [example for task_examples in by_task.values() for example in task_examples]
     pairs = zip(encode_examples(teacher, some), encode_examples(student, some, add_eos=True), strict=True)
     counted = (
         (example.task, coverage(pair[1], align_encodings(*pair), len(example.prompt)))
         for example, pair in zip(some, pairs, strict=True)
     )
-    shares = {task: own["token_coverage"] for task, own in coverage_by_task(counted).items()}
+    shares = {task: task_coverage["token_coverage"] for task, task_coverage in coverage_by_task(counted).items()}
     low = min(shares.values()) < study.signals.minimum_coverage
     says = ", ".join(f"{task} {share:.0%}" for task, share in shares.items())
     says += f" of the student's tokens have an aligned teacher token ({SAMPLE} examples per task at most)"

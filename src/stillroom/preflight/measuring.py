@@ -94,8 +94,8 @@ def measure_study(study: Study, progress: NamedProgress = silent) -> dict[str, A
 
 def _largest(study: Study) -> Group:
     """The group of most terms; one that learns the teacher's answers is not measured: its store would need them."""
-    own = [group for group in study.groups if group.objective(study.objective).task.targets != "teacher"]
-    return max(own or [GROUPS["black_box"]], key=lambda group: len(group.terms))
+    candidates = [group for group in study.groups if group.objective(study.objective).task.targets != "teacher"]
+    return max(candidates or [GROUPS["black_box"]], key=lambda group: len(group.terms))
 
 
 def _drawn(examples: Sequence[Example], count: int) -> list[Example]:
@@ -205,13 +205,13 @@ def _scored(sources: Sources, parts: Sequence[Sequence[Example]], progress: Prog
     tasks = list(dict.fromkeys(example.task for example in held_out))
     rates = {}
     for number, task in enumerate(tasks):
-        own = [example for example in held_out if example.task == task]
-        if own[0].choices is None:
+        task_examples = [example for example in held_out if example.task == task]
+        if task_examples[0].choices is None:
             size = min(prompts_at_once(settings, device.type), max(_count(part, task) for part in parts))
         else:
-            mean = sum(map(len, encode_examples(tokenizer, own))) / len(own)
+            mean = sum(map(len, encode_examples(tokenizer, task_examples))) / len(task_examples)
             size = math.ceil(settings.batch_tokens / mean) if device.type == "cuda" else _FEW
-        drawn = _drawn(own, (_CHUNKS + 1) * size)
+        drawn = _drawn(task_examples, (_CHUNKS + 1) * size)
         chunks = [drawn[first : first + size] for first in range(0, len(drawn), size)]
         _, *seconds = (_seconds_to_score(model, tokenizer, chunk, settings) for chunk in chunks)  # a warm-up
         rates[task] = rate_of(seconds, [size] * _CHUNKS)
@@ -260,7 +260,7 @@ def _machine() -> str:
 
 
 def _how(study: Study, group: Group, hours: dict[str, dict[str, float]], threads: int) -> list[str]:
-    pieces = {stage: int(own["pieces"]) for stage, own in hours.items()}
+    pieces = {stage: int(measured["pieces"]) for stage, measured in hours.items()}
     return [
         f"on {_machine()}: {pieces['teacher']} batches of the teacher's capture, {pieces['training']} training steps "
         f"of {group.name}, taken for every group, and {_CHUNKS} chunks of each task's held-out examples, scored by the "
