@@ -65,8 +65,8 @@ def compute_signals(
 
 def _on_the_cpu(named: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """The same there; from a GPU all of them travel to page-locked memory, and the host waits once, at the end."""
-    moved = [{name: tensor.to("cpu", non_blocking=True) for name, tensor in own.items()} for own in named]
-    for device in {tensor.device for own in named for tensor in own.values() if tensor.is_cuda}:
+    moved = [{name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()} for tensors in named]
+    for device in {tensor.device for tensors in named for tensor in tensors.values() if tensor.is_cuda}:
         torch.cuda.synchronize(device)
     return moved
 

@@ -76,8 +76,8 @@ class NextToken:
         """See `distribution_error`; without a top k, half the L1 distance of what the stored hidden states give."""
         if not self.columns:
             kept = torch.from_numpy(arrays["hidden"].astype(np.float32)).to(model.device, model.dtype)
-            again, own = (output_logits(model, h).double().softmax(-1) for h in (kept, forward.last_hidden[0]))
-            return float((again - own).abs().sum(-1).max() / 2)
+            again, exact = (output_logits(model, h).double().softmax(-1) for h in (kept, forward.last_hidden[0]))
+            return float((again - exact).abs().sum(-1).max() / 2)
         return distribution_error(arrays, output_logits(model, forward.last_hidden[0]).float().cpu())
 
     def totals(self, arrays: Mapping[str, Tensor], is_text: Tensor) -> dict[str, float]:
