@@ -162,11 +162,11 @@ def packed_maps(
     cells = {column: _in_a_row(maps, pair_heads) for column, maps in triangles.items()}
     examples = next(iter(triangles.values()))
     ends = np.cumsum([triangle.shape[1] for triangle in examples])
-    size, zero = max(len(own.rows) for own in segments), int(ends[-1])
+    size, zero = max(len(spans.rows) for spans in segments), int(ends[-1])
     causal, index = np.tri(size, dtype=bool), np.full((len(examples), size, size), zero, dtype=np.int32)
     firsts, lengths, summed = [], [], zero + 1
-    for own, square, triangle, end in zip(segments, index, examples, ends, strict=True):
-        rows, starts, count = own.rows, own.starts, len(own.rows)
+    for spans, square, triangle, end in zip(segments, index, examples, ends, strict=True):
+        rows, starts, count = spans.rows, spans.starts, len(spans.rows)
         places = (rows * (rows + 1) // 2 + np.int32(end - triangle.shape[1]))[:, None] + starts
         np.copyto(square[:count, :count], places, where=causal[:count, :count])
         several = np.flatnonzero(rows > starts)
@@ -179,7 +179,7 @@ def packed_maps(
     first, length = np.concatenate(firsts), np.concatenate(lengths)
     begins = np.cumsum(length) - length
     added = torch.from_numpy(np.repeat(first - begins, length) + np.arange(length.sum()))
-    sums = {column: _sums(own.index_select(1, added).float(), begins) for column, own in cells.items()}
+    sums = {column: _sums(packed.index_select(1, added).float(), begins) for column, packed in cells.items()}
     return torch.from_numpy(index), cells, sums
 
 
@@ -207,6 +207,6 @@ def square_maps(
     source = sums.new_empty(len(cells), cells.shape[1] + sums.shape[1])
     source[:, : cells.shape[1]], source[:, cells.shape[1] :] = cells, sums
     maps = source.new_empty(len(index), len(cells), *index.shape[1:])
-    for own, square in zip(index.flatten(1), maps.flatten(2), strict=True):
-        torch.index_select(source, 1, own, out=square)
+    for places, square in zip(index.flatten(1), maps.flatten(2), strict=True):
+        torch.index_select(source, 1, places, out=square)
     return maps

@@ -164,8 +164,8 @@ def _rows_of(targets: HeadTargets, rows: slice) -> HeadTargets:
         first, last = torch.searchsorted(outcomes.rows, torch.tensor([rows.start, rows.stop])).tolist()
         inside = slice(first, last)
     if isinstance(outcomes, HiddenOutcomes):
-        own = outcomes.rows[inside].to(outcomes.hidden.device, non_blocking=True) - rows.start
-        outcomes = HiddenOutcomes(own, outcomes.hidden[inside])
+        local_rows = outcomes.rows[inside].to(outcomes.hidden.device, non_blocking=True) - rows.start
+        outcomes = HiddenOutcomes(local_rows, outcomes.hidden[inside])
     elif outcomes is not None:
         outcomes = Outcomes(
             outcomes.rows[inside].to(outcomes.ids.device, non_blocking=True) - rows.start,

@@ -49,9 +49,11 @@ class Placebo:
         """Every example of the step by its id."""
         moved: dict[str, StoredExample] = {}
         for task in sorted({item.example.task for item in self.step}):
-            own = sorted((i for i in self.step if i.example.task == task), key=lambda item: item.example.example_id)
-            stored = [self.store.read(item.example.example_id, columns) for item in own]
-            rows = [places(item) for item in own]
+            task_items = sorted(
+                (i for i in self.step if i.example.task == task), key=lambda item: item.example.example_id
+            )
+            stored = [self.store.read(item.example.example_id, columns) for item in task_items]
+            rows = [places(item) for item in task_items]
             source = without_fixed_point(sum(map(len, rows)), self._generator(task))
             pools = {c: np.concatenate([s[c][at] for s, at in zip(stored, rows, strict=True)]) for c in columns}
             ends = np.cumsum([len(at) for at in rows])

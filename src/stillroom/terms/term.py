@@ -54,10 +54,10 @@ class Term(Protocol):
 def rows_taken(stored: Sequence[StoredExample], column: str, rows: Sequence[Int[ndarray, "n"]]) -> Tensor:
     """Chosen rows of a column, example after example, as stored: each value is copied once."""
     sources = [from_dlpack(example[column]) for example in stored]  # of read-only memory too
-    lengths = [len(own) for own in rows]
+    lengths = [len(chosen) for chosen in rows]
     taken = torch.empty(sum(lengths), *sources[0].shape[1:], dtype=sources[0].dtype)
-    for source, own, part in zip(sources, rows, taken.split(lengths), strict=True):
-        torch.index_select(source, 0, torch.from_numpy(own.astype("int64")), out=part)
+    for source, chosen, part in zip(sources, rows, taken.split(lengths), strict=True):
+        torch.index_select(source, 0, torch.from_numpy(chosen.astype("int64")), out=part)
     return taken
 
 
