@@ -57,15 +57,15 @@ def with_teacher_answers(
     result, counts = [], dict[str, dict[str, int]]()
     encodings = encode_many(tokenizer, texts, add_eos=True)
     for item, answer, encoding in zip(prepared, known, encodings, strict=True):
-        own = counts.setdefault(item.example.task, dict.fromkeys(("answers", "empty", "too_long", "right"), 0))
+        task_counts = counts.setdefault(item.example.task, dict.fromkeys(("answers", "empty", "too_long", "right"), 0))
         too_long = answer is None or (max_length is not None and len(encoding) > max_length)
-        own["answers"] += 1
-        own["too_long"] += too_long
-        own["empty"] += answer is not None and not answer.strip()
+        task_counts["answers"] += 1
+        task_counts["too_long"] += too_long
+        task_counts["empty"] += answer is not None and not answer.strip()
         if too_long or answer is None or not answer.strip():
             result.append(replace(item, positions=item.positions[:0], targets=item.targets[:0]))
             continue
-        own["right"] += _is_right(item.example, answer)
+        task_counts["right"] += _is_right(item.example, answer)
         positions, targets = supervised_predictions(encoding, len(item.example.prompt))
         result.append(Prepared(item.example, encoding, positions, targets))
     return result, counts

@@ -24,7 +24,7 @@ def count_kinds(prepared: Sequence[Prepared]) -> dict[str, dict[str, int]]:
         for kind, counts in coverage_by_kind(item.encoding, item.alignment, kinds, len(item.example.prompt)).items():
             for name, count in counts.items():
                 totals[kind][name] = totals[kind].get(name, 0) + count
-    return {kind: own for kind, own in totals.items() if own.get("tokens")}
+    return {kind: total for kind, total in totals.items() if total.get("tokens")}
 
 
 @torch.no_grad()
@@ -43,11 +43,11 @@ def losses_by_kind(
     whole = runner.objective.kd.positions == "all"
     found = {}
     for kind in KINDS:
-        own = [part for item in items if (part := only(item, kind, whole)) is not None]
-        own.sort(key=lambda item: len(item.encoding))
+        parts = [part for item in items if (part := only(item, kind, whole)) is not None]
+        parts.sort(key=lambda item: len(item.encoding))
         total, count = 0.0, 0
-        for first in range(0, len(own), batch_size):
-            batch = collate(own[first : first + batch_size])
+        for first in range(0, len(parts), batch_size):
+            batch = collate(parts[first : first + batch_size])
             _, sums = runner.losses(batch.to(runner.device), alone, batch.counts)
             total, count = total + float(sums["kd"]), count + batch.counts["kd"]
         if count:
@@ -70,4 +70,7 @@ def only(item: Prepared, kind: str, whole: bool = False) -> Prepared | None:
 
 def merged(counts: Mapping[str, Mapping[str, int]], losses: Mapping[str, float]) -> dict[str, dict[str, float]]:
     """Both by kind, as in `result.json`."""
-    return {kind: {**own, **({"kd_loss": losses[kind]} if kind in losses else {})} for kind, own in counts.items()}
+    return {
+        kind: {**kind_counts, **({"kd_loss": losses[kind]} if kind in losses else {})}
+        for kind, kind_counts in counts.items()
+    }

@@ -177,7 +177,7 @@ def _finish(checkpoint: Path) -> None:
 
 def best_epoch(epochs: Sequence[dict[str, Any]]) -> int:
     """The epoch of highest validation accuracy; the earliest of several."""
-    accuracies = {own["epoch"]: by_key(own["metrics"])["validation", None, "accuracy"] for own in epochs}
+    accuracies = {record["epoch"]: by_key(record["metrics"])["validation", None, "accuracy"] for record in epochs}
     return int(max(accuracies, key=lambda epoch: (accuracies[epoch], -epoch)))
 
 
@@ -204,8 +204,8 @@ def _moments_of_part(saved: dict[str, Any], optimizer: torch.optim.Optimizer) ->
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def part(number: int, value: Any) -> Any:
-        own = parameters[number]
-        return part_of(value, own) if isinstance(value, Tensor) and value.shape == own.shape else value
+        parameter = parameters[number]
+        return part_of(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value
 
-    moments = {number: {name: part(number, v) for name, v in own.items()} for number, own in saved["state"].items()}
+    moments = {number: {name: part(number, v) for name, v in state.items()} for number, state in saved["state"].items()}
     return {**saved, "state": moments}

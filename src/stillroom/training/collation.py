@@ -82,7 +82,7 @@ class Collator:
         placebo = Placebo(self._store, items, self._seed) if self._store else None
         part = ranks.part(items)
         cut = [part[n : n + size] for n in range(0, ranks.largest_part(len(items)), size)]
-        return [self._batch(own or items[:1], placebo, idle=not own) for own in cut]
+        return [self._batch(chunk or items[:1], placebo, idle=not chunk) for chunk in cut]
 
     def _batch(self, items: Sequence[Prepared], placebo: Placebo | None, idle: bool = False) -> Batch:
         longest = max(len(item.encoding) for item in items)

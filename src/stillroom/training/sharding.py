@@ -129,13 +129,13 @@ def whole_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def scored_by_all(
-    model: PreTrainedModel, own: bool, ranks: Ranks, device: torch.device, score: Callable[[PreTrainedModel], T]
+    model: PreTrainedModel, in_place: bool, ranks: Ranks, device: torch.device, score: Callable[[PreTrainedModel], T]
 ) -> T:
     """What `score` finds with a model in the CPU's memory, sharded for it; every process finds the same.
 
-    `own`: the model is a copy that may be sharded in place.
+    `in_place`: whether the model itself may be sharded, or only a copy of it.
     """
-    student = DistillationStudent(model if own else copy.deepcopy(model))
+    student = DistillationStudent(model if in_place else copy.deepcopy(model))
     student.eval()
     _shard(student, ranks, device)
     found: T = student(score, student.model)
