@@ -56,10 +56,10 @@ def _parts(name: str, value: str) -> Iterator[str]:
     if _is_secret(name) or ("://" not in value and _CONNECTION.search(name.upper())):
         yield value
     for found in _FORMS.finditer(value):  # as the password alone of a database's address
-        own = found[0][len(found["name"] or "") :]
+        secret = found[0][len(found["name"] or "") :]
         if value[: found.start()].endswith("://"):
-            own = own.partition(":")[2]  # a name alone is no secret, and may be a part of every path
-        yield own
+            secret = secret.partition(":")[2]  # a name alone is no secret, and may be a part of every path
+        yield secret
 
 
 def _known(environ: Mapping[str, str]) -> list[str]:

@@ -54,13 +54,13 @@ def full_support_error(store: SignalStore, model: PreTrainedModel, ids: Sequence
     for example_id in ids:
         stored = store.read(example_id, ["hidden"])
         again = run_teacher(model, [stored.encoding], signals_of(store.layout))
-        own = output_logits(model, again.last_hidden[0]).double().log_softmax(-1).cpu()
+        teacher = output_logits(model, again.last_hidden[0]).double().log_softmax(-1).cpu()
         remade = (
             store.teacher_head.logits(torch.from_numpy(stored["hidden"].astype(np.float32))).double().log_softmax(-1)
         )
-        variation = float((own.exp() - remade.exp()).abs().sum(-1).max() / 2)
+        variation = float((teacher.exp() - remade.exp()).abs().sum(-1).max() / 2)
         _require(store, example_id, {"full support": variation}, TOLERANCE[model.dtype])
-        found.append((own.exp() * (own - remade)).sum(-1))
+        found.append((teacher.exp() * (teacher - remade)).sum(-1))
     divergences = torch.cat(found)
     return {"mean": float(divergences.mean()), "largest": float(divergences.max())}
 

@@ -114,9 +114,9 @@ def _texts(node: Any, field: str = "") -> Iterator[tuple[str, str]]:
         yield field, node
     elif isinstance(node, dict | list):
         for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-            own = f"{field}.{key}" if field else str(key)
-            yield own, str(key)
-            yield from _texts(value, own)
+            path = f"{field}.{key}" if field else str(key)
+            yield path, str(key)
+            yield from _texts(value, path)
 
 
 def _explain(source: str, error: ValidationError) -> str:

@@ -44,7 +44,7 @@ def _plain(name: str) -> str:
 
 
 def _under(name: str, wanted: str) -> bool:
-    return any(own == wanted or own.startswith(f"{wanted}.") for own in (name, _plain(name)))
+    return any(path == wanted or path.startswith(f"{wanted}.") for path in (name, _plain(name)))
 
 
 def sections() -> Iterator[tuple[str, type[BaseModel]]]:
