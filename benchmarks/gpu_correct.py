@@ -24,7 +24,7 @@ from stillroom.models.architecture import check_capture, relative_error
 from stillroom.models.precision import DTYPES, release_memory
 from stillroom.offline_teacher_data.recomputation import recompute, sample_ids
 from stillroom.offline_teacher_data.store import SignalStore
-from stillroom.terms import NextToken, teacher_to_student_ids, terms_of
+from stillroom.terms import NextTokenTerms, teacher_to_student_ids, terms_of
 from stillroom.terms.output_head import HeadTargets, Outcomes, head_losses
 from stillroom.terms.term import each_tensor
 from stillroom.training.batches import prepare
@@ -103,7 +103,7 @@ class Pair:
         student = DistillationStudent(model, terms, 5).train()
         scaler = torch.amp.GradScaler(device.type, enabled=precision == "float16")
         training = Training(precision=precision)
-        return StepRunner(student, NextToken(objective, self.mapped), terms, objective, training, scaler)
+        return StepRunner(student, NextTokenTerms(objective, self.mapped), terms, objective, training, scaler)
 
     def collate(self, runner: StepRunner, items: list[Prepared]) -> Batch:
         """A batch for it, pinned where there is a GPU."""

@@ -40,7 +40,7 @@ from stillroom.offline_teacher_data.store import (
     write_manifest,
     write_shard,
 )
-from stillroom.terms import NextToken, teacher_to_student_ids, terms_of
+from stillroom.terms import NextTokenTerms, teacher_to_student_ids, terms_of
 from stillroom.training.batches import Prefetched, epoch_order, prepare
 from stillroom.training.collation import Collator
 from writing import layout_of, random_signals
@@ -142,7 +142,7 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, A
     objective = GROUPS["combined"].objective(Objective())
     items = prepare(examples, student, store)
     sizes = [load_config(ref).get_text_config().vocab_size for ref in (workspace.teacher_ref, workspace.student_ref)]
-    head = NextToken(objective, teacher_to_student_ids(teacher, student, *sizes))
+    head = NextTokenTerms(objective, teacher_to_student_ids(teacher, student, *sizes))
     collate = Collator(store, head, terms_of(objective, store, load_config(workspace.student_ref)))
     training = workspace.study.training
     lengths = [len(item.encoding) for item in items]

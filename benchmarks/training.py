@@ -29,7 +29,7 @@ from stillroom.models.hub import load_model, load_tokenizer
 from stillroom.models.precision import DTYPES, default_device
 from stillroom.offline_teacher_data import capture, made_from
 from stillroom.offline_teacher_data.store import SignalStore
-from stillroom.terms import NextToken, Term, next_token_of, terms_of
+from stillroom.terms import NextTokenTerms, Term, next_token_of, terms_of
 from stillroom.training.batches import epoch_order, prepare
 from stillroom.training.collation import Batch, Collator
 from stillroom.training.distillation_student import DistillationStudent
@@ -60,7 +60,7 @@ class Bench:
         order = epoch_order([len(i.encoding) for i in items], training.batch_size, training.bucket_batches, 0, 0)
         return [lambda own=[items[i] for i in chosen]: collate(own) for chosen in order[:count]]  # type: ignore[misc]
 
-    def terms(self, objective: Objective) -> tuple[NextToken, Sequence[Term]]:
+    def terms(self, objective: Objective) -> tuple[NextTokenTerms, Sequence[Term]]:
         """An objective's terms for this student."""
         model = self.student.model
         head = next_token_of(objective, self.store, self.tokenizer, model)

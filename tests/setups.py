@@ -14,7 +14,7 @@ from stillroom.config import GROUPS, Evaluation, Objective, Training
 from stillroom.data.encoding import encode
 from stillroom.models.hub import load_model, load_tokenizer
 from stillroom.models.sizes import vocabulary_size
-from stillroom.terms import NextToken, teacher_to_student_ids, terms_of
+from stillroom.terms import NextTokenTerms, teacher_to_student_ids, terms_of
 from stillroom.terms.full_support import FullSupport
 from stillroom.training.batches import prepare
 from stillroom.training.collation import Collator
@@ -73,7 +73,7 @@ class Setup:
         self.map = teacher_to_student_ids(store.tokenizer, self.tokenizer, vocabulary, vocabulary_size(model))
         full = objective.kd.support == "full"
         support = FullSupport(store.teacher_head, self.map, vocabulary_size(model)) if full else None
-        self.head = NextToken(objective, self.map, support)
+        self.head = NextTokenTerms(objective, self.map, support)
         self.terms = terms_of(objective, store, model.config)
         self.student = DistillationStudent(model, self.terms, seed=3).eval()
         self.collate = Collator(store, self.head, self.terms)

@@ -23,7 +23,7 @@ from stillroom.models.adapters import lora_adapter, without_adapters
 from stillroom.models.hub import load_model, load_tokenizer
 from stillroom.offline_teacher_data.store import SignalStore
 from stillroom.terms import terms_of
-from stillroom.terms.hidden_states import HiddenStates
+from stillroom.terms.hidden_states import HiddenTerm
 from stillroom.training import train_student
 from stillroom.training.train_student import Trial, train
 
@@ -448,11 +448,11 @@ def test_a_term_that_compares_nothing_stops_the_trial(tmp_path, student_ref, sto
     """A public run of this kind of study trained all its groups on cross-entropy alone, and nothing said so."""
     few = few.__class__(few.train[:8], few.validation[:2], few.counts)
     if term == "kd":
-        monkeypatch.setattr("stillroom.terms.NextToken.compared", lambda self, item: item.alignment.pairs[:0])
+        monkeypatch.setattr("stillroom.terms.NextTokenTerms.compared", lambda self, item: item.alignment.pairs[:0])
     else:
-        whole = HiddenStates.collate
+        whole = HiddenTerm.collate
         nothing = {"count": 0}
-        monkeypatch.setattr(HiddenStates, "collate", lambda self, *batch: replace(whole(self, *batch), **nothing))
+        monkeypatch.setattr(HiddenTerm, "collate", lambda self, *batch: replace(whole(self, *batch), **nothing))
     with pytest.raises(UserError, match=rf"the term {term} is on, but in a whole epoch no example had anything"):
         run(tmp_path, student_ref, store, few, "hidden", epochs=1)
     assert not (tmp_path / "result.json").exists()

@@ -6,14 +6,14 @@ from typing import Any
 
 from stillroom.config import Objective
 from stillroom.offline_teacher_data.store import SignalStore
-from stillroom.terms.attention_maps import AttentionMaps
-from stillroom.terms.hidden_states import HiddenStates
-from stillroom.terms.next_token import NextToken, next_token_of, teacher_to_student_ids
+from stillroom.terms.attention_maps import AttentionTerm
+from stillroom.terms.hidden_states import HiddenTerm
+from stillroom.terms.next_token import NextTokenTerms, next_token_of, teacher_to_student_ids
 from stillroom.terms.term import Part, Term
 from stillroom.terms.value_relations import ValueRelations
 
-TERMS: tuple[Any, ...] = (HiddenStates, AttentionMaps, ValueRelations)
-"""The white-box terms, in the order they are added up; `task` and `kd` are `NextToken`'s."""
+TERMS: tuple[Any, ...] = (HiddenTerm, AttentionTerm, ValueRelations)
+"""The white-box terms, in the order they are added up; `task` and `kd` are `NextTokenTerms`'s."""
 
 
 def terms_of(objective: Objective, store: SignalStore | None, student: Any) -> tuple[Term, ...]:
@@ -24,4 +24,4 @@ def terms_of(objective: Objective, store: SignalStore | None, student: Any) -> t
     return tuple(term(getattr(objective, term.name), store, student) for term in on)
 
 
-__all__ = ["TERMS", "NextToken", "Part", "Term", "next_token_of", "teacher_to_student_ids", "terms_of"]
+__all__ = ["TERMS", "NextTokenTerms", "Part", "Term", "next_token_of", "teacher_to_student_ids", "terms_of"]

@@ -48,7 +48,7 @@ class AttentionPart(Part):
         return square_maps(self.cells[column], self.sums[column], self.index)
 
 
-class AttentionMaps:
+class AttentionTerm:
     """Mean over layer pairs, heads and rows of a distance of two rows: squared difference over columns, or KL."""
 
     name = "attention"

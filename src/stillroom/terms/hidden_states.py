@@ -32,7 +32,7 @@ class HiddenPart(Part):
     """By column of the store."""
 
 
-class HiddenStates:
+class HiddenTerm:
     """Mean over layer pairs of a distance (`distances`) of the two models' states at aligned tokens."""
 
     name = "hidden"

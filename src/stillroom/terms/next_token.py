@@ -46,7 +46,7 @@ class HeadPart:
     """Of `task` and `kd`: positions."""
 
 
-class NextToken:
+class NextTokenTerms:
     """Both terms of one objective."""
 
     def __init__(
@@ -133,16 +133,18 @@ class NextToken:
         return head_losses(rows, head.weight, getattr(head, "bias", None), targets)
 
 
-def next_token_of(objective: Objective, store: SignalStore | None, tokenizer: Any, model: PreTrainedModel) -> NextToken:
+def next_token_of(
+    objective: Objective, store: SignalStore | None, tokenizer: Any, model: PreTrainedModel
+) -> NextTokenTerms:
     """Both terms of an objective for a student, its tokenizer and the teacher's data."""
     if objective.weights["kd"] <= 0:
-        return NextToken(objective, None)
+        return NextTokenTerms(objective, None)
     if store is None:
         raise ValueError("the term kd needs the teacher's data")
     size = vocabulary_size(model)
     mapped = teacher_to_student_ids(store.tokenizer, tokenizer, store.manifest["vocabulary"], size)
     full = objective.kd.support == "full"
-    return NextToken(objective, mapped, FullSupport(store.teacher_head, mapped, size) if full else None)
+    return NextTokenTerms(objective, mapped, FullSupport(store.teacher_head, mapped, size) if full else None)
 
 
 def teacher_to_student_ids(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stillroom.data.prepared import Prepared
 from stillroom.offline_teacher_data.store import SignalStore
-from stillroom.terms import NextToken, Part, Term
+from stillroom.terms import NextTokenTerms, Part, Term
 from stillroom.terms.next_token import HeadPart
 from stillroom.terms.placebo import Placebo
 from stillroom.terms.term import each_tensor
@@ -61,11 +61,11 @@ class Batch:
 class Collator:
     """Turns prepared examples into batches, reading from the store just the columns that the terms use."""
 
-    def __init__(self, store: SignalStore | None, head: NextToken, terms: Sequence[Term], seed: int = 0) -> None:
+    def __init__(self, store: SignalStore | None, head: NextTokenTerms, terms: Sequence[Term], seed: int = 0) -> None:
         """Without a store, for the task loss alone; `seed` is that of placebos."""
         self._seed = seed
         self._store, self._head, self._terms = store, head, terms
-        everything: tuple[NextToken | Term, ...] = (head, *terms)
+        everything: tuple[NextTokenTerms | Term, ...] = (head, *terms)
         as_they_are = [term for term in everything if not term.placebo]
         self._columns = list(dict.fromkeys(column for term in as_they_are for column in term.columns))
 

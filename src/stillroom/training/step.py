@@ -14,7 +14,7 @@ from torch import Tensor
 from stillroom.config import Objective, TermName, Training
 from stillroom.models.forward import Taps, forward
 from stillroom.models.precision import DTYPES
-from stillroom.terms import NextToken, Term
+from stillroom.terms import NextTokenTerms, Term
 from stillroom.training.collation import Batch
 from stillroom.training.distillation_student import DistillationStudent
 from stillroom.training.sharding import ALONE, Ranks, whole_norm
@@ -41,7 +41,7 @@ class StepRunner:
     def __init__(
         self,
         student: DistillationStudent,
-        head: NextToken,
+        head: NextTokenTerms,
         terms: Sequence[Term],
         objective: Objective,
         training: Training,
