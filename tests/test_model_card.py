@@ -103,6 +103,25 @@ def test_a_card_says_of_projector_and_teacher_what_is_true(study, tmp_path):
     assert "fine-tuned" not in card_of(folder, "hidden")[0]
 
 
+def test_a_card_says_which_tasks_had_wrong_answers_put_in(study, tmp_path):
+    """Label noise is in the student's weights: how much of it, and that the teacher did not learn it; else no word."""
+    folder = shutil.copytree(study, tmp_path / "results")
+    planned, corpus = read_json(folder / "planned.json"), read_json(folder / "corpus" / "corpus.json")
+    tasks = planned["study"]["corpus"]["tasks"]
+    for own in tasks.values():
+        own.pop("label_noise", None)
+    write_json(folder / "planned.json", planned)
+    assert "Label noise" not in card_of(folder, "task_only")[0]
+    tasks["sentiment"]["label_noise"] = 0.3
+    corpus["counts"]["sentiment"]["mislabelled"] = 1
+    write_json(folder / "planned.json", planned)
+    write_json(folder / "corpus" / "corpus.json", corpus)
+    said = " ".join(card_of(folder, "task_only")[0].split())
+    assert "Label noise: 1 of the 2 training examples of sentiment (asked for: 30%) were given a wrong answer" in said
+    assert "its teacher was fine-tuned on the right answers" in said
+    assert said.count("Label noise") == 1
+
+
 def test_a_checkpoint_that_the_result_does_not_know_has_no_card(study):
     """Another epoch's numbers are not taken for it."""
     (trial,) = (study / EXPERIMENT).glob("trial_*_hidden_seed_0")

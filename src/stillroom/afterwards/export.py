@@ -177,7 +177,9 @@ def _data_rows(study: dict[str, Any], counts: dict[str, dict[str, int]]) -> list
     for task, data in study["corpus"]["tasks"].items():
         name = Path(data["dataset"]).name if _is_file(data["dataset"]) else data["dataset"]
         details = [part for part in (data["subset"], data["revision"]) if part]
-        rows.append({**counts[task], "task": task, "dataset": " ".join([name, *details]), "split": data["split"]})
+        noise = f"{data.get('label_noise', 0):.0%}" if data.get("label_noise") else ""
+        where = {"task": task, "dataset": " ".join([name, *details]), "split": data["split"]}
+        rows.append({"mislabelled": 0, **counts[task], **where, "label_noise": noise})
     return rows
 
 
