@@ -56,10 +56,13 @@ class Examples:
         return self.train + self.validation
 
 
-def build_corpus(corpus: Corpus, tokenizers: Sequence[Any]) -> Examples:
+def build_corpus(
+    corpus: Corpus, tokenizers: Sequence[Any], lengths: dict[str, tuple[int, ...]] | None = None
+) -> Examples:
     """Draw each task's examples and split them; `tokenizers` are those an example must fit under.
 
-    Raises `UserError` where a task cannot supply as many examples as asked for.
+    `lengths` is filled with each drawn example's tokens under each tokenizer, EOS among them, by its id. Raises
+    `UserError` where a task cannot supply as many examples as asked for.
     """
     train: list[Example] = []
     validation: list[Example] = []
@@ -68,7 +71,9 @@ def build_corpus(corpus: Corpus, tokenizers: Sequence[Any]) -> Examples:
     for name, data in corpus.tasks.items():
         if data.label_noise and get_task(name, data).kind != "choice":
             raise UserError(f"corpus.tasks.{name}.label_noise: {name} has no choices; leave it out")
-        chosen, count = _draw(get_task(name, data), data, corpus, tokenizers, faults)
+        chosen, count = _draw(
+            get_task(name, data), data, corpus, tokenizers, faults, {} if lengths is None else lengths
+        )
         parts = split(chosen, corpus.validation_share, corpus.split_seed)
         counts[name] = {"used": len(chosen), "train": len(parts[0]), "validation": len(parts[1]), **count}
         train += parts[0]
@@ -98,7 +103,12 @@ def _with_label_noise(
 
 
 def _draw(
-    task: Task, data: TaskData, corpus: Corpus, tokenizers: Sequence[Any], faults: dict[str, str]
+    task: Task,
+    data: TaskData,
+    corpus: Corpus,
+    tokenizers: Sequence[Any],
+    faults: dict[str, str],
+    lengths: dict[str, tuple[int, ...]],
 ) -> tuple[list[Example], dict[str, int]]:
     place = f"corpus.tasks.{task.name}"
     rows = load_rows(task, data, corpus.sample_seed, place)
@@ -107,7 +117,7 @@ def _draw(
     ordered = _read(task, data, rows, ranked.without_duplicates(dropped))
     settled_ = _settled(ordered, tokenizers, dropped, faults) if data.chat else ordered
     wanted = None if data.examples == "all" else data.examples
-    chosen = list(islice(_fitting(settled_, corpus.max_length, tokenizers, dropped), wanted))
+    chosen = list(islice(_fitting(settled_, corpus.max_length, tokenizers, dropped, lengths), wanted))
     if len(chosen) < (wanted or 2):
         raise UserError(
             f"{place}.examples: {wanted or '2 at least'} asked for, but only {len(chosen)} can be used "
@@ -140,7 +150,7 @@ def with_test_splits(
         # the word is part of the draw: another one would choose other examples
         ordered = _read(task, data, rows, _ranked(unseen, f"official{corpus.sample_seed}").numbers)
         settled_ = _settled(ordered, tokenizers, dropped, faults) if data.chat else ordered
-        chosen = list(islice(_fitting(settled_, max_length, tokenizers, dropped), wanted))
+        chosen = list(islice(_fitting(settled_, max_length, tokenizers, dropped, {}), wanted))
         if not chosen:
             source = f"{data.dataset}/{data.split}"
             raise UserError(f"{place}: no example of {source} can be used ({dict(dropped)}){_first(task, faults)}")
@@ -289,7 +299,11 @@ def _settled(
 
 
 def _fitting(
-    examples: Iterable[Example], max_length: int, tokenizers: Sequence[Any], dropped: Counter[str]
+    examples: Iterable[Example],
+    max_length: int,
+    tokenizers: Sequence[Any],
+    dropped: Counter[str],
+    lengths: dict[str, tuple[int, ...]],
 ) -> Iterator[Example]:
     waiting = iter(examples)
     while part := list(islice(waiting, 256)):
@@ -299,6 +313,7 @@ def _fitting(
                 name = f"example {example.example_id} ({example.task}), {example.text[:60]!r}"
                 raise UserError(f"{name}: a tokenizer has no token for any of its text; leave the row out")
             if all(fits(encoding, max_length) for encoding in encoded):
+                lengths[example.example_id] = tuple(map(len, encoded))
                 yield example
             else:
                 dropped["too_long"] += 1

@@ -15,6 +15,7 @@ import torch
 
 from stillroom.config import BenchmarkSplit, Lora, ModelRef, Precision, Quantization, Signals, Study, TaskData, Training
 from stillroom.data.chat_templates import encode_examples
+from stillroom.data.encoding import encode
 from stillroom.data.tasks import get_task
 from stillroom.errors import UserError
 from stillroom.evaluation.generation import prompts_at_once
@@ -273,12 +274,24 @@ def _count(study: Study, tokenizers: list[Any]) -> dict[str, _Lengths]:
     """Tokens counted with the real tokenizers on the real data."""
     from stillroom.data.corpus import build_corpus
 
-    examples = build_corpus(study.corpus, tokenizers)
+    lengths: dict[str, tuple[int, ...]] = {}
+    examples = build_corpus(study.corpus, tokenizers, lengths)
+    for example in examples.all:  # a wrong answer is put in after the draw
+        if example.example_id not in lengths:
+            lengths[example.example_id] = tuple(len(encode_examples(t, [example], add_eos=True)[0]) for t in tokenizers)
+    plain = next((example for example in examples.all if not example.turns), None)
+    # the student alone learns EOS; some tokenizers end each text with it of themselves
+    added = (
+        len(encode(tokenizers[0], plain.text, add_eos=True)) - len(encode(tokenizers[0], plain.text)) if plain else 0
+    )
     result = {}
     for name in study.corpus.tasks:
         own = [example for example in examples.all if example.task == name]
-        teacher = np.array([len(e) for e in encode_examples(tokenizers[0], own)])
-        student = np.array([len(e) for e in encode_examples(tokenizers[1], own, add_eos=True)])
+        if own[0].turns:
+            teacher = np.array([len(e) for e in encode_examples(tokenizers[0], own)])
+        else:
+            teacher = np.array([lengths[e.example_id][0] - added for e in own])
+        student = np.array([lengths[e.example_id][1] for e in own])
         result[name] = _Lengths(teacher, student, float((teacher * (teacher + 1) / 2).mean()))
     return result
 
@@ -361,10 +374,11 @@ def _disk(study: Study, student: Shape, trials: int) -> dict[str, int]:
     passing = min({"last": 1, "best": 2, "all": 0}[keep], earlier)  # until the next checkpoint is whole
     states = min(2, earlier)  # float32 weights and two moments; none with the last epoch's
     trained = _lora_parameters(student, study.student.lora) if study.student.lora else student.parameters
+    moments = 8 if study.training.optimizer == "adamw" else 2
     return {
         "checkpoint": saved,
         "checkpoints": saved * kept * trials,
-        "more_while_a_trial_runs": saved * passing + (4 * student.parameters + 8 * trained) * states,
+        "more_while_a_trial_runs": saved * passing + (4 * student.parameters + moments * trained) * states,
     }
 
 
@@ -438,6 +452,9 @@ def _how_hours_are_made(study: Study, machines: Sequence[Machine]) -> list[str]:
         *([f"the teacher's answers: {_LINE} tokens for a choice task"] if study.signals.teacher_answers else []),
         "left out: fine-tuning the teacher, evaluating both models before training, the validation loss, gradient "
         "measurements" + (", what lm-evaluation-harness evaluates" if study.evaluation.harness_splits else ""),
+        "memory: tensors of one process at its peak, without Python and its libraries; on a CPU `stillroom doctor` "
+        "asks for twice a trial's, since the allocator keeps part of what is given back",
+        "disk: bytes of the files as they are written; `stillroom doctor` adds what trials need more while they run",
         f"the store is written once, and read beside the training of each epoch, at {_BYTES_FROM_DISK / 1e9:.0f} GB/s",
     ]
 
