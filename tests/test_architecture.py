@@ -15,12 +15,15 @@ from architectures import verdicts
 from stillroom.config import GROUPS, Evaluation, ModelRef, Objective, Training
 from stillroom.errors import UserError
 from stillroom.evaluation.metrics import by_column
+from stillroom.experiment.workspace import Workspace
 from stillroom.models.architecture import PROBE, check_capture, check_model, miniature
 from stillroom.models.forward import last_hidden_state
 from stillroom.models.hub import load_model, load_tokenizer
 from stillroom.models.output_head import load_output_head, output_logits
 from stillroom.models.sizes import width
+from stillroom.studies import load_study
 from stillroom.training.train_student import Trial, train
+from studies import study_file
 
 SMALL = {
     "bloom": transformers.BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4),
@@ -89,6 +92,28 @@ def test_a_model_that_is_not_causal_is_refused():
             parameter.mul_(8)
     with pytest.raises(UserError, match=r"BertGenerationDecoder: .*not causal"):
         check_model(model, PROBE)
+
+
+def test_a_student_that_cannot_be_tried_small_is_refused_before_the_capture(
+    tmp_path, teacher_ref, student_ref, monkeypatch
+):
+    """With its own weights, before any baseline is measured; without a group that captures its attention it is not."""
+    tokenizer = load_tokenizer(student_ref)
+    config = transformers.BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "bloom")
+    tokenizer.save_pretrained(tmp_path / "bloom")
+    for module in ("sources", "workspace"):
+        monkeypatch.setattr(f"stillroom.experiment.{module}.try_miniature", lambda config: None)
+    for groups, refused in ((["combined"], True), (["black_box"], False)):
+        path = study_file(tmp_path, teacher_ref.model, str(tmp_path / "bloom"), groups=groups)
+        workspace = Workspace(load_study(path))
+        due = [own for own in workspace.measured_baselines if own.role == "student"]
+        if refused:
+            with pytest.raises(UserError, match="BloomForCausalLM"):
+                workspace._measure("student", due)
+        else:
+            workspace._measure("student", due)
+        assert all((own.read() is None) == refused for own in due)
 
 
 @pytest.mark.parametrize("name", ["bloom", "granite"])

@@ -29,6 +29,7 @@ from stillroom.experiment.sources import Sources
 from stillroom.experiment.tracker import Tracker
 from stillroom.experiment.watching import SweepWatch
 from stillroom.files import exclusive, read_json, remove_tree, write_json
+from stillroom.models.architecture import PROBE, check_capture, try_miniature
 from stillroom.models.hub import absolute, load_config, load_model, model_identity
 from stillroom.models.output_head import load_output_head
 from stillroom.models.precision import DTYPES, default_device, release_memory
@@ -246,6 +247,8 @@ class Workspace(Sources):
         model = load_model(
             ref, due[0].precision, device, self.study.teacher.quantization if role == "teacher" else None
         )
+        if role == "student" and self.study.captures_student and try_miniature(model.config) is None:
+            check_capture(model, PROBE)  # which `require_supported` could not, and a trial would only after the capture
         for baseline in due:
             shown = partial(self.progress, f"evaluating the {BASELINE_LABELS[role]}, examples")
             baseline.measure(model, self.tokenizers[role == "student"], shown)
