@@ -13,6 +13,7 @@ MISTAKES = [
     ("evaluation.test_splits.quiz.splt=x", "unknown key; did you mean split?"),
     ("teacher.adapt.method=full", "unknown key; did you mean fine_tune?"),
     ("teacher.fine_tune.training.epoch=1", "unknown key; did you mean epochs?"),
+    ("training={compile: true, gradient_checkpointing: true}", "leave out compile or gradient_checkpointing"),
     ("training.zzz=1", "training.zzz: unknown key (given 1)"),
     ("training.epochs=0", "training.epochs"),
     ("training.epochs=three", "training.epochs"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,7 +78,8 @@ def check_capture(model: PreTrainedModel, ids: Tensor) -> None:
         passed = forward(model, ids, Taps(attention=frozenset({"last"})))
         hidden, found = passed.last_hidden, passed.attention["last"]
         model.set_attn_implementation("eager")
-        eager_maps = model(input_ids=ids, attention_mask=mask, output_attentions=True, use_cache=False).attentions
+        with _without_new_hooks(model):
+            eager_maps = model(input_ids=ids, attention_mask=mask, output_attentions=True, use_cache=False).attentions
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # as in check_model
@@ -92,6 +94,19 @@ def check_capture(model: PreTrainedModel, ids: Tensor) -> None:
         raise UserError(f"{name}: captured attention has shape {tuple(found.shape)}, its own {shape}; not supported")
     _require_close(model, "capturing its attention changes its hidden state", hidden, expected)
     _require_close(model, "captured attention differs from its eager attention", found, attention)
+
+
+@contextmanager
+def _without_new_hooks(model: PreTrainedModel) -> Iterator[None]:
+    """Take away again the hooks by which Transformers collects maps: they would stay, and stop `torch.compile`."""
+    before = {module: set(module._forward_hooks) for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, hooks in before.items():
+            for number in set(module._forward_hooks) - hooks:
+                del module._forward_hooks[number]
+            vars(module).pop("_output_capturing_hooks_installed", None)
 
 
 def _first_line(error: Exception) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -36,7 +35,11 @@ class Recorder:
         """Of the key-value heads, one after the other: (B, T, W)."""
 
 
-_RECORDER: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
+_RECORDER = "stillroom_recorder"
+"""Attribute of a model that is recorded, and of its layers' modules, for as long as it is.
+
+A layer that is not recorded has none, so nothing in it stops `torch.compile`.
+"""
 
 
 @contextmanager
@@ -50,13 +53,17 @@ def attention_recorder(
     if not model._can_set_attn_implementation():
         raise UserError(f"{CANNOT.format(type(model).__name__)}: its attention function cannot be replaced")
     native = model.config._attn_implementation
-    recorder = Recorder(layers, value_layers)
+    recorder, wanted = Recorder(layers, value_layers), layers | value_layers
+    watched = [model, *(module for module in model.modules() if getattr(module, "layer_idx", None) in wanted)]
+    before = [vars(module).get(_RECORDER) for module in watched]
     model.set_attn_implementation(ATTENTION)
-    token = _RECORDER.set(recorder)
+    for module in watched:
+        setattr(module, _RECORDER, recorder)
     try:
         yield recorder
     finally:
-        _RECORDER.reset(token)
+        for module, other in zip(watched, before, strict=True):
+            setattr(module, _RECORDER, other)
         model.set_attn_implementation(native)
 
 
@@ -68,7 +75,7 @@ def recompute_layers(model: PreTrainedModel) -> None:
     """
 
     def contexts() -> tuple[Any, Any]:
-        recorder = _RECORDER.get()
+        recorder: Recorder | None = vars(model).get(_RECORDER)
         if recorder is None:
             return nullcontext(), nullcontext()
         return nullcontext(), attention_recorder(model, recorder.layers, recorder.value_layers)
@@ -113,7 +120,8 @@ def _attention(
     softcap: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    recorder, layer = _RECORDER.get(), getattr(module, "layer_idx", None)
+    recorder: Recorder | None = getattr(module, _RECORDER, None)
+    layer: Any = getattr(module, "layer_idx", None)
     wanted = recorder is not None and layer in recorder.layers
     if recorder is not None and layer in recorder.value_layers:
         recorder.values[int(layer)] = value.transpose(1, 2).flatten(2)
@@ -125,7 +133,7 @@ def _attention(
         mask = mask.tril(key.shape[2] - query.shape[2])
     probabilities = attention_probabilities(query, key, mask, scaling, softcap)
     if recorder is not None and wanted:
-        recorder.maps[int(layer)] = probabilities  # type: ignore[arg-type]
+        recorder.maps[int(layer)] = probabilities
     if softcap is None:
         return _sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options), None
     # sdpa caps no scores: written out, in every layer

@@ -54,8 +54,8 @@ def forward(model: PreTrainedModel, ids: Int[Tensor, "B T"], taps: Taps = Taps()
     kernels run, and nothing waits for a GPU to say whether there is padding. What it gives for padding means nothing.
     Raises `UserError` where a layer's attention passes the attention function by.
     """
-    maps, values = ({tap: _number(model, tap) - 1 for tap in kind} for kind in (taps.attention, taps.values))
-    blocks = {tap: _number(model, tap) - 1 for tap in taps.hidden if tap != "last"}
+    maps, values = ({tap: layer_number(model, tap) - 1 for tap in kind} for kind in (taps.attention, taps.values))
+    blocks = {tap: layer_number(model, tap) - 1 for tap in taps.hidden if tap != "last"}
     with _block_outputs(model, frozenset(blocks.values())) as states:
         if not maps and not values:
             last, recorder = last_hidden_state(model, ids), Recorder(frozenset())
@@ -76,7 +76,7 @@ def forward(model: PreTrainedModel, ids: Int[Tensor, "B T"], taps: Taps = Taps()
     )
 
 
-def _number(model: PreTrainedModel, tap: Tap) -> int:
+def layer_number(model: PreTrainedModel, tap: Tap) -> int:
     """A layer's number, from 1; `UserError` if the model has no such layer."""
     layers = int(model.config.get_text_config().num_hidden_layers)
     if tap != "last" and tap > layers:

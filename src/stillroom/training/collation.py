@@ -61,9 +61,14 @@ class Batch:
 class Collator:
     """Turns prepared examples into batches, reading from the store just the columns that the terms use."""
 
-    def __init__(self, store: SignalStore | None, head: NextTokenTerms, terms: Sequence[Term], seed: int = 0) -> None:
-        """Without a store, for the task loss alone; `seed` is that of placebos."""
-        self._seed = seed
+    def __init__(
+        self, store: SignalStore | None, head: NextTokenTerms, terms: Sequence[Term], seed: int = 0, rounded: int = 1
+    ) -> None:
+        """Without a store, for the task loss alone; `seed` is that of placebos.
+
+        Batches are padded to a multiple of `rounded` tokens.
+        """
+        self._seed, self._rounded = seed, rounded
         self._store, self._head, self._terms = store, head, terms
         everything: tuple[NextTokenTerms | Term, ...] = (head, *terms)
         as_they_are = [term for term in everything if not term.placebo]
@@ -85,7 +90,7 @@ class Collator:
         return [self._batch(chunk or items[:1], placebo, idle=not chunk) for chunk in cut]
 
     def _batch(self, items: Sequence[Prepared], placebo: Placebo | None, idle: bool = False) -> Batch:
-        longest = max(len(item.encoding) for item in items)
+        longest = -(-max(len(item.encoding) for item in items) // self._rounded) * self._rounded
         ids = np.zeros((len(items), longest), dtype=np.int64)
         mask = np.zeros_like(ids)
         for row, item in enumerate(items):

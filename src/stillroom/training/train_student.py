@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -31,8 +32,10 @@ from stillroom.files import remove_leftovers, write_json
 from stillroom.folders import TrialFolder
 from stillroom.models.architecture import check_capture, check_model
 from stillroom.models.attention_capture import recompute_layers
+from stillroom.models.compiled import ROUNDED, compile_layers
 from stillroom.models.hub import load_model, load_tokenizer
 from stillroom.models.precision import default_device, scoring_copy
+from stillroom.models.sizes import context_length
 from stillroom.offline_teacher_data.store import SignalStore
 from stillroom.offline_teacher_data.verification import require_verified
 from stillroom.progress import Progress, silent
@@ -124,6 +127,7 @@ def train(
     model = _load(student_ref, trial.seed, device if ranks.size == 1 else torch.device("cpu"), adapter)
     if training.gradient_checkpointing:
         recompute_layers(model)
+    rounded = _rounding(training, model)
     head = next_token_of(group_objective, store, tokenizer, model)
     terms = terms_of(group_objective, store, model.config)
     student = DistillationStudent(model, terms, trial.seed)
@@ -131,11 +135,13 @@ def train(
         n: prepare(part, tokenizer, store)
         for n, part in (("train", examples.train), ("validation", examples.validation))
     }
-    collate = Collator(store, head, terms, trial.seed)
+    collate = Collator(store, head, terms, trial.seed, rounded)
     coverage = measure_coverage([*parts["train"], *parts["validation"]]) if store else {}
     require_coverage(coverage, minimum_coverage)
     kinds = count_kinds([*parts["train"], *parts["validation"]]) if store else {}
     _check_architecture(student, parts["train"])
+    if training.compile:
+        compile_layers(model, student.taps)
     whole = shard(student, ranks, device)
     optimizer = optimizer_of(student.parameters(), training)
     scaler = torch.amp.GradScaler(device.type, enabled=training.precision == "float16")
@@ -223,7 +229,7 @@ def train(
         more["test_evaluation_seconds"] = time.perf_counter() - began
     more = {**more, **({"teacher_answers": answers} if answers else {})}
     if store:
-        heads = Collator(store, head, (), trial.seed)
+        heads = Collator(store, head, (), trial.seed, rounded)
         losses = losses_by_kind(runner, parts["validation"], heads, training.micro_batch_size or training.batch_size)
         more["kinds"] = merged(kinds, losses)
     result = _result(trial, runner.objective, state, coverage, student, test_metrics, more)
@@ -239,6 +245,12 @@ def _set_determinism(on: bool) -> None:
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(on)
+
+
+def _rounding(training: Training, model: PreTrainedModel) -> int:
+    """To how many tokens batches are rounded up; where positions are learnt, their number may be no multiple."""
+    most = context_length(model.config)
+    return ROUNDED if training.compile and (most % ROUNDED == 0 or most == sys.maxsize) else 1
 
 
 def seed_step(seed: int, step: int, rank: int = 0) -> None:
@@ -317,9 +329,10 @@ def _scored(
     """What is found with the student as it is saved, in the dtype that it is scored in."""
     whole.eval()
     scored = scoring_copy(whole.model, training.precision, evaluation.dtype)
-    if ranks.size == 1:
-        return of(scored)
-    return scored_by_all(scored, scored is not whole.model, ranks, device, of)
+    with torch.compiler.set_stance("force_eager" if training.compile else "default"):  # each text has its own lengths
+        if ranks.size == 1:
+            return of(scored)
+        return scored_by_all(scored, scored is not whole.model, ranks, device, of)
 
 
 def _evaluate_test_splits(
