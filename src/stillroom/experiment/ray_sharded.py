@@ -10,7 +10,7 @@ import torch
 from stillroom.errors import UserError
 from stillroom.experiment.jobs import TrialPlan, train_plan
 from stillroom.experiment.ray_processes import end_with_parent
-from stillroom.experiment.sharded_trial import BACKEND
+from stillroom.experiment.sharded_trial import BACKEND, PATIENCE
 from stillroom.files import read_json
 from stillroom.progress import Progress, silent
 from stillroom.training.sharding import Ranks
@@ -37,9 +37,9 @@ def train_on_workers(
 
     trainer = TorchTrainer(
         _train,
-        train_loop_config={"plan": plan, "threads": each["CPU"]},
+        train_loop_config={"plan": plan, "threads": each["CPU"], "gpu": "GPU" in each},
         scaling_config=ScalingConfig(num_workers=count, use_gpu="GPU" in each, resources_per_worker=each),
-        torch_config=TorchConfig(backend=BACKEND if "GPU" in each else "gloo"),
+        torch_config=TorchConfig(backend=BACKEND if "GPU" in each else "gloo", timeout_s=int(PATIENCE.total_seconds())),
         run_config=RunConfig(name=plan.trial.name, storage_path=storage, callbacks=[TuneReportCallback()]),
     )
     try:
@@ -59,7 +59,7 @@ def _train(config: dict[str, Any]) -> None:
 
     end_with_parent()
     context = train.get_context()
-    if torch.cuda.is_available():
+    if config["gpu"]:
         torch.cuda.set_device(train.torch.get_device())
     else:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

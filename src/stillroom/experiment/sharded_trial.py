@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,16 @@ from stillroom.credentials import redact
 from stillroom.errors import UserError
 from stillroom.experiment.jobs import TrialPlan, train_plan
 from stillroom.experiment.ray_processes import end_with_parent
+from stillroom.files import read_json
 from stillroom.progress import Progress, silent
 from stillroom.training.sharding import Ranks
 from stillroom.training.train_student import Report
 
 BACKEND = "cpu:gloo,cuda:nccl"
 """What the processes exchange tensors by: counts and finished sums on the CPU, weights and gradients where they lie."""
+
+PATIENCE = timedelta(days=1)
+"""How long a process waits for the others: as long as the leading one may take to write a checkpoint."""
 
 _SECONDS = 0.2
 """How often is looked for what the processes say."""
@@ -57,32 +62,35 @@ def train_sharded(
         said = multiprocessing.get_context(method).SimpleQueue()
         running = start_processes(_train, (plan, count, threads, meeting, said), count, join=False, start_method=method)
         assert running is not None
-        result, failed = dict[str, Any](), None
+        killed, failed = None, list[_Failed]()
         try:
             over = False
             while not over:
                 try:
                     over = running.join(_SECONDS)
                 except ProcessExitedException as error:
-                    failed, over = error, True
-                for what in _heard(said):
-                    if isinstance(what, _Failed):
-                        raise UserError(what.why) if what.remedy_known else RuntimeError(what.why)
-                    kind, value = what
-                    if kind == "epoch":
+                    killed, over = error, True
+                for kind, value in _heard(said):
+                    if kind == "failed":
+                        failed.append(value)
+                    elif kind == "epoch":
                         report(value)
-                    elif kind == "progress":
-                        progress(*value)
                     else:
-                        result = value
+                        progress(*value)
         finally:
             for process in running.processes:
                 process.kill()
-    if failed is not None:
+    mistakes = [failure.why for failure in failed if failure.remedy_known]
+    if mistakes:
+        raise UserError(mistakes[0])
+    if killed is not None and killed.signal_name:  # what the others say then is that it is gone
         raise UserError(
-            f"one of the trial's {count} processes was stopped ({failed}): out of memory? Set "
+            f"one of the trial's {count} processes was stopped ({killed}): out of memory? Set "
             "training.micro_batch_size lower or sweep.gpus_per_trial higher"
         )
+    if failed or killed is not None:
+        raise RuntimeError(failed[0].why if failed else str(killed))
+    result: dict[str, Any] = read_json(plan.files.result)
     return result
 
 
@@ -101,24 +109,23 @@ def _train(rank: int, plan: TrialPlan, count: int, threads: int, meeting: str, s
         if torch.cuda.is_available():
             torch.cuda.set_device(rank)
         backend = BACKEND if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=count)
+        dist.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=count, timeout=PATIENCE)
 
-        def tell(kind: str, *value: Any) -> None:
+        def tell(kind: str, value: Any) -> None:
             if leads:
-                said.put((kind, *value))
+                said.put((kind, value))
 
-        result = train_plan(
+        train_plan(
             plan,
             lambda metrics: tell("epoch", metrics),
             lambda done, of: tell("progress", (done, of)),
             ranks=Ranks(rank, count),
         )
-        tell("result", result)
         dist.barrier()
         code = 0
     except Exception as error:
         why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        said.put(_Failed(redact(why), isinstance(error, UserError)))
+        said.put(("failed", _Failed(redact(why), isinstance(error, UserError))))
         if not isinstance(error, UserError):
             sys.excepthook(*sys.exc_info())
     finally:

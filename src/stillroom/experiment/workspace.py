@@ -13,6 +13,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from stillroom import offline_teacher_data as otd
 from stillroom.analysis.frame import worse_or_equal, write_summary
 from stillroom.analysis.report import write_report
@@ -25,6 +27,8 @@ from stillroom.evaluation.generation import teacher_answers
 from stillroom.experiment.jobs import CapturePlan, TrialPlan, finished, run_capture, run_trial
 from stillroom.experiment.local_sweep import sweep as sweep_here
 from stillroom.experiment.ray_sweep import capture_on_workers, sweep
+from stillroom.experiment.resources import cores
+from stillroom.experiment.sharded_trial import train_sharded
 from stillroom.experiment.sources import Sources
 from stillroom.experiment.tracker import Tracker
 from stillroom.experiment.watching import SweepWatch
@@ -240,10 +244,15 @@ class Workspace(Sources):
         no_better = worse_or_equal(*(facts["metrics"] for facts in measured.values())) if len(measured) == 2 else []
         return {**measured, "teacher_no_better": {"tasks": no_better}}
 
+    @property
+    def _student_device(self) -> torch.device | str:
+        """Where the student before training is scored: one too large for a GPU is spread over all of them."""
+        return default_device() if self.study.sweep.processes == 1 else "auto"
+
     def _measure(self, role: str, due: list[Baseline]) -> None:
         if not due:
             return
-        ref, device = (self.fine_tune(), "auto") if role == "teacher" else (self.student_ref, default_device())
+        ref, device = (self.fine_tune(), "auto") if role == "teacher" else (self.student_ref, self._student_device)
         model = load_model(
             ref, due[0].precision, device, self.study.teacher.quantization if role == "teacher" else None
         )
@@ -311,7 +320,10 @@ class Workspace(Sources):
         if not chosen:
             raise UserError(f"seed {seed} is not in the study; it has {list(self.study.sweep.seeds)}")
         known = finished(chosen[0])
-        result = run_trial(chosen[0], progress=partial(self.progress, f"training {group}, seed {seed}, steps"))
+        count, by = self.study.sweep.processes, None
+        if count > 1:
+            by = partial(train_sharded, count=count, threads=max(1, cores() // count))
+        result = run_trial(chosen[0], progress=partial(self.progress, f"training {group}, seed {seed}, steps"), by=by)
         write_summary(self.results)
         if not known:
             self._record("train", {"trial": result["trial"]})

@@ -298,7 +298,7 @@ def _memory(study: Study, plan: dict[str, Any]) -> Lines:
         yield Finding("accelerator", hours <= 1, says)
         memory = hardware()["memory_bytes"] or 0
         room = {"capture": memory, "trial": memory / _at_once(study)}
-        needs["trial"] = int(_KEPT_ON_CPU * needs["trial"])
+        needs["trial"] = int(_KEPT_ON_CPU * needs["trial"]) * study.sweep.processes
     where = "of GPU memory" if gpus else "of memory"
     remedies = {
         "capture": "set a smaller signals.batch_tokens or teacher.dtype=float16",

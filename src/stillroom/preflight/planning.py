@@ -506,4 +506,6 @@ def trial_memory(
     weights = bytes_trained * trained + (8 * student.parameters if lora else 0) + copied
     embeddings = min(2 * student.vocabulary * student.width, student.parameters)
     gathered = embeddings + (student.parameters - embeddings) // student.layers if processes > 1 else 0
-    return weights // processes + 2 * 4 * gathered + activations  # a gathered weight has a gathered gradient
+    # a gathered weight has a gathered gradient; each layer's weights stay, cast for autocast, until the backward pass
+    cast = size * student.parameters if processes > 1 and size < 4 and not training.gradient_checkpointing else 0
+    return weights // processes + 2 * 4 * gathered + cast + activations

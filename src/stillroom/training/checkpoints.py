@@ -94,7 +94,7 @@ def saving_checkpoint(
     """
     epoch, going_on = state.epoch + 1, state.epoch + 1 < training.epochs
     fill(whole, student)
-    moments = gathered(optimizer.state_dict()) if going_on else {}
+    moments = gathered(optimizer.state_dict(), here=ranks.leads) if going_on else {}
     if not ranks.leads:
         yield
         return
@@ -190,7 +190,7 @@ def restore_checkpoint(
 ) -> TrainingState:
     """Load weights, optimizer and scaler in place; returns what the trial had done."""
     require_whole(checkpoint)
-    saved = torch.load(checkpoint / STATE, map_location=whole.model.device, weights_only=True)
+    saved = torch.load(checkpoint / STATE, map_location=whole.model.device, weights_only=True, mmap=True)
     whole.load_state_dict(saved["student"])
     spread(whole, student)
     if "optimizer" in saved:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from stillroom.models.forward import blocks_of
+from stillroom.models.precision import release_memory
 from stillroom.training.distillation_student import DistillationStudent
 
 T = TypeVar("T")
@@ -109,9 +110,19 @@ def spread(whole: DistillationStudent, student: DistillationStudent) -> None:
         places[name].copy_(part_of(tensor, places[name]))
 
 
-def gathered(values: Any) -> Any:
-    """Tensors at any depth, whole and on the CPU where they are sharded; every process takes part."""
-    return tree_map(lambda value: value.full_tensor().cpu() if isinstance(value, DTensor) else value, values)
+def gathered(values: Any, here: bool = True) -> Any:
+    """Tensors at any depth, whole and on the CPU where they are sharded.
+
+    Every process takes part; one that is not to have them `here` gets None in their place.
+    """
+
+    def whole(value: Any) -> Any:
+        if not isinstance(value, DTensor):
+            return value
+        tensor = value.full_tensor()
+        return tensor.cpu() if here else None
+
+    return tree_map(whole, values)
 
 
 def part_of(value: Tensor, like: Tensor) -> Tensor:
@@ -139,4 +150,6 @@ def scored_by_all(
     student.eval()
     _shard(student, ranks, device)
     found: T = student(score, student.model)
+    del student
+    release_memory()  # its parts refer to each other, and would stay into the next epoch
     return found

@@ -58,7 +58,8 @@ class StepRunner:
         """The study's precision for the forward pass; float32 needs none."""
         if self.training.precision == "float32":
             return nullcontext()
-        return torch.autocast(self.device.type, DTYPES[self.training.precision])
+        kept = self.ranks.size == 1  # else every layer's weights, cast, until the pass is over
+        return torch.autocast(self.device.type, DTYPES[self.training.precision], cache_enabled=kept)
 
     def losses(
         self, batch: Batch, weights: Mapping[TermName, float], counts: Mapping[str, int]

@@ -50,6 +50,7 @@ from stillroom.training.batches import (
 )
 from stillroom.training.by_kind import count_kinds, losses_by_kind, merged
 from stillroom.training.checkpoints import (
+    RESUMING,
     TrainingState,
     drop_superseded,
     drop_unusable,
@@ -120,8 +121,7 @@ def train(
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
         drop_unusable(folder, last_checkpoint(folder))
-    ranks.wait()
-    last = last_checkpoint(folder)
+    last = _common_checkpoint(folder, ranks)
     tokenizer = load_tokenizer(student_ref)
     store = _open(store_path)
     model = _load(student_ref, trial.seed, device if ranks.size == 1 else torch.device("cpu"), adapter)
@@ -247,6 +247,18 @@ def _set_determinism(on: bool) -> None:
     torch.use_deterministic_algorithms(on)
 
 
+def _common_checkpoint(folder: Path, ranks: Ranks) -> Path | None:
+    """What the leading process would resume from. `UserError` in one that does not see it, on a folder shared late."""
+    last = last_checkpoint(folder) if ranks.leads else None
+    epoch = int(ranks.summed({"epoch": int(last.name.split("_")[1]) if last else 0})["epoch"])
+    if not epoch or ranks.leads:
+        return last
+    path = TrialFolder(folder).checkpoint(epoch)
+    if not all((path / name).is_file() for name in RESUMING):
+        raise UserError(f"{path} is not seen here: another node wrote it; run the same command again to resume")
+    return path
+
+
 def _rounding(training: Training, model: PreTrainedModel) -> int:
     """To how many tokens batches are rounded up; where positions are learnt, their number may be no multiple."""
     most = context_length(model.config)
@@ -255,7 +267,7 @@ def _rounding(training: Training, model: PreTrainedModel) -> int:
 
 def seed_step(seed: int, step: int, rank: int = 0) -> None:
     """Dropout is a function of seed, step and rank, so it is the same in every group and after a restart."""
-    torch.manual_seed(((seed << 32) + step) ^ (rank << 56))
+    torch.manual_seed(((seed << 32) + step) ^ (rank << 48))
 
 
 def _open(store_path: Path | None) -> SignalStore | None:
