@@ -80,8 +80,8 @@ def difference(model: PreTrainedModel, encoding: Encoding, signals: Signals) -> 
     model.set_attn_implementation("eager")
     theirs = next(outline_way.forward(model, [encoding], signals.top_k))["hidden"][: len(encoding)].float()
     model.set_attn_implementation("sdpa")
-    own = compute_signals(model, [encoding], layout_of(model, signals), torch.float16)[0]["hidden"].float()
-    return relative_error(own, theirs.cpu())
+    ours = compute_signals(model, [encoding], layout_of(model, signals), torch.float16)[0]["hidden"].float()
+    return relative_error(ours, theirs.cpu())
 
 
 def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -31,14 +31,14 @@ def choices_one_by_one(model: Any, tokenizer: Any, examples: list[Example]) -> l
     """Log-likelihood of each choice from a forward pass of its own."""
     scores = []
     for example in examples:
-        own = []
+        choice_scores = []
         for choice in example.choices or ():
             encoding = encode(tokenizer, example.prompt + choice)
             ids = torch.from_numpy(encoding.ids.astype("int64"))[None].to(model.device)
             logprobs = torch.log_softmax(model(ids, use_cache=False).logits[0].float(), -1)
             places = in_answer(encoding, len(example.prompt)).nonzero()[0]
-            own.append(float(sum(logprobs[t - 1, ids[0, t]] for t in places)))
-        scores.append(own)
+            choice_scores.append(float(sum(logprobs[t - 1, ids[0, t]] for t in places)))
+        scores.append(choice_scores)
     return scores
 
 

@@ -158,10 +158,10 @@ def losses_and_gradients(pair: Pair) -> Says:
         sums, whole = gradient(reference, [batch])
         for precision in pair.precisions:
             runner = pair.runner(group, precision, pair.device)
-            found, own = gradient(runner, [batch])
+            found, of_student = gradient(runner, [batch])
             error = max(abs(value - sums[name]) / max(abs(sums[name]), 1e-9) for name, value in found.items())
             yield f"{group}, {precision}: losses", error, _LOSS[precision]
-            yield f"{group}, {precision}: gradient", relative_error(own, whole), _GRADIENT[precision]
+            yield f"{group}, {precision}: gradient", relative_error(of_student, whole), _GRADIENT[precision]
         runner = pair.runner(group, "float32", pair.device)
         halves = [pair.collate(runner, items) for items in (pair.items[:3], pair.items[3:8])]
         yield f"{group}: gradient of two micro-batches", relative_error(gradient(runner, halves)[1], whole), 1e-3

@@ -195,19 +195,19 @@ def evaluation(inputs: Inputs, figures: Figures) -> None:
     prompts, texts = [e for e in held_out if e.choices is None], {}
     limit = settings.max_new_tokens if inputs.tiny else 64
     for size in (2, 4) if inputs.tiny else (32, 128, 512):
-        own = prompts[: max(size, 4)]
+        asked = prompts[: max(size, 4)]
         one = settings.model_copy(update={"generation_batch_size": size, "max_new_tokens": limit})
         with PeakMemory() as peak:
             began = time.perf_counter()
-            texts[size] = generate(scored, tokenizer, own, one)
+            texts[size] = generate(scored, tokenizer, asked, one)
             taken = time.perf_counter() - began
         figures[f"generation, {size} at once: ms per decoding step, at most; GB"] = [
-            1000 * taken / (math.ceil(len(own) / size) * limit),
+            1000 * taken / (math.ceil(len(asked) / size) * limit),
             peak.bytes / 1e9,
         ]
     few = min(map(len, texts.values()))
-    first, *others = (own[:few] for own in texts.values())
-    figures["texts that differ between batch sizes"] = [sum(map(str.__ne__, first, own)) for own in others]
+    first, *others = (generated[:few] for generated in texts.values())
+    figures["texts that differ between batch sizes"] = [sum(map(str.__ne__, first, generated)) for generated in others]
 
 
 def _one_trial(inputs: Inputs, folder: Path, report: Callable[[Figures], None] = lambda metrics: None) -> Figures:

@@ -57,7 +57,7 @@ def drawn(study: Study, count: int, tokenizer: Any, max_length: int) -> dict[str
         rows = list(load_rows(task, data, study.corpus.sample_seed + 1, f"evaluation.test_splits.{name}"))
         random.Random(0).shuffle(rows)
         pairs = ((row, task.build(row)) for row in rows)
-        short = ((row, own) for row, own in pairs if fits(encode(tokenizer, own.text), max_length))
+        short = ((row, example) for row, example in pairs if fits(encode(tokenizer, example.text), max_length))
         found[name] = list(islice(short, count))
     if not found:
         raise UserError(f"study {study.name!r} names no test splits: set evaluation.test_splits")
@@ -132,16 +132,16 @@ def _definition(name: str, example: Example, limit: int) -> dict[str, Any]:
         }
     theirs = yaml.safe_load(_their_own("gsm8k").read_text("utf-8"))  # type: ignore[union-attr]
     generation = {**theirs["generation_kwargs"], "max_gen_toks": limit, "repetition_penalty": 1.0}
-    own: dict[str, Any] = {"include": str(_their_own("gsm8k")), "generation_kwargs": generation}
+    definition: dict[str, Any] = {"include": str(_their_own("gsm8k")), "generation_kwargs": generation}
     if name != "gsm8k":
-        own |= {"doc_to_text": "{{prompt}}"}
+        definition |= {"doc_to_text": "{{prompt}}"}
     if example.definition:  # a task of the study file: read by its own pattern, which has no normalisation
         pattern = json.loads(example.definition)["generation"]["pattern"]
-        own["filter_list"] = [
+        definition["filter_list"] = [
             {"name": reading, "filter": [_regex(pattern, which), {"function": "take_first"}]}
             for reading, which in (("strict-match", 0), ("flexible-extract", -1))
         ]
-    return own
+    return definition
 
 
 def _regex(pattern: str, which: int) -> dict[str, Any]:
@@ -199,18 +199,20 @@ def _compare_choices(examples: list[Example], ours: pd.DataFrame, samples: list[
     scores = [[response[0][0] for response in sample["resps"]] for sample in theirs]
     chosen = [e.choices[max(range(len(s)), key=s.__getitem__)].strip() for e, s in zip(examples, scores, strict=True)]
     differences = [
-        abs(a - b) for own, s in zip(ours["scores"], scores, strict=True) for a, b in zip(own, s, strict=True)
+        abs(a - b)
+        for choice_scores, s in zip(ours["scores"], scores, strict=True)
+        for a, b in zip(choice_scores, s, strict=True)
     ]
     rows = list(zip(examples, ours["prediction"], chosen, strict=True))
     return {
         "examples": len(examples),
-        "answer": _share(own == their for _, own, their in rows),
+        "answer": _share(answer == their for _, answer, their in rows),
         "different answers": int(ours["prediction"].nunique()),
         "right": _share(a == bool(s["acc"]) for a, s in zip(ours["correct"], theirs, strict=True)),
         "accuracy": [float(ours["correct"].mean()), _share(s["acc"] for s in theirs)],
         "prompt": _share(s["arguments"][0][0] == e.prompt for e, s in zip(examples, theirs, strict=True)),
         "largest difference of a log-likelihood": max(differences),
-        "differ": [[example.example_id, "answer", own, their] for example, own, their in rows if own != their],
+        "differ": [[example.example_id, "answer", answer, their] for example, answer, their in rows if answer != their],
     }
 
 
@@ -250,10 +252,10 @@ def disagreements(found: dict[str, dict[str, Any]]) -> list[str]:
     """One line for every share below what is required."""
     keys = ("answer", "right", "prompt", *_READINGS, *(f"{reading} right" for reading in _READINGS))
     return [
-        f"{task}: {key} agrees on {100 * own[key]:.1f} % only"
-        for task, own in found.items()
+        f"{task}: {key} agrees on {100 * measures[key]:.1f} % only"
+        for task, measures in found.items()
         for key in keys
-        if key in own and own[key] < REQUIRED
+        if key in measures and measures[key] < REQUIRED
     ]
 
 
@@ -276,9 +278,9 @@ def main() -> None:
             found = measure_agreement(study, given.model, given.examples, folder, given.precision)
     except UserError as error:
         sys.exit(f"error: {error}")
-    for task, own in found.items():
+    for task, measures in found.items():
         print(task)
-        for key, value in own.items():
+        for key, value in measures.items():
             if key != "differ":
                 print(f"  {key:40}{value if isinstance(value, list | int) else f'{value:.4g}'}")
     if given.output:

@@ -92,7 +92,11 @@ def main(given: Sequence[str] | None = None) -> None:
     rows: list[dict[str, Any]] = [
         value(f"{BASELINE}, ms of processor time a step", 1e3 * min(baseline) / options.steps)
     ]
-    rows += [ratio(f"{name} / {BASELINE}", own, baseline) for name, own in seconds.items() if name != BASELINE]
+    rows += [
+        ratio(f"{name} / {BASELINE}", group_seconds, baseline)
+        for name, group_seconds in seconds.items()
+        if name != BASELINE
+    ]
     finish(f"steps of {workspace.study.name}'s groups", rows, options)
 
 

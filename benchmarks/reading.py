@@ -207,8 +207,8 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, A
         ratio("… time after time, nothing else in between", every, alone),
         ratio("… and the maps made float32 squares, which else the step's device does", every, seconds["squared"]),
         *(
-            ratio(f"µs the system spends, on memory, a token collated {when}", [1e6 * s for s in own[1:]], every)
-            for when, own in system.items()  # the first of each was the warm-up
+            ratio(f"µs the system spends, on memory, a token collated {when}", [1e6 * s for s in per_token[1:]], every)
+            for when, per_token in system.items()  # the first of each was the warm-up
         ),
         ratio(
             f"the same by {options.threads} threads / by one, speed",

@@ -58,7 +58,7 @@ class Bench:
         collate = Collator(None if group == "task_only" else self.store, head, terms)
         training = self.study.training
         order = epoch_order([len(i.encoding) for i in items], training.batch_size, training.bucket_batches, 0, 0)
-        return [lambda own=[items[i] for i in chosen]: collate(own) for chosen in order[:count]]  # type: ignore[misc]
+        return [lambda batch_items=[items[i] for i in chosen]: collate(batch_items) for chosen in order[:count]]  # type: ignore[misc]
 
     def terms(self, objective: Objective) -> tuple[NextTokenTerms, Sequence[Term]]:
         """An objective's terms for this student."""
@@ -112,8 +112,8 @@ class Bench:
     def difference(self, batch: Batch) -> float:
         """Relative difference of Transformers' loss and our task loss on a batch."""
         runner = self.runner("task_only")
-        own = float(runner.losses(batch.to(runner.device), runner.objective.weights, batch.counts)[0])
-        return abs(own - float(self.own_loss(batch))) / own
+        ours = float(runner.losses(batch.to(runner.device), runner.objective.weights, batch.counts)[0])
+        return abs(ours - float(self.own_loss(batch))) / ours
 
 
 def labels_of(batch: Batch) -> torch.Tensor:
@@ -198,10 +198,12 @@ def measure(options: argparse.Namespace, folder: Path) -> tuple[list[dict[str, A
     tokens = sum(make().tokens for make in batches["black_box"])
     facts: dict[str, Any] = {"tokens": tokens, "seconds": seconds}
     if not options.without_trl:
-        own = loop_against_store(options, workspace, examples, folder)
-        facts["own_capture_seconds"] = own.pop("capture")[0]
-        rows.append(ratio("speed of black_box / teacher in the loop (TRL)", own["trl"], own["black_box"], "≥ 1.5"))
-        facts["trl_seconds"] = own
+        per_way = loop_against_store(options, workspace, examples, folder)
+        facts["own_capture_seconds"] = per_way.pop("capture")[0]
+        rows.append(
+            ratio("speed of black_box / teacher in the loop (TRL)", per_way["trl"], per_way["black_box"], "≥ 1.5")
+        )
+        facts["trl_seconds"] = per_way
     return rows, facts
 
 

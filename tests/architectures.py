@@ -46,10 +46,10 @@ def is_right(model, captured):
     """Independent of the checks: plain Transformers' logits, and the future changes nothing."""
     ids = PROBE.clone()
     ids[0, -1] = 5
-    own = model(input_ids=ids, use_cache=False).logits[0, :-1]
+    theirs = model(input_ids=ids, use_cache=False).logits[0, :-1]
     ours, other = (logits_before_the_last(model, last, captured) for last in (5, 1))
-    scale = float(own.abs().max())
-    return float((ours - own).abs().max()) < 1e-3 * scale and float((ours - other).abs().max()) < 1e-3 * scale
+    scale = float(theirs.abs().max())
+    return float((ours - theirs).abs().max()) < 1e-3 * scale and float((ours - other).abs().max()) < 1e-3 * scale
 
 
 SMALLER = {"mamba_chunk_size": 16, "linear_num_heads": 2, "linear_head_dim": 16}

@@ -193,8 +193,8 @@ def check_report(results, bootstrap=True):
             )
             for _, result in trials.values()
         }
-        own = [task for task in tasks if task in study["evaluation"]["test_splits"]]
-        checked += check_accuracy(tables["test-table"], results, test, own, "_test")
+        scored = [task for task in tasks if task in study["evaluation"]["test_splits"]]
+        checked += check_accuracy(tables["test-table"], results, test, scored, "_test")
     checked += check_summary(tables["answer-table"], results, trials, study)
     checked += check_trials(tables["trials-table"], trials, tasks)
     checked += check_cost(tables["cost-table"], trials)
@@ -222,7 +222,9 @@ def check_accuracy(rows, results, trials, tasks, suffix=""):
     for name, count, *cells in rows[1:]:
         for measure, cell in zip([together(tasks), *tasks], cells, strict=True):
             if name in groups:
-                values = [accuracy(own, measure) for (group, _), (own, _) in trials.items() if group == name]
+                values = [
+                    accuracy(predictions, measure) for (group, _), (predictions, _) in trials.items() if group == name
+                ]
                 assert int(count) == len(values)
                 assert same(cell, 100 * statistics.mean(values), 1), (name, measure, cell)
                 if len(values) > 1:
@@ -239,7 +241,7 @@ def check_summary(rows, results, trials, study):
     tasks = list(study["corpus"]["tasks"])
     whole = together(tasks)
     ends = [pd.read_parquet(results / "baselines" / f"{role}.parquet") for role in ("teacher", "student")]
-    teacher, student = (accuracy(own, whole) for own in ends)
+    teacher, student = (accuracy(predictions, whole) for predictions in ends)
     boxes, groups = asked_of_every_study(study)
     declared = [pair for kind in ("primary", "secondary") for pair in study["analysis"][kind]]
     pairs = [*study["analysis"]["primary"], *boxes, *declared, *([group, BEFORE] for group in groups)]
@@ -249,15 +251,20 @@ def check_summary(rows, results, trials, study):
         if name not in groups:
             expected = teacher if name.startswith("teacher") else student
         else:
-            own = {seed: accuracy(own, whole) for (group, seed), (own, _) in trials.items() if group == name}
-            assert int(count) == len(own)
-            expected = statistics.mean(own.values()) if own else math.nan
+            by_seed = {
+                seed: accuracy(predictions, whole)
+                for (group, seed), (predictions, _) in trials.items()
+                if group == name
+            }
+            assert int(count) == len(by_seed)
+            expected = statistics.mean(by_seed.values()) if by_seed else math.nan
             second = next(pair[1] for pair in pairs if pair[0] == name)
             assert f"to {second}: " in difference
-            other = {s: student if second == BEFORE else accuracy(trials[second, s][0], whole) for s in own
+            other = {s: student if second == BEFORE else accuracy(trials[second, s][0], whole) for s in by_seed
                      if second == BEFORE or (second, s) in trials}  # fmt: skip
             if number(difference) == number(difference):
-                assert same(difference, 100 * statistics.mean(own[s] - other[s] for s in own), 1), (name, difference)
+                gain = 100 * statistics.mean(by_seed[s] - other[s] for s in by_seed)
+                assert same(difference, gain, 1), (name, difference)
         assert same(mean, 100 * expected, 1), (name, mean)
         share = 100 * (expected - student) / (teacher - student) if teacher > student else math.nan
         assert same(closed, share, 1), (name, closed)
@@ -270,9 +277,9 @@ def check_trials(rows, trials, tasks):
     shown = [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
     assert [(row["group"], int(row["seed"])) for row in shown] == list(trials)
     for row in shown:
-        own, result = trials[row["group"], int(row["seed"])]
+        predictions, result = trials[row["group"], int(row["seed"])]
         for measure in (together(tasks), *tasks):
-            assert same(row[measure], 100 * accuracy(own, measure), 1), row
+            assert same(row[measure], 100 * accuracy(predictions, measure), 1), row
         assert same(row["task loss"], value_of(result["epochs"][-1], "validation", "task_loss"), 3), row
     return len(shown) * (len(tasks) + 2)
 
@@ -286,7 +293,7 @@ def check_cost(rows, trials):
                 steps = [0, *(epoch["step"] for epoch in result["epochs"])]
                 paces = zip(result["epochs"], steps[1:], steps, strict=False)
                 found.append(
-                    min(1000 * own["train_seconds"] / (end - start) for own, end, start in paces if end > start)
+                    min(1000 * epoch["train_seconds"] / (end - start) for epoch, end, start in paces if end > start)
                 )
         least, most = row[2].split(" … ")
         assert same(row[1], statistics.median(found), 1), row
@@ -302,7 +309,7 @@ def calibration_error(rows):
         probabilities = np.exp(scores) / np.exp(scores).sum()
         sure = probabilities.max()
         bins[min(9, max(0, math.ceil(sure * 10) - 1))].append((sure, p == g))
-    gaps = [abs(sum(right for _, right in own) - sum(sure for sure, _ in own)) for own in bins if own]
+    gaps = [abs(sum(right for _, right in inside) - sum(sure for sure, _ in inside)) for inside in bins if inside]
     return sum(gaps) / len(rows)
 
 
@@ -312,17 +319,17 @@ def check_others(rows, results, trials, tasks):
 
     def measure(heading, rows, result):
         task, _, what = heading.partition(", ")
-        own = rows[rows["task"] == task]
+        task_rows = rows[rows["task"] == task]
         if heading == "task loss, nats per token":
             return value_of(result["epochs"][-1], "validation", "task_loss")
         if heading == "mean of tasks":
             return statistics.mean(accuracy(rows, name) for name in tasks)
         if what == "flexible extract":
-            return own["correct_flexible"].mean()
+            return task_rows["correct_flexible"].mean()
         if what == "calibration error":
-            return calibration_error(own)
+            return calibration_error(task_rows)
         assert what == "agreement with teacher", heading
-        return float(np.mean(own["prediction"].to_numpy() == teacher[own["example_id"]].to_numpy()))
+        return float(np.mean(task_rows["prediction"].to_numpy() == teacher[task_rows["example_id"]].to_numpy()))
 
     done, groups = 0, {group for group, _ in trials}
     for name, *cells in rows[1:]:
@@ -341,9 +348,9 @@ def check_shares(rows, trials):
     for group, *cells in rows[1:]:
         for term, cell in zip(rows[0][1:], cells, strict=True):
             means = []
-            for (own, _), (_, result) in trials.items():
+            for (trained_group, _), (_, result) in trials.items():
                 norms = [row["norms"] for row in result["gradients"]]
-                if own == group and norms and term in norms[0]:
+                if trained_group == group and norms and term in norms[0]:
                     means.append(statistics.mean(n[term] / sum(n.values()) for n in norms))
             assert bool(cell) == bool(means), (group, term, cell)
             if means:
@@ -356,12 +363,12 @@ def check_coverage(rows, trials):
     """Shares of aligned tokens and predictions, from their counts."""
     coverage = next((result["coverage"] for _, result in trials.values() if result["coverage"]), {})
     for task, tokens, aligned, predictions, aligned_predictions, position in rows[1:]:
-        own = coverage[task]
-        assert int(tokens) == own["tokens"]
-        assert int(predictions) == own["predictions"]
-        assert same(aligned, 100 * own["aligned"] / own["tokens"], 1)
-        assert same(aligned_predictions, 100 * own["aligned_predictions"] / own["predictions"], 1)
-        assert same(position, 100 * own["same_position"] / own["aligned"], 1)
+        counts = coverage[task]
+        assert int(tokens) == counts["tokens"]
+        assert int(predictions) == counts["predictions"]
+        assert same(aligned, 100 * counts["aligned"] / counts["tokens"], 1)
+        assert same(aligned_predictions, 100 * counts["aligned_predictions"] / counts["predictions"], 1)
+        assert same(position, 100 * counts["same_position"] / counts["aligned"], 1)
     return 5 * len(rows[1:])
 
 
@@ -372,11 +379,12 @@ def check_kinds(rows, trials):
         shown = dict(zip(rows[0], row, strict=True))
         kind = shown["kind of text"]
         known = [(group, result["kinds"][kind]) for (group, _), (_, result) in trials.items() if result.get("kinds")]
-        own = known[0][1]
-        assert int(shown["student tokens"]) == own["tokens"]
-        assert same(shown["tokens aligned"], 100 * own["aligned"] / own["tokens"], 1), shown
-        if own["predictions"]:
-            assert same(shown["predictions aligned"], 100 * own["aligned_predictions"] / own["predictions"], 1), shown
+        counts = known[0][1]
+        assert int(shown["student tokens"]) == counts["tokens"]
+        assert same(shown["tokens aligned"], 100 * counts["aligned"] / counts["tokens"], 1), shown
+        if counts["predictions"]:
+            share = counts["aligned_predictions"] / counts["predictions"]
+            assert same(shown["predictions aligned"], 100 * share, 1), shown
         for heading in [name for name in shown if name.startswith("KD loss, ")]:
             group = heading.removeprefix("KD loss, ")
             losses = [counts["kd_loss"] for name, counts in known if name == group and "kd_loss" in counts]
@@ -394,9 +402,9 @@ def asked_of_every_study(study):
     terms = {group["name"]: set(group["terms"]) for group in study["groups"]}
     declared = [pair for kind in ("primary", "secondary") for pair in study["analysis"][kind]]
     present = {name for pair in declared if set(pair) <= set(terms) for name in pair}
-    boxes = [name for name, own in terms.items() if own == {"task", "kd"}]
+    boxes = [name for name, group_terms in terms.items() if group_terms == {"task", "kd"}]
     boxes = [name for name in boxes if name in present] or boxes[:1]
-    pairs = [[box, name] for box in boxes for name, own in terms.items() if own == {"task"}]
+    pairs = [[box, name] for box in boxes for name, group_terms in terms.items() if group_terms == {"task"}]
     return [pair for pair in pairs if pair not in declared and pair[::-1] not in declared], list(terms)
 
 
@@ -405,7 +413,7 @@ def families_of(study):
     names = {group["name"] for group in study["groups"]}
     declared = [[p for p in study["analysis"][kind] if set(p) <= names] for kind in ("primary", "secondary")]
     boxes, groups = asked_of_every_study(study)
-    return [own for own in (*declared, boxes, *([[group, BEFORE]] for group in groups)) if own]
+    return [family for family in (*declared, boxes, *([[group, BEFORE]] for group in groups)) if family]
 
 
 def check_questions(page, contrasts, study):
@@ -444,7 +452,7 @@ def check_contrasts(rows, results, trials, study, with_bootstrap=True):
     for row in rows:
         pair, measure, verdict = row["contrast"].split(" − "), row["on"], row["verdict"]
         family = next(f for f in families if pair in f)
-        involved = {group for own in family for group in own}
+        involved = {group for pair in family for group in pair}
         assert int(row["contrasts in the family"]) == len(family), row
         whole = all((group, seed) in trials for group in involved for seed in seeds)
         if not whole and study["analysis"]["incomplete"] == "refuse":
@@ -457,7 +465,7 @@ def check_contrasts(rows, results, trials, study, with_bootstrap=True):
         n, mean = len(values), statistics.mean(values)
         assert int(row["seeds"]) == n
         assert same(row["difference"], 100 * mean, 1), row
-        exact = [sign_flip(own) for own in by_pair]
+        exact = [sign_flip(differences) for differences in by_pair]
         own_p, own_adjusted = exact[family.index(pair)], holm(exact)[family.index(pair)]
         assert probable(row["p"], own_p), (row, own_p)
         assert probable(row.get("adjusted p", row["p"]), own_adjusted), (row, own_adjusted)

@@ -43,15 +43,15 @@ def make_identical(folder, first, second, seed, weights=None):
     """
     paths = [next((folder / EXPERIMENT).glob(f"trial_*_{group}_seed_{seed}")) for group in (first, second)]
     one, other = (read_json(path / RESULT) for path in paths)
-    for own, result, digest in zip((one, other), (one, other), weights or (None, None), strict=True):
-        own["epochs"] = [
+    for altered, result, digest in zip((one, other), (one, other), weights or (None, None), strict=True):
+        altered["epochs"] = [
             {**after, "metrics": merged(after, before), **({"weights": digest} if digest else {})}
             for before, after in zip(one["epochs"], result["epochs"], strict=True)
         ]
-        tested = [row for row in own["metrics"] if row["split"] == "test"]
-        own |= {**own["epochs"][-1], "metrics": [*own["epochs"][-1]["metrics"], *tested]}
-    for path, own in zip(paths, (one, other), strict=True):
-        write_json(path / RESULT, own)
+        tested = [row for row in altered["metrics"] if row["split"] == "test"]
+        altered |= {**altered["epochs"][-1], "metrics": [*altered["epochs"][-1]["metrics"], *tested]}
+    for path, altered in zip(paths, (one, other), strict=True):
+        write_json(path / RESULT, altered)
     save_predictions(pd.read_parquet(paths[0] / "predictions.parquet"), paths[1] / "predictions.parquet")
     write_summary(folder)
 
@@ -100,15 +100,19 @@ def write_results(folder, seeds=(0, 1, 2), drop=(), overrides=(), rename=lambda 
         for name, size in SIZES.items()
     }
     by_task = {name: [e for e in examples if e.task == name] for name in SIZES}
-    train = [e for own in by_task.values() for e in own[:2]]
-    held_out = [e for own in by_task.values() for e in own[2:]]
+    train = [e for task_examples in by_task.values() for e in task_examples[:2]]
+    held_out = [e for task_examples in by_task.values() for e in task_examples[2:]]
     test = {name: {"used": size, "source_rows": 500, "in_corpus": 1} for name, size in SIZES.items()}
     save_corpus(Examples(train, held_out, counts, held_out, test), folder / "corpus", "0123456789abcdef")
     for name, chance in (("teacher", 0.9), ("student", 0.3)):
         for suffix, split in (("", "validation"), ("_test", "test")):
-            own = predictions_of(held_out, chance, rng)
-            save_predictions(own, folder / "baselines" / f"{name}{suffix}.parquet")
-            metrics = {"fingerprint": f"{name}{suffix}", "identity": name, "metrics": accuracy_metrics(own, split)}
+            predictions = predictions_of(held_out, chance, rng)
+            save_predictions(predictions, folder / "baselines" / f"{name}{suffix}.parquet")
+            metrics = {
+                "fingerprint": f"{name}{suffix}",
+                "identity": name,
+                "metrics": accuracy_metrics(predictions, split),
+            }
             write_json(folder / "baselines" / f"{name}{suffix}.json", metrics)
     trials = []
     for group in study.groups:
@@ -119,10 +123,10 @@ def write_results(folder, seeds=(0, 1, 2), drop=(), overrides=(), rename=lambda 
             if (group.name, number) in drop:
                 write_json(trial / "error.json", {"error": rename("RuntimeError: it broke"), "traceback": ""})
                 continue
-            own, test = (predictions_of(held_out, CHANCES[group.name] + rng.normal(0, 0.02), rng) for _ in "ab")
-            save_predictions(own, trial / "predictions.parquet")
+            validated, test = (predictions_of(held_out, CHANCES[group.name] + rng.normal(0, 0.02), rng) for _ in "ab")
+            save_predictions(validated, trial / "predictions.parquet")
             save_predictions(test, trial / "predictions_test.parquet")
-            result = result_of(name, group, number, study, own, rng)
+            result = result_of(name, group, number, study, validated, rng)
             result["metrics"] = [*result["metrics"], *accuracy_metrics(test, "test")]
             write_json(trial / "result.json", result)
     planned = {"study": study.model_dump(mode="json"), "snapshot": "offline_teacher_data_20260101T000000Z"}
@@ -151,8 +155,8 @@ def result_of(name, group, seed, study, predictions, rng):
         progress = {"epoch": epoch, "step": 90 * epoch, "skipped_steps": 0}
         epochs.append({"metrics": [*losses, *accuracy_metrics(predictions)], **progress, **spent})
     norms = {"task": 1.0, "kd": 0.6, "hidden": 0.2, "attention": 0.004}
-    own = {term: norms[term] for term in terms}
-    shares = {term: norm / sum(own.values()) for term, norm in own.items()}
+    term_norms = {term: norms[term] for term in terms}
+    shares = {term: norm / sum(term_norms.values()) for term, norm in term_norms.items()}
     coverage = {
         task: {
             "tokens": 1000,
@@ -170,13 +174,13 @@ def result_of(name, group, seed, study, predictions, rng):
         for kind, size in (("words", 50), ("digits", 20), ("punctuation", 5))
     }
     if objective.kd.weight:
-        kinds = {kind: {**own, "kd_loss": float(rng.random())} for kind, own in kinds.items()}
+        kinds = {kind: {**term_norms, "kd_loss": float(rng.random())} for kind, term_norms in kinds.items()}
     return {
         "trial": name,
         "config": {"distill_type": group.name, "seed": seed, "objective": objective.model_dump(mode="json")},
         **epochs[-1],
         "epochs": epochs,
-        "gradients": [{"step": step, "norms": own, "shares": shares} for step in (0, 50, 100)],
+        "gradients": [{"step": step, "norms": term_norms, "shares": shares} for step in (0, 50, 100)],
         "gradient_shares": shares,
         "coverage": {} if group.name == "task_only" else coverage,
         "kinds": {} if group.name == "task_only" else kinds,

@@ -175,9 +175,9 @@ def test_equal_tokenizers_give_the_identity(tokenizer, text):
 def test_plain_text_under_one_tokenizer_pairs_every_token(tokenizer):
     """The identity leaves no token of text out; BOS is not text."""
     text = "Question: Eve has 4 coins.\nAnswer: 4+2 = 6"
-    own = tokenizer("sentencepiece")
-    ids = encode(own, text)
-    assert align(text, own, own).pairs.tolist() == [[t, t] for t in range(1, len(ids))]
+    student_tokenizer = tokenizer("sentencepiece")
+    ids = encode(student_tokenizer, text)
+    assert align(text, student_tokenizer, student_tokenizer).pairs.tolist() == [[t, t] for t in range(1, len(ids))]
 
 
 def test_a_composed_character_is_not_its_first_half(tokenizer):
@@ -210,19 +210,19 @@ def test_added_tokens_align_and_map_by_their_text(tokenizer, byte_level):
     extended = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
     check("x = 3\n#### 3", extended, tokenizer("sentencepiece"))
     mapped = map_vocabulary(extended, byte_level)
-    own = extended.convert_tokens_to_ids("####")
-    assert mapped[own] == byte_level.get_vocab().get("####", -1)
+    token_id = extended.convert_tokens_to_ids("####")
+    assert mapped[token_id] == byte_level.get_vocab().get("####", -1)
 
 
 def test_eos_is_supervised_and_never_aligned(tokenizer):
     """The student's EOS ends the sequence, is a target, and has no teacher token."""
-    own = tokenizer("sentencepiece")
+    student_tokenizer = tokenizer("sentencepiece")
     text = "the cat sat"
-    student = encode(own, text, add_eos=True)
+    student = encode(student_tokenizer, text, add_eos=True)
     positions, targets = supervised_predictions(student, len("the cat"))
-    assert targets[-1] == own.eos_token_id
+    assert targets[-1] == student_tokenizer.eos_token_id
     assert positions[-1] == len(student) - 2
-    assert len(student) - 1 not in align_encodings(encode(own, text), student).pairs[:, 1]
+    assert len(student) - 1 not in align_encodings(encode(student_tokenizer, text), student).pairs[:, 1]
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -337,8 +337,8 @@ def test_coverage_on_real_text_is_that_of_the_specification(tokenizer, teacher, 
             header = example.prompt.index("\n\n") + 2 if without_header else 0
             text = example.text[header:]
             t, s = encode(first, text), encode(second, text, add_eos=True)
-            own = coverage(s, align_encodings(t, s), len(example.prompt) - header)
-            totals = {key: value + own[key] for key, value in totals.items()}
+            counts = coverage(s, align_encodings(t, s), len(example.prompt) - header)
+            totals = {key: value + counts[key] for key, value in totals.items()}
         assert 100 * totals["aligned"] / totals["tokens"] == pytest.approx(tokens, abs=0.5)
         assert 100 * totals["aligned_predictions"] / totals["predictions"] == pytest.approx(predictions, abs=0.5)
 
@@ -429,8 +429,8 @@ def test_a_vocabulary_with_a_gap_maps_on_either_side(byte_level):
 
 def test_a_byte_maps_to_the_byte_and_a_letter_to_the_letter(sentencepiece):
     """Where the student has two ids for the same bytes, the one spelt as the teacher's is taken."""
-    other, own = sentencepiece_tokenizer(texts(), 410), sentencepiece.get_vocab()
-    assert other.get_vocab() != own
+    other, vocabulary = sentencepiece_tokenizer(texts(), 410), sentencepiece.get_vocab()
+    assert other.get_vocab() != vocabulary
     mapped = map_vocabulary(other, sentencepiece)
     for token in ("<0x61>", "a"):
-        assert mapped[other.get_vocab()[token]] == own[token]
+        assert mapped[other.get_vocab()[token]] == vocabulary[token]

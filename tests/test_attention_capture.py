@@ -57,8 +57,8 @@ def test_layers_computed_again_give_the_same_gradients(student_ref, deep, some, 
     assert (kept[2], again[2]) == (2, 4)
     assert kept[0] == again[0]
     assert kept[1].keys() == again[1].keys()
-    for name, own in kept[1].items():
-        assert torch.equal(own, again[1][name]), name
+    for name, maps in kept[1].items():
+        assert torch.equal(maps, again[1][name]), name
 
 
 def test_the_models_attention_is_its_own_again_afterwards(student_ref, deep, some):

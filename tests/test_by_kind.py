@@ -43,7 +43,7 @@ def test_the_kinds_counts_add_up_to_the_coverage(setup, some):
     by_kind = count_kinds(items)
     whole = [coverage(i.encoding, i.alignment, len(i.example.prompt)) for i in items]
     for name in ("tokens", "aligned", "predictions", "aligned_predictions"):
-        assert sum(own[name] for own in by_kind.values()) == sum(counts[name] for counts in whole)
+        assert sum(kind_counts[name] for kind_counts in by_kind.values()) == sum(counts[name] for counts in whole)
     assert {"words", "digits"} <= set(by_kind)
 
 
@@ -54,7 +54,7 @@ def test_the_kinds_divergences_are_parts_of_the_whole(student_ref, store, some, 
     items, heads = setup.items(some), Collator(setup.store, setup.head, ())
     found = losses_by_kind(setup.runner, items, heads, 3)
     counts = {
-        kind: sum(len(setup.head.compared(own)) for item in items if (own := only(item, kind, positions == "all")))
+        kind: sum(len(setup.head.compared(kept)) for item in items if (kept := only(item, kind, positions == "all")))
         for kind in KINDS
     }
     assert set(found) == {kind for kind, count in counts.items() if count}

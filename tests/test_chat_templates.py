@@ -41,12 +41,12 @@ def models():
     """Tokenizers by name, each with its template: its own file's, or written down from public knowledge."""
     found = {}
     for name, (folder, template, added) in MODELS.items():
-        own = copy.deepcopy(real_tokenizer(folder))
+        tokenizer = copy.deepcopy(real_tokenizer(folder))
         if template:
-            own.chat_template = template
+            tokenizer.chat_template = template
         if added:
-            own.add_special_tokens({"additional_special_tokens": list(added)})
-        found[name] = own
+            tokenizer.add_special_tokens({"additional_special_tokens": list(added)})
+        found[name] = tokenizer
     return found
 
 
@@ -79,29 +79,33 @@ def theirs(tokenizer, turns, contents, **options):
 @pytest.mark.parametrize("name", CHATS)
 def test_a_model_reads_what_its_template_writes_and_learns_what_it_would_write(models, model, name):
     """Ids are those of Transformers; learnt is what stands between what asks for a turn and the turn's end."""
-    tokenizer, own = models[model], example(name)
+    tokenizer, conversation = models[model], example(name)
     if not takes(model, name):
         with pytest.raises(ValueError, match=r"refuses the turns system, .*chat.system: first_user"):
-            settled(own, [tokenizer])
+            settled(conversation, [tokenizer])
         return
-    own = settled(own, [tokenizer])
-    (encoding,) = encode_examples(tokenizer, [own], add_eos=True)
-    whole = theirs(tokenizer, own.turns, own.contents)
+    conversation = settled(conversation, [tokenizer])
+    (encoding,) = encode_examples(tokenizer, [conversation], add_eos=True)
+    whole = theirs(tokenizer, conversation.turns, conversation.contents)
     assert encoding.ids.tolist() == whole[: len(encoding)]
     assert tokenizer.decode(whole[len(encoding) :]).strip() == ""
     expected = set()
-    for number, turn in enumerate(own.turns):
+    for number, turn in enumerate(conversation.turns):
         if turn.learnt:
-            asked = theirs(tokenizer, own.turns[:number], own.contents[:number], add_generation_prompt=True)
-            until = theirs(tokenizer, own.turns[: number + 1], own.contents[: number + 1])
+            asked = theirs(
+                tokenizer, conversation.turns[:number], conversation.contents[:number], add_generation_prompt=True
+            )
+            until = theirs(tokenizer, conversation.turns[: number + 1], conversation.contents[: number + 1])
             last = max(t for t, i in enumerate(until) if i in tokenizer.all_special_ids)
             expected |= set(range(len(asked), last + 1)) if until[: len(asked)] == asked else set()
-    positions, targets = supervised_predictions(encoding, len(own.prompt))
+    positions, targets = supervised_predictions(encoding, len(conversation.prompt))
     if expected and name != "white space":  # there, a token of two newlines stands for one of the template's
         assert set((positions + 1).tolist()) == expected
     assert targets.tolist() == encoding.ids[positions + 1].tolist()
-    (prompt,) = encode_prompts(tokenizer, [own])
-    assert prompt.ids.tolist() == theirs(tokenizer, own.turns[:-1], own.contents[:-1], add_generation_prompt=True)
+    (prompt,) = encode_prompts(tokenizer, [conversation])
+    assert prompt.ids.tolist() == theirs(
+        tokenizer, conversation.turns[:-1], conversation.contents[:-1], add_generation_prompt=True
+    )
 
 
 @pytest.mark.parametrize(("teacher", "student"), itertools.combinations(MODELS, 2))
@@ -111,28 +115,28 @@ def test_both_have_read_the_same_contents_at_every_pair(models, teacher, student
         if not (takes(teacher, name) and takes(student, name)):
             continue
         pair = models[teacher], models[student]
-        own = settled(example(name), pair)
-        encodings = [encode_examples(tokenizer, [own])[0] for tokenizer in pair]
+        conversation = settled(example(name), pair)
+        encodings = [encode_examples(tokenizer, [conversation])[0] for tokenizer in pair]
         alignment = align_encodings(*encodings)
         assert len(alignment.pairs) > 3, name
         for tokens in alignment.pairs:
             ends = {int(encoding.ends[t]) for encoding, t in zip(encodings, tokens, strict=True)}
             (end,) = ends
-            turn = next(turn for turn in own.turns if turn.start < end <= turn.stop)
+            turn = next(turn for turn in conversation.turns if turn.start < end <= turn.stop)
             for tokenizer, encoding, t in zip(pair, encodings, tokens, strict=True):
                 assert not encoding.special[t]
-                assert tokenizer.decode(encoding.ids[: t + 1]).endswith(own.text[turn.start : end]), (name, t)
+                assert tokenizer.decode(encoding.ids[: t + 1]).endswith(conversation.text[turn.start : end]), (name, t)
         ending = {int(encodings[0].ends[j]) for j, _ in alignment.pairs}
-        assert {turn.stop for turn in own.turns if turn.stop > turn.start} <= ending, name
+        assert {turn.stop for turn in conversation.turns if turn.stop > turn.start} <= ending, name
 
 
 def test_the_first_token_of_a_reply_is_compared_where_both_have_the_same_to_write(models):
     """After [/INST] one template leaves a space to be written: ` Hello` there is not `Hello` elsewhere."""
-    own = example("several")
+    conversation = example("several")
 
     def replies(teacher, student):
         pair = models[teacher], models[student]
-        encodings = [encode_examples(tokenizer, [own])[0] for tokenizer in pair]
+        encodings = [encode_examples(tokenizer, [conversation])[0] for tokenizer in pair]
         alignment = align_encodings(*encodings)
         for j, i in alignment.replies:
             following = [
@@ -159,10 +163,10 @@ def test_only_declared_turns_are_learnt(models):
 def test_what_one_template_trims_is_trimmed_for_both(models):
     """Else one model would have read white space that the other has not, and ends would differ."""
     pair = [models["qwen"], models["gemma"]]
-    own = settled(example("white space"), pair)
-    assert own.contents == ("two before", "blank lines before, and one after")
-    teacher, student = (encode_examples(tokenizer, [own])[0] for tokenizer in pair)
-    assert teacher.ends[-2] == student.ends[-2] == own.turns[-1].stop
+    conversation = settled(example("white space"), pair)
+    assert conversation.contents == ("two before", "blank lines before, and one after")
+    teacher, student = (encode_examples(tokenizer, [conversation])[0] for tokenizer in pair)
+    assert teacher.ends[-2] == student.ends[-2] == conversation.turns[-1].stop
     assert settled(example("white space"), pair[:1]) == example("white space")
     with pytest.raises(ValueError, match="make the corpus again"):
         encode_examples(models["gemma"], [example("white space")])
@@ -214,9 +218,9 @@ def test_what_cannot_be_aligned_is_refused_and_says_which_turn(models, template,
     tokenizer = copy.deepcopy(models["tinyllama"])
     tokenizer.chat_template = template
     turns = CHATS.get(messages, messages) if isinstance(messages, str) else messages
-    own = chat("chats", turns, [role == "assistant" for role, _ in turns])
+    conversation = chat("chats", turns, [role == "assistant" for role, _ in turns])
     with pytest.raises(ValueError, match=message):
-        encode_examples(tokenizer, [settled(own, [tokenizer])])
+        encode_examples(tokenizer, [settled(conversation, [tokenizer])])
 
 
 def corpus_of(path, rows, **columns):
@@ -248,11 +252,16 @@ def test_a_corpus_of_chats_counts_what_it_left_out_and_keeps_the_turns(models, t
     examples = build_corpus(seven, pair)
     counts = examples.counts["talk"]
     assert (counts["unusable"], counts["too_long"], counts["trimmed"]) == (3, 1, 2)
-    assert all(own.turns and own.contents == tuple(c.strip() for c in own.contents) for own in examples.all)
+    assert all(
+        conversation.turns and conversation.contents == tuple(c.strip() for c in conversation.contents)
+        for conversation in examples.all
+    )
     save_corpus(examples, tmp_path / "corpus", "f")
     assert load_corpus(tmp_path / "corpus")[0] == examples
     folded = corpus_of(tmp_path / "talk.jsonl", [*good, other[3]], system="first_user")
-    assert "user: Be kind.\n\n0?\nassistant: " in [own.prompt for own in build_corpus(folded, pair).all]
+    assert "user: Be kind.\n\n0?\nassistant: " in [
+        conversation.prompt for conversation in build_corpus(folded, pair).all
+    ]
 
 
 def test_a_model_without_a_template_is_named(models, tmp_path):
@@ -268,7 +277,9 @@ def test_a_model_without_a_template_is_named(models, tmp_path):
 
 def said(*contents):
     """Turns by the user and the assistant, in turn."""
-    return [{"role": role, "content": own} for role, own in zip(itertools.cycle(["user", "assistant"]), contents)]
+    return [
+        {"role": role, "content": content} for role, content in zip(itertools.cycle(["user", "assistant"]), contents)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -294,14 +305,14 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_of_its_chats(tmp_pat
     """KL, hidden states and maps are 0 at every compared position, the first token of each reply among them."""
     (tmp_path / "chatml.jinja").write_text(THINKING)
     ref = teacher_ref.model_copy(update={"chat_template": tmp_path / "chatml.jinja"})
-    own = [settled(example(name), [load_tokenizer(ref)]) for name in ("one turn", "system", "several")]
-    store = make_store(tmp_path / "store", ref, Examples(own[:2], own[2:], {}))
+    examples = [settled(example(name), [load_tokenizer(ref)]) for name in ("one turn", "system", "several")]
+    store = make_store(tmp_path / "store", ref, Examples(examples[:2], examples[2:], {}))
     setup = Setup(ref, store, changed(ALL, hidden={"weight": 0.0}))
-    losses, _ = setup.step(own)
+    losses, _ = setup.step(examples)
     assert losses["kd_loss"] == pytest.approx(0, abs=1e-5)
     assert losses["attention_loss"] == pytest.approx(0, abs=1e-9)
     assert losses["task_loss"] > 1
-    (item,) = setup.items(own[2:])
+    (item,) = setup.items(examples[2:])
     compared = setup.head.compared(item)
     assert set(compared[:, 1] + 1) == set(np.flatnonzero(item.encoding.learnt))
     assert {int(t) for t in item.positions + 1} - set(compared[:, 1] + 1) == set(np.flatnonzero(item.encoding.written))

@@ -315,8 +315,8 @@ def test_a_choice_without_tokens_of_its_own_is_refused(
     plain, strange = load_tokenizer(teacher_ref), load_tokenizer(student_ref)
     assert build_corpus(settings, [plain, strange])
     before = strange.backend_tokenizer.normalizer
-    own = [normaliser] if before is None else [normaliser, before]
-    strange.backend_tokenizer.normalizer = normalizers.Sequence(own)
+    normalisers = [normaliser] if before is None else [normaliser, before]
+    strange.backend_tokenizer.normalizer = normalizers.Sequence(normalisers)
     name = re.escape(f"{message} under the tokenizer of {student_ref.model}")
     with pytest.raises(UserError, match=f"corpus.tasks.own: {name}"):
         build_corpus(settings, [plain, strange])
@@ -434,9 +434,9 @@ def test_prompts_leave_room_for_what_is_generated(tmp_path):
     context, longest = (
         fits._context,
         max(
-            len(own)
+            len(encoding)
             for tokenizer in fits.tokenizers
-            for own in encode_many(tokenizer, [e.prompt for e in fits.examples.validation if e.choices is None])
+            for encoding in encode_many(tokenizer, [e.prompt for e in fits.examples.validation if e.choices is None])
         ),
     )
     for more, fine in ((0, True), (1, False)):

@@ -183,11 +183,11 @@ def test_auto_is_resolved_once_and_is_part_of_what_a_study_is(study, tmp_path, m
     found = {}
     for native, chosen in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr("stillroom.models.precision.native_bfloat16", lambda device=None, native=native: native)
-        own = Workspace(asked).study
-        assert {own.teacher.dtype, own.training.precision, own.evaluation.dtype} == {chosen}
-        assert own.teacher.fine_tune.training.precision == chosen
-        assert '"auto"' not in own.model_dump_json()
-        found[chosen] = fingerprint(own.training)
+        resolved = Workspace(asked).study
+        assert {resolved.teacher.dtype, resolved.training.precision, resolved.evaluation.dtype} == {chosen}
+        assert resolved.teacher.fine_tune.training.precision == chosen
+        assert '"auto"' not in resolved.model_dump_json()
+        found[chosen] = fingerprint(resolved.training)
     assert len(set(found.values())) == 2
     explicit = Workspace(load_study("quickstart", [f"paths.results={tmp_path}"])).study
     assert explicit.training.precision == "float32"
@@ -343,11 +343,11 @@ def test_a_tracker_or_ray_that_does_not_start_is_a_line(study, monkeypatch):
 
 def test_a_damaged_file_of_the_tracker_is_seen_by_the_doctor(study, tmp_path):
     """It is the study's own that is looked at; a run would meet it after the capture."""
-    own = study.model_copy(update={"paths": study.paths.model_copy(update={"results": tmp_path})})
-    assert next(doctor._trackers(own)).fine
+    relocated = study.model_copy(update={"paths": study.paths.model_copy(update={"results": tmp_path})})
+    assert next(doctor._trackers(relocated)).fine
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "mlflow.db").write_bytes(b"no database at all" * 100)
-    assert "not a database" in next(doctor._trackers(own)).says
+    assert "not a database" in next(doctor._trackers(relocated)).says
 
 
 def test_the_command_fails_when_there_is_something_to_do(no_services, tmp_path):

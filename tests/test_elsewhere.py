@@ -98,7 +98,7 @@ LOSS = {  # train_loss
 def accuracies(tasks=TASKS):
     """By group one value a seed, over the examples of these tasks together."""
     sizes = np.sum([SIZES[task] for task in tasks], axis=0)
-    return {group: np.sum([own[task] for task in tasks], axis=0) / sizes for group, own in RIGHT.items()}
+    return {group: np.sum([right[task] for task in tasks], axis=0) / sizes for group, right in RIGHT.items()}
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def findings(study, identical):
     measures = {"all": TASKS, **{task: (task,) for task in TASKS}}
     evidence = Evidence(
         accuracies={
-            name: {(group, seed): own[seed] for group, own in accuracies(tasks).items() for seed in SEEDS}
+            name: {(group, seed): by_seed[seed] for group, by_seed in accuracies(tasks).items() for seed in SEEDS}
             for name, tasks in measures.items()
         },
         analysis=Analysis(**study["analysis"]),
@@ -187,5 +187,5 @@ def test_one_seed_carries_the_difference():
     assert f"at {100 * 27 / 338:.0f} % accuracy after its first epoch and ended at {100 * second[6]:.1f} %" in PAGE
     without = first[:6] - second[:6]
     assert f"Without that seed the difference is {points(without.mean())} points" in PAGE
-    spread, own, other = (100 * values.std(ddof=1) for values in (second, second[:6], first[:6]))
-    assert f"falls from {spread:.1f} points to {own:.1f}, beside attention's {other:.1f}" in PAGE
+    spread, remaining, other = (100 * values.std(ddof=1) for values in (second, second[:6], first[:6]))
+    assert f"falls from {spread:.1f} points to {remaining:.1f}, beside attention's {other:.1f}" in PAGE

@@ -69,7 +69,7 @@ def test_mistral_teaches_llama_through_their_real_tokenizers(tmp_path, tiny_mist
         assert (folder / "predictions.parquet").is_file()
         result = read_json(folder / "result.json")
         if result["config"]["distill_type"] == "combined":
-            assert all(own["token_coverage"] > 0.85 for own in result["coverage"].values())
+            assert all(task_coverage["token_coverage"] > 0.85 for task_coverage in result["coverage"].values())
             assert all(share > 0 for share in result["gradient_shares"].values())
     report = workspace.report().read_text()
     assert "student before training" in report
@@ -107,8 +107,8 @@ def test_the_test_splits_are_evaluated_for_trials_and_baselines(tmp_path, teache
     result = read_json(trial / "result.json")
     measured = {trial / "predictions_test.parquet": by_column(result["metrics"])}
     for name in ("teacher", "student"):
-        own = results / "baselines" / f"{name}_test.parquet"
-        measured[own] = by_column(read_json(own.with_suffix(".json"))["metrics"])
+        file = results / "baselines" / f"{name}_test.parquet"
+        measured[file] = by_column(read_json(file.with_suffix(".json"))["metrics"])
     for predictions, metrics in measured.items():
         table = pd.read_parquet(predictions)
         assert list(table["example_id"]) == ids
@@ -129,12 +129,14 @@ def test_no_task_name_is_forbidden(tmp_path, teacher_ref, student_ref, capsys):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     generation = {"prompt": "{a} and {b} make", "answer": " {sum}.", "pattern": r"(\d+)"}
     choice = {"prompt": "{a}, {b}: the sum?", "choices": [str(n) for n in range(10)], "label": "sum"}
-    own = {"dataset": str(tmp_path / "sums.jsonl"), "examples": 20}
+    source = {"dataset": str(tmp_path / "sums.jsonl"), "examples": 20}
     test = {"dataset": str(tmp_path / "others.jsonl"), "examples": 4}
-    tasks = {name: {**own, "choice": {**choice, "prompt": f"{name} {choice['prompt']}"}} for name in ("all", "macro")}
-    tasks |= {"accuracy": {**own, "choice": {**choice, "prompt": "sum of {a}, {b}:"}}}
+    tasks = {
+        name: {**source, "choice": {**choice, "prompt": f"{name} {choice['prompt']}"}} for name in ("all", "macro")
+    }
+    tasks |= {"accuracy": {**source, "choice": {**choice, "prompt": "sum of {a}, {b}:"}}}
     tasks |= {
-        name: {**own, "generation": {**generation, "prompt": f"{name}: {{a}} and {{b}} make"}}
+        name: {**source, "generation": {**generation, "prompt": f"{name}: {{a}} and {{b}} make"}}
         for name in ("x", "x_flexible")
     }
     path = study_file(
@@ -233,18 +235,18 @@ def test_with_one_tokenizer_the_reported_losses_are_the_textbook_ones(tmp_path, 
     sums = dict.fromkeys(("task", "kd", "hidden", "attention"), 0.0)
     counts = dict.fromkeys(sums, 0)
     for example in workspace.examples.validation:
-        teacher, own = dense(teacher_ref, example.text), dense(trained, example.text, add_eos=True)
-        answer = [t for t in range(len(own["ids"])) if own["ends"][t] > len(example.prompt)]
-        logprobs = torch.from_numpy(own["logits"]).double().log_softmax(-1)
+        teacher, student = dense(teacher_ref, example.text), dense(trained, example.text, add_eos=True)
+        answer = [t for t in range(len(student["ids"])) if student["ends"][t] > len(example.prompt)]
+        logprobs = torch.from_numpy(student["logits"]).double().log_softmax(-1)
         expected = torch.from_numpy(teacher["logits"]).double().log_softmax(-1)
         text = len(teacher["ids"])
         terms = {
-            "task": [-float(logprobs[t - 1, own["ids"][t]]) for t in answer],
+            "task": [-float(logprobs[t - 1, student["ids"][t]]) for t in answer],
             "kd": [
                 float((expected[t - 1].exp() * (expected[t - 1] - logprobs[t - 1])).sum()) for t in answer if t < text
             ],
-            "hidden": ((own["hidden"][:text] @ weight.T + bias - teacher["hidden"]) ** 2).ravel().tolist(),
-            "attention": reference.attention_terms(teacher, own)[0],
+            "hidden": ((student["hidden"][:text] @ weight.T + bias - teacher["hidden"]) ** 2).ravel().tolist(),
+            "attention": reference.attention_terms(teacher, student)[0],
         }
         for name, values in terms.items():
             sums[name] += sum(values)

@@ -36,8 +36,8 @@ def log_likelihood(ref, tokenizer, prompt, answer):
     encoding = encode(tokenizer, prompt + answer)
     with torch.no_grad():
         logprobs = model(torch.from_numpy(encoding.ids.astype("int64"))[None]).logits[0].log_softmax(-1)
-    own = [t for t in range(1, len(encoding)) if encoding.ends[t] > len(prompt)]
-    return sum(float(logprobs[t - 1, encoding.ids[t]]) for t in own)
+    places = [t for t in range(1, len(encoding)) if encoding.ends[t] > len(prompt)]
+    return sum(float(logprobs[t - 1, encoding.ids[t]]) for t in places)
 
 
 def test_choices_are_scored_by_the_likelihood_of_their_text(student_ref, model, tokenizer, examples):
@@ -81,7 +81,7 @@ def test_batch_size_and_padding_change_no_prediction_under_real_tokenizers(tmp_p
     model = load_model(write_model(tmp_path, real, STUDENT_SHAPE, 6))
     some = real_examples(6)
     alone = evaluate(model, real, some, Evaluation(max_new_tokens=8, batch_tokens=1, generation_batch_size=1))
-    assert alone["scores"].dropna().map(lambda own: own[1] - own[0]).std() > 0.05  # the prompt matters
+    assert alone["scores"].dropna().map(lambda scores: scores[1] - scores[0]).std() > 0.05  # the prompt matters
     assert alone["generated"].dropna().nunique() > 1
     for batch_tokens, size in ((400, 2), (100_000, 64)):
         settings = Evaluation(max_new_tokens=8, batch_tokens=batch_tokens, generation_batch_size=size)
@@ -101,20 +101,20 @@ def test_generation_is_greedy_decoding(student_ref, model, tokenizer, examples, 
     free = generate(model, tokenizer, prompts, Evaluation(max_new_tokens=10))
     ends_early = copy.deepcopy(tokenizer)
     said = [set(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in free]
-    ending = max(set.union(*said), key=lambda token: 2 * sum(token in own for own in said) % (2 * len(said) - 1))
+    ending = max(set.union(*said), key=lambda token: 2 * sum(token in ids for ids in said) % (2 * len(said) - 1))
     ends_early.eos_token = tokenizer.convert_ids_to_tokens(ending)  # so that some of the texts end early
     texts = generate(model, ends_early, prompts, Evaluation(max_new_tokens=10))
     assert len({len(tokenizer(text)["input_ids"]) for text in texts}) > 1
-    for own, found in ((tokenizer, free), (ends_early, texts)):
+    for reader, found in ((tokenizer, free), (ends_early, texts)):
         for prompt, text in zip(prompts, found, strict=True):
-            ids = own(prompt.prompt, return_tensors="pt")["input_ids"]
+            ids = reader(prompt.prompt, return_tensors="pt")["input_ids"]
             start = ids.shape[1]
             for _ in range(10):
                 with torch.no_grad():
                     ids = torch.cat([ids, plain(ids).logits[:, -1:].argmax(-1)], 1)
-                if ids[0, -1] == own.eos_token_id:
+                if ids[0, -1] == reader.eos_token_id:
                     break
-            expected = own.decode(ids[0, start:], skip_special_tokens=True)
+            expected = reader.decode(ids[0, start:], skip_special_tokens=True)
             assert text == expected.split("Question:")[0]
 
 
@@ -272,12 +272,17 @@ def test_a_choice_is_the_likelier_text_whatever_its_length():
 
 def test_a_baseline_is_kept_only_for_the_very_same_measurement(tmp_path, model, tokenizer, examples):
     """Model, dtype, settings, examples: with one of them changed, it is not known."""
-    own = [e for e in examples.validation if e.choices]
-    first = Baseline(tmp_path, "student", "validation", "m", "float32", own[:2], EVALUATION)
+    choice_examples = [e for e in examples.validation if e.choices]
+    first = Baseline(tmp_path, "student", "validation", "m", "float32", choice_examples[:2], EVALUATION)
     assert first.read() is None
     assert first.measure(model, tokenizer) == first.read()
     other = EVALUATION.model_copy(update={"max_new_tokens": 13})
-    for other_way in ({"identity": "n"}, {"settings": other}, {"precision": "bfloat16"}, {"examples": own[:3]}):
+    for other_way in (
+        {"identity": "n"},
+        {"settings": other},
+        {"precision": "bfloat16"},
+        {"examples": choice_examples[:3]},
+    ):
         assert replace(first, **other_way).read() is None, other_way
     shutil.copy(first.path, tmp_path / "student_test.json")
     assert replace(first, split="test").read() is None

@@ -53,10 +53,10 @@ def test_it_loads_where_this_package_is_not_and_is_the_trained_model(exported, t
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) > 5
-    own = AutoModelForCausalLM.from_pretrained(exported).state_dict()
+    weights = AutoModelForCausalLM.from_pretrained(exported).state_dict()
     checkpoint = AutoModelForCausalLM.from_pretrained(trial / "checkpoint_2").state_dict()
-    assert own.keys() == checkpoint.keys()
-    assert all(torch.equal(own[name], checkpoint[name]) for name in own)
+    assert weights.keys() == checkpoint.keys()
+    assert all(torch.equal(weights[name], checkpoint[name]) for name in weights)
     names = {path.name for path in exported.iterdir()}
     assert {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
     assert not any("projector" in name or "trainer" in name for name in names)
@@ -83,15 +83,17 @@ def test_its_generation_config_is_how_it_was_measured(exported):
 
 def test_a_student_of_chats_stops_at_what_ends_a_turn(tokenizer, tmp_path, monkeypatch):
     """As it was measured: its template's own end of a turn, or EOS; elsewhere it would write the user's turns."""
-    own = copy.deepcopy(tokenizer)
-    own.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
-    own.chat_template = "{% for m in messages %}{{ m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    own.save_pretrained(tmp_path / "student")
+    chat_tokenizer = copy.deepcopy(tokenizer)
+    chat_tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    chat_tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    )
+    chat_tokenizer.save_pretrained(tmp_path / "student")
     talk = chat("talk", [("user", "Hi"), ("assistant", "Hello")], [False, True])
     save_corpus(Examples([talk], [], {}), tmp_path / "results" / "corpus", "0")
     monkeypatch.setattr(export, "_planned", lambda trial: {"study": {"evaluation": {"max_new_tokens": 8}}})
     made = export._generation_config(tmp_path / "results" / "trials" / "trial", tmp_path / "student")
-    assert made.eos_token_id == [own.eos_token_id, own.convert_tokens_to_ids("<|im_end|>")]
+    assert made.eos_token_id == [chat_tokenizer.eos_token_id, chat_tokenizer.convert_tokens_to_ids("<|im_end|>")]
 
 
 def test_the_card_says_data_method_metrics_and_limits(exported, trial, finished_study):

@@ -62,14 +62,16 @@ def test_whatever_a_killed_writer_leaves_the_next_command_removes(tmp_path, fini
 
 def test_what_another_process_is_writing_is_left_alone(tmp_path):
     """Two processes share a folder; one that starts must not take what the other has begun."""
-    with atomic_path(tmp_path / "own") as own:
-        own.write_text("being written")
-        other = own.with_name(own.name.replace(f".{os.getpid()}.", f".{os.getppid()}."))
+    with atomic_path(tmp_path / "own") as unfinished:
+        unfinished.write_text("being written")
+        other = unfinished.with_name(unfinished.name.replace(f".{os.getpid()}.", f".{os.getppid()}."))
         other.write_text("another's")
-        elsewhere = own.with_name(own.name.replace(f".{os.getpid()}.", ".1.").replace(own.name.split(".")[2], "node"))
+        elsewhere = unfinished.with_name(
+            unfinished.name.replace(f".{os.getpid()}.", ".1.").replace(unfinished.name.split(".")[2], "node")
+        )
         elsewhere.write_text("another machine's")
         remove_leftovers(tmp_path)
-        assert own.exists()
+        assert unfinished.exists()
         assert other.exists()
         assert elsewhere.exists()
         os.utime(elsewhere, (time.time() - 10**6,) * 2)

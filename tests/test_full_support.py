@@ -59,8 +59,8 @@ def test_one_tokenizer_gives_torchs_own_kl_of_the_teachers_logits(same_tokenizer
     for example in some:
         t, s = dense(teacher_ref, example.text), dense(same_tokenizer, example.text, add_eos=True)
         at = [n - 1 for n in range(1, len(s["ids"])) if s["ends"][n] > len(example.prompt)][:-1]
-        own, other = (torch.from_numpy(m["logits"][at]).double().log_softmax(-1) for m in (s, t))
-        values += torch.nn.functional.kl_div(own, other, log_target=True, reduction="none").sum(-1).tolist()
+        student, teacher = (torch.from_numpy(m["logits"][at]).double().log_softmax(-1) for m in (s, t))
+        values += torch.nn.functional.kl_div(student, teacher, log_target=True, reduction="none").sum(-1).tolist()
     found = Setup(same_tokenizer, headed, changed(kd=FULL)).step(some)[0]
     assert found["kd_loss"] == pytest.approx(np.mean(values), rel=1e-5)
     alone = Setup(teacher_ref, headed, changed(kd=FULL)).step(some)[0]
@@ -108,13 +108,13 @@ def test_the_gradient_of_full_support_is_autograds(name, softcap, in_pieces, mon
         expected_task = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
         expected_kd = torch.zeros((), dtype=torch.float64)
         raw = outcomes.hidden.double() @ teacher.weight.double().T * 0.5 + teacher.bias.double()
-        for row, own in zip(outcomes.rows.tolist(), (8 * torch.tanh(raw / 8)).softmax(-1), strict=True):
+        for row, probabilities in zip(outcomes.rows.tolist(), (8 * torch.tanh(raw / 8)).softmax(-1), strict=True):
             q = logits[row].softmax(-1)
             ids = sorted({i for i in mapped.tolist() if i >= 0})
-            p_all = [own[[t for t, m in enumerate(mapped) if m == i]].sum() for i in ids]
+            p_all = [probabilities[[t for t, m in enumerate(mapped) if m == i]].sum() for i in ids]
             q_all = [q[i] for i in ids]
             if len(ids) < 30:
-                p_all.append(own[[t for t, m in enumerate(mapped) if m < 0]].sum())
+                p_all.append(probabilities[[t for t, m in enumerate(mapped) if m < 0]].sum())
                 q_all.append(q[[i for i in range(30) if i not in ids]].sum())
             p, s = torch.stack(p_all) ** 0.5, torch.stack(q_all) ** 0.5
             expected_kd = expected_kd + 4 * DIVERGENCES[name](p / p.sum(), (s / s.sum()).log(), 0.3).sum()
@@ -142,20 +142,20 @@ def test_no_more_rows_than_a_block_are_ever_remade(student_ref, headed, some, mo
 
 def test_the_head_is_kept_verified_and_archived(tmp_path, teacher_ref, examples, headed, store):
     """Its digest is in the manifest; a changed byte is refused, and so is a store without it; others are unmoved."""
-    own = make_store(tmp_path / "data", teacher_ref, examples, top_k=0, teacher_head=True)
-    assert not [column for column in own.columns if "topk" in column or "tail" in column]
-    snapshot = SignalStore.open(archive(own.path))
+    made = make_store(tmp_path / "data", teacher_ref, examples, top_k=0, teacher_head=True)
+    assert not [column for column in made.columns if "topk" in column or "tail" in column]
+    snapshot = SignalStore.open(archive(made.path))
     assert torch.equal(snapshot.teacher_head.weight, load_model(teacher_ref).get_output_embeddings().weight)
-    path = own.path / HEAD
+    path = made.path / HEAD
     path.chmod(0o644)
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"teacher_head.safetensors: its bytes are not those that were written"):
-        verify_saved_data(own.path)
+        verify_saved_data(made.path)
     path.write_bytes(content[:-1])
     with pytest.raises(UserError, match=r"teacher_head.safetensors is missing or truncated"):
-        verify_saved_data(own.path)
+        verify_saved_data(made.path)
     assert "teacher_head" not in store.manifest["made_from"]
     with pytest.raises(UserError, match=r"not in this store; set signals.teacher_head"):
         _ = store.teacher_head

@@ -47,8 +47,8 @@ def require_agreement(found, unanswered=()):
     `unanswered`: readings (task, measure) that find nothing in any text, so that they say nothing of agreement.
     """
     assert harness_agreement.disagreements(found) == []
-    for task, own in found.items():
-        for key, value in own.items():
+    for task, measures in found.items():
+        for key, value in measures.items():
             if key.endswith("accuracy"):
                 assert value[0] == pytest.approx(value[1], abs=1 - harness_agreement.REQUIRED)
             if key.endswith("different answers") and (task, key) not in unanswered:
@@ -59,7 +59,7 @@ def test_a_trained_built_in_student_answers_the_same(trained, study, tmp_path):
     """Choices and worked answers, from its saved directory."""
     found = harness_agreement.measure_agreement(study, str(trained), 120, tmp_path)
     require_agreement(found)
-    assert {name: own["examples"] for name, own in found.items()} == dict.fromkeys(SIZES, 120)
+    assert {name: measures["examples"] for name, measures in found.items()} == dict.fromkeys(SIZES, 120)
     assert found["arithmetic"]["strict-match different answers"] > 5
 
 
@@ -72,7 +72,7 @@ def test_real_tasks_are_answered_the_same(trained, tmp_path):
     found = harness_agreement.measure_agreement(study, str(trained), 60, tmp_path)
     # it writes no #### after questions so much longer than its own; the built-in task's strict reading varies, above
     require_agreement(found, unanswered=[("gsm8k", "strict-match different answers")])
-    assert {name: own["examples"] for name, own in found.items()} == {"sst2": 60, "mmlu": 60, "gsm8k": 60}
+    assert {name: measures["examples"] for name, measures in found.items()} == {"sst2": 60, "mmlu": 60, "gsm8k": 60}
 
 
 def test_another_prompt_or_reading_is_a_disagreement(trained, study, tmp_path, monkeypatch):

@@ -46,7 +46,7 @@ WRITTEN = {
 
 
 @pytest.fixture
-def own(tmp_path):
+def task_folder(tmp_path):
     """A folder of two tasks for the harness, over one file of rows."""
     folder = tmp_path / "tasks"
     folder.mkdir()
@@ -64,15 +64,15 @@ def own(tmp_path):
     return folder
 
 
-def splits(own, **more):
+def splits(task_folder, **more):
     """Both tasks as test splits."""
     return {
-        "colours": {"harness": "colours", "include_path": str(own), "examples": 20, **more},
-        "in_words": {"harness": "colours_written", "include_path": str(own), "examples": "all"},
+        "colours": {"harness": "colours", "include_path": str(task_folder), "examples": 20, **more},
+        "in_words": {"harness": "colours_written", "include_path": str(task_folder), "examples": "all"},
     }
 
 
-def plain(model, own):
+def plain(model, task_folder):
     """What the harness's own front door says of a model's folder."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -85,7 +85,7 @@ def plain(model, own):
             device="cpu",
             tasks=[name],
             limit=limit,
-            task_manager=TaskManager(include_path=str(own), include_defaults=False),
+            task_manager=TaskManager(include_path=str(task_folder), include_defaults=False),
             bootstrap_iters=0,
         )["results"]
     return {
@@ -96,9 +96,9 @@ def plain(model, own):
 
 
 @pytest.mark.slow
-def test_its_numbers_are_those_of_the_harness_alone_in_every_table(tmp_path, own, teacher_ref, student_ref):
+def test_its_numbers_are_those_of_the_harness_alone_in_every_table(tmp_path, task_folder, teacher_ref, student_ref):
     """Of trial and baselines, as its own command gives them of the saved folders; other rows are other trials."""
-    evaluation = {"max_new_tokens": 8, "test_splits": splits(own)}
+    evaluation = {"max_new_tokens": 8, "test_splits": splits(task_folder)}
     path = study_file(tmp_path, teacher_ref.model, student_ref.model, groups=["task_only"], evaluation=evaluation)
     workspace = Workspace(load_study(path))
     workspace.baselines()
@@ -108,10 +108,10 @@ def test_its_numbers_are_those_of_the_harness_alone_in_every_table(tmp_path, own
     result = workspace.train_one("task_only", 0)
     (plan,) = workspace.plans()
     numbers = {key: value for key, value in by_key(result["metrics"]).items() if key[0] == "test"}
-    assert numbers == plain(plan.folder / "checkpoint_1", own)
+    assert numbers == plain(plan.folder / "checkpoint_1", task_folder)
     for role, ref in (("teacher", teacher_ref), ("student", student_ref)):
         kept = read_json(tmp_path / "results" / "baselines" / f"{role}_test.json")
-        assert by_key(kept["metrics"]) == plain(ref.model, own)
+        assert by_key(kept["metrics"]) == plain(ref.model, task_folder)
     frame = pd.read_csv(tmp_path / "results" / "results_summary.csv")
     assert frame["test_acc_norm_colours"].tolist() == [numbers["test", "colours", "acc_norm"]]
     page = write_report(tmp_path / "results").read_text()
@@ -120,18 +120,18 @@ def test_its_numbers_are_those_of_the_harness_alone_in_every_table(tmp_path, own
 
     again = Workspace(load_study(path))
     assert [plan.folder for plan in again.plans()] == [plan.folder]
-    rows = json.loads((own / "rows.json").read_text())
-    (own / "rows.json").write_text(json.dumps(rows[::-1]))
+    rows = json.loads((task_folder / "rows.json").read_text())
+    (task_folder / "rows.json").write_text(json.dumps(rows[::-1]))
     with pytest.raises(UserError, match="colours: the harness's task is not the one that this study was started with"):
         Harness.load(again.study.evaluation.harness_splits, again.examples.harness)
     assert Workspace(load_study(path)).plans()[0].folder != plan.folder
 
 
-def test_it_is_refused_by_name_before_anything_is_spent(tmp_path, own, monkeypatch, teacher_ref, student_ref):
+def test_it_is_refused_by_name_before_anything_is_spent(tmp_path, task_folder, monkeypatch, teacher_ref, student_ref):
     """A task that is not there, of other kinds or without the harness: by plan, doctor, and before the corpus."""
 
     def refused(message, **changes):
-        split = {**splits(own)["colours"], **changes}
+        split = {**splits(task_folder)["colours"], **changes}
         evaluation = {"test_splits": {"colours": split}}
         path = study_file(tmp_path, teacher_ref.model, student_ref.model, groups=["task_only"], evaluation=evaluation)
         study = load_study(path)
@@ -147,9 +147,9 @@ def test_it_is_refused_by_name_before_anything_is_spent(tmp_path, own, monkeypat
     refused("colours.include_path: nowhere is not a folder", include_path="nowhere")
     refused("colours.examples: 30 asked for, but colours has 24 rows", examples=30)
     code = {"task": "code", "unsafe_code": True, "include": "colours.yaml"}
-    (own / "code.yaml").write_text(yaml.safe_dump(code))
+    (task_folder / "code.yaml").write_text(yaml.safe_dump(code))
     refused("code runs code that the model writes", harness="code")
-    (own / "rows.json").unlink()
+    (task_folder / "rows.json").unlink()
     refused("the harness cannot load colours: ")
     for field, value in (("split", "train"), ("dataset", "rows.json")):
         with pytest.raises(UserError, match=f"{field}: the harness's task has data of its own"):
@@ -162,9 +162,9 @@ def test_it_is_refused_by_name_before_anything_is_spent(tmp_path, own, monkeypat
         plan_study(refused(absent))
 
 
-def test_nothing_of_ours_is_left_changed(own, student_ref):
+def test_nothing_of_ours_is_left_changed(task_folder, student_ref):
     """Neither seeds nor tokenizer nor model; a model scored by parts, as on a GPU, gives the same numbers."""
-    evaluation = Evaluation.model_validate({"test_splits": splits(own)})
+    evaluation = Evaluation.model_validate({"test_splits": splits(task_folder)})
     harness = Harness.load(evaluation.harness_splits)
     model, tokenizer = load_model(student_ref), load_tokenizer(student_ref)
     model.config.tie_word_embeddings = True

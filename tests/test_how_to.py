@@ -54,7 +54,11 @@ def test_data(follow):
     """The CSV, the compressed file and the plain texts are read and learnt; texts are no part of any accuracy."""
     folder = follow("data.md")
     counts = read_json(folder / "results" / "corpus" / "corpus.json")["counts"]
-    assert {task: own["used"] for task, own in counts.items()} == {"capitals": 30, "sums": 20, "notes": 30}
+    assert {task: task_counts["used"] for task, task_counts in counts.items()} == {
+        "capitals": 30,
+        "sums": 20,
+        "notes": 30,
+    }
     (result,) = (read_json(p) for p in folder.glob("results/knowledge_distillation_experiment/*/result.json"))
     assert result["coverage"]["notes"]["aligned_predictions"] > 0
     assert {row["task"] for row in result["metrics"]} == {None, "capitals", "sums"}

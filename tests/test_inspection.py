@@ -32,7 +32,7 @@ def example(examples):
 def test_a_stores_summary_is_what_was_put_in(store, examples):
     """Examples and tokens by task, and their sums."""
     facts = describe_store(store.path)
-    assert {task: own["examples"] for task, own in facts["tasks"].items()} == {
+    assert {task: counts["examples"] for task, counts in facts["tasks"].items()} == {
         "arithmetic": 20,
         "quiz": 20,
         "sentiment": 20,
@@ -105,8 +105,8 @@ def test_no_letter_of_a_picture_is_a_box(monkeypatch):
     from matplotlib.figure import Figure
 
     kept = ("DejaVu Sans", "STIXGeneral", "Last Resort High-Efficiency")
-    own = [font for font in font_manager.fontManager.ttflist if font.name in kept]
-    monkeypatch.setattr(font_manager.fontManager, "ttflist", own)
+    fonts = [font for font in font_manager.fontManager.ttflist if font.name in kept]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", fonts)
     other = next(c for c in map(chr, range(0x21, 0x2FFF)) if fonts_for(c) == (["STIXGeneral"], set()))
     families, missing = fonts_for(f"a{other}漢")
     assert (families, missing) == (["DejaVu Sans", "STIXGeneral"], {"漢"})

@@ -19,19 +19,21 @@ QUIZ = [TASKS["quiz"].build(row) for row in TASKS["quiz"].generate_rows(3, 1500)
 def test_the_declared_share_of_answers_is_wrong_and_gold_stays_right():
     """Each wrong choice comes as often as another, and scoring still knows the right one."""
     noisy = with_label_noise(QUIZ, {"quiz": 0.3})
-    wrong = [(own, was) for own, was in zip(noisy, QUIZ, strict=True) if own != was]
+    wrong = [(noised, was) for noised, was in zip(noisy, QUIZ, strict=True) if noised != was]
     assert abs(len(wrong) / len(QUIZ) - 0.3) < 0.04
-    assert all(own == replace(was, answer=own.answer) and own.answer in was.choices for own, was in wrong)
-    by = [(own.choices.index(own.answer) - own.gold) % 4 for own, _ in wrong]
+    assert all(noised == replace(was, answer=noised.answer) and noised.answer in was.choices for noised, was in wrong)
+    by = [(noised.choices.index(noised.answer) - noised.gold) % 4 for noised, _ in wrong]
     assert all(abs(by.count(n) / len(by) - 1 / 3) < 0.1 for n in (1, 2, 3))
-    assert [is_mislabelled(own) for own in noisy] == [own != was for own, was in zip(noisy, QUIZ, strict=True)]
+    assert [is_mislabelled(noised) for noised in noisy] == [
+        noised != was for noised, was in zip(noisy, QUIZ, strict=True)
+    ]
     assert without_label_noise(noisy) == QUIZ
 
 
 def test_what_is_wrong_is_the_examples_own():
     """Neither the order nor the other examples, tasks or a larger share change which answers are wrong."""
     some, more = with_label_noise(QUIZ, {"quiz": 0.2}), with_label_noise(QUIZ[::-1], {"quiz": 0.5, "sst2": 1.0})[::-1]
-    assert all(own == other for own, other in zip(some, more, strict=True) if is_mislabelled(own))
+    assert all(noised == other for noised, other in zip(some, more, strict=True) if is_mislabelled(noised))
     assert with_label_noise(QUIZ, {"sst2": 1.0}) == QUIZ
     assert all(map(is_mislabelled, with_label_noise(QUIZ, {"quiz": 1.0})))
 

@@ -52,12 +52,12 @@ def test_a_pass_leaves_behind_what_the_models_own_has(name):
     with torch.no_grad():
         taps = Taps(frozenset({1, 2, "last"}), frozenset({1, 3, "last"}))
         found = forward(model, ids, taps)
-        own = eager(ids, output_hidden_states=True, output_attentions=True)
+        expected = eager(ids, output_hidden_states=True, output_attentions=True)
         nothing = forward(model, ids)
     for layer in (1, 2):
-        assert torch.allclose(found.hidden[layer], own.hidden_states[layer], atol=2e-5)
-    assert torch.allclose(found.hidden["last"], own.hidden_states[-1], atol=2e-5)
-    assert torch.allclose(found.attention[1], own.attentions[0], atol=2e-5)
+        assert torch.allclose(found.hidden[layer], expected.hidden_states[layer], atol=2e-5)
+    assert torch.allclose(found.hidden["last"], expected.hidden_states[-1], atol=2e-5)
+    assert torch.allclose(found.attention[1], expected.attentions[0], atol=2e-5)
     assert torch.equal(found.attention[3], found.attention["last"])
     assert torch.equal(found.last_hidden, nothing.last_hidden) or torch.allclose(found.last_hidden, nothing.last_hidden)
     assert not nothing.attention

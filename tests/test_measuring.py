@@ -54,8 +54,8 @@ def test_a_measured_plan_gives_time_for_every_stage_and_leaves_nothing_behind(
     assert plan["cpu_hours"] is None
     assert plan["measured"]["machine"] in plan["measured"]["how"][0]
     assert "steps of combined" in plan["measured"]["how"][0]
-    assert [name for name, own in hours.items() if own["hours"] > 0] == ["teacher", "training", "evaluation"]
-    assert all(own["error"] >= 0 for own in hours.values())
+    assert [name for name, measured in hours.items() if measured["hours"] > 0] == ["teacher", "training", "evaluation"]
+    assert all(measured["error"] >= 0 for measured in hours.values())
     assert hours["training"]["pieces"] == 8
     assert hours["evaluation"]["pieces"] == 3 * 3
     assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.yaml"]

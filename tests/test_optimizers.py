@@ -72,7 +72,7 @@ def test_with_the_real_library_a_stopped_trial_ends_as_an_unstopped_one(tmp_path
     with pytest.raises(Stop):
         run(tmp_path / "stopped", student_ref, store, examples, report=stop, **of)
     saved = torch.load(tmp_path / "stopped" / "checkpoint_1" / "trainer_state.pt", weights_only=True)
-    kept = [str(found) for own in saved["optimizer"]["state"].values() for found in _dtypes(own)]
+    kept = [str(found) for state in saved["optimizer"]["state"].values() for found in _dtypes(state)]
     assert "torch.uint8" in kept
     resumed = run(tmp_path / "stopped", student_ref, store, examples, **of)
     assert numbers(resumed) == numbers(whole)

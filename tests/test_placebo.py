@@ -65,8 +65,8 @@ def test_values_are_moved_within_a_task_and_none_is_lost_or_stays(student_ref, s
     items = setup.items(some)
     (moved, *_) = Placebo(store, items, 0).rows(items, ["hidden"], aligned_rows)
     elsewhere = np.setdiff1d(np.arange(len(moved.encoding)), aligned_rows(items[0]))
-    own = store.read(moved.example_id, ["hidden"])["hidden"]
-    assert np.array_equal(moved["hidden"][elsewhere], own[elsewhere])
+    true = store.read(moved.example_id, ["hidden"])["hidden"]
+    assert np.array_equal(moved["hidden"][elsewhere], true[elsewhere])
 
 
 @pytest.mark.parametrize("pair", ["different", "same"])
@@ -104,12 +104,12 @@ def test_an_attention_rows_columns_are_moved_within_its_causal_part(pair, studen
     assert torch.equal(one.rows, other.rows)
     assert one.count == other.count
     for n, size in enumerate(one.segments.tolist()):
-        own, found = one.teacher("attention")[n], other.teacher("attention")[n]
-        assert torch.equal(own.sort(-1).values, found.sort(-1).values)
+        unmoved, found = one.teacher("attention")[n], other.teacher("attention")[n]
+        assert torch.equal(unmoved.sort(-1).values, found.sort(-1).values)
         assert not found.triu(1).any()
         cells = torch.ones(size, size).tril().bool()
         cells[0, 0] = False
-        stay = (own[:, :size, :size] == found[:, :size, :size])[:, cells]
+        stay = (unmoved[:, :size, :size] == found[:, :size, :size])[:, cells]
         assert float(stay.float().mean()) < 0.01
         source = Placebo(store, moved.items(some), 0).columns(moved.items(some)[n], size)
         assert all(sorted(source[row, : row + 1]) == [*range(row + 1)] for row in range(size))
@@ -142,9 +142,9 @@ def test_one_seed_moves_values_alike_in_every_group_and_another_otherwise(studen
     among = Setup(student_ref, store, changed(**{term: {"placebo": True} for term in TERMS[:3]}))
     real = Setup(student_ref, store)
     items = alone.items(some)
-    first, second, own = (s.collate(items).parts["hidden"].teacher["hidden"] for s in (alone, among, real))
+    first, second, unmoved = (s.collate(items).parts["hidden"].teacher["hidden"] for s in (alone, among, real))
     assert torch.equal(first, second)
-    assert not torch.equal(first, own)
+    assert not torch.equal(first, unmoved)
     other = Collator(store, alone.head, alone.terms, seed=1)(items).parts["hidden"].teacher["hidden"]
     assert not torch.equal(first, other)
     assert torch.equal(alone.collate(items).head.outcomes.probs, real.collate(items).head.outcomes.probs)

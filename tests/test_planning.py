@@ -144,10 +144,10 @@ def test_a_plan_says_what_the_design_can_find_out():
     assert (primary["contrasts"], primary["seeds_needed"]) == (3, 7)
     assert primary["smallest_adjusted_p"] == pytest.approx(3 * 2 / 2**7)
     assert norm.cdf(primary["detectable"]) ** 7 == pytest.approx(0.8, abs=0.02)
-    for own in design["measures"].values():
-        by_hand = primary["detectable"] * (2 * 0.5 * 0.5 / own["validation_examples"]) ** 0.5
-        assert own["detectable_difference"]["primary"] == pytest.approx(by_hand)
-    counts = [own["validation_examples"] for own in design["measures"].values()]
+    for measure in design["measures"].values():
+        by_hand = primary["detectable"] * (2 * 0.5 * 0.5 / measure["validation_examples"]) ** 0.5
+        assert measure["detectable_difference"]["primary"] == pytest.approx(by_hand)
+    counts = [measure["validation_examples"] for measure in design["measures"].values()]
     assert counts[0] == sum(counts[1:])
 
 

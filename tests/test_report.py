@@ -304,7 +304,7 @@ def test_what_was_measured_for_another_study_is_left_out(results, tmp_path, quic
     write_json(test, {**read_json(test), "fingerprint": "another"})
     described = copy / "corpus" / "corpus.json"
     other = {**read_json(described), "fingerprint": "another"}
-    other["counts"] = {f"other_{task}": own for task, own in other["counts"].items()}
+    other["counts"] = {f"other_{task}": counts for task, counts in other["counts"].items()}
     rows = pd.read_parquet(described.with_suffix(".parquet"))
     rows.assign(task="other_" + rows["task"]).to_parquet(described.with_suffix(".parquet"))
     write_json(described, other)

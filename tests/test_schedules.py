@@ -22,8 +22,8 @@ def test_each_schedule_is_the_one_of_transformers(name, floor):
         pytest.skip("has no floor")
     training = Training(learning_rate=2e-3, warmup_steps=WARM, schedule=name, schedule_floor=floor)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-3)
-    own = {"min_lr_rate": floor} if name == "cosine" else {}
-    theirs = get_scheduler(NAMES[name], optimizer, WARM, STEPS, scheduler_specific_kwargs=own)
+    options = {"min_lr_rate": floor} if name == "cosine" else {}
+    theirs = get_scheduler(NAMES[name], optimizer, WARM, STEPS, scheduler_specific_kwargs=options)
     for step in range(STEPS):
         expected = theirs.get_last_lr()[0]
         if name == "linear":  # which has no floor there

@@ -51,8 +51,8 @@ def test_found_weights_give_the_shares_of_the_terms_own_gradients(pair, tmp_path
         off = {other: {"weight": 0.0} for other in GROUP.terms if other != term}
         alone = Setup(ref, store, changed(FOUND, **off, **{term: {"weight": weights[term]}}))
         gradient = alone.step(some)[1]
-        own = [value for name, value in gradient.items() if name.startswith("model.")]
-        norms[term] = math.sqrt(sum(float((value.double().numpy() ** 2).sum()) for value in own))
+        of_student = [value for name, value in gradient.items() if name.startswith("model.")]
+        norms[term] = math.sqrt(sum(float((value.double().numpy() ** 2).sum()) for value in of_student))
     total = sum(norms.values())
     assert norms["hidden"] / total == pytest.approx(0.2, rel=1e-4)
     assert norms["attention"] / total == pytest.approx(0.3, rel=1e-4)

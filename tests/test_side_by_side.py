@@ -34,8 +34,8 @@ def test_each_study_says_what_its_own_report_does(studies):
         for answer in answers_of(results, bootstrap=False):
             assert facts["questions"][answer.question][str(folder)] == answer.short
         for group in results.groups:
-            own = results.frame[results.frame["config/distill_type"] == group]["validation_accuracy"]
-            assert facts["groups"][group][str(folder)].accuracy.mean == pytest.approx(own.mean())
+            accuracies = results.frame[results.frame["config/distill_type"] == group]["validation_accuracy"]
+            assert facts["groups"][group][str(folder)].accuracy.mean == pytest.approx(accuracies.mean())
     assert list(facts["groups"]["attention"]) == [str(studies[0])]
     assert list(facts["groups"]["hidden"]) == [str(folder) for folder in studies]
 

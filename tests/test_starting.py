@@ -42,7 +42,7 @@ def test_a_study_is_written_for_the_usual_columns(tmp_path, name, tokenizers):
     assert (start.rows, start.usable) == (20, 20)
     ((task, data),) = study.corpus.tasks.items()
     assert task == "my-rows"
-    assert [own for own in ("choice", "generation", "chat") if getattr(data, own)] == [kind]
+    assert [name for name in ("choice", "generation", "chat") if getattr(data, name)] == [kind]
     if kind != "chat":  # which needs templates
         assert len(build_corpus(study.corpus, tokenizers).all) == 18
     with pytest.raises(UserError, match=r"study.yaml exists; name another file"):

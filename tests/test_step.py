@@ -23,8 +23,10 @@ def same(first, second, tolerance=2e-5):
     for name in losses[0]:
         assert losses[1][name] == pytest.approx(losses[0][name], rel=tolerance), name
     assert gradients[0].keys() == gradients[1].keys()
-    for name, own in gradients[0].items():
-        assert torch.allclose(own, gradients[1][name], rtol=1e-3, atol=1e-5 * float(own.abs().max()) + 1e-9), name
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(
+            gradient, gradients[1][name], rtol=1e-3, atol=1e-5 * float(gradient.abs().max()) + 1e-9
+        ), name
 
 
 @pytest.mark.parametrize("split", [[0, 1, 6], [0, 3, 6], [0, 1, 2, 3, 4, 5, 6], [0, 5, 6]])
@@ -152,8 +154,8 @@ def test_shares_in_float16_are_those_in_float32(student_ref, store, some):
         norms[precision] = setup.runner.measure([batch])["norms"]
         setup.runner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, enabled=precision == "float16")
         norms[f"{precision}, overflowing"] = setup.runner.measure([batch])["norms"]
-    for name, own in norms.items():
-        for term, norm in own.items():
+    for name, term_norms in norms.items():
+        for term, norm in term_norms.items():
             assert norm == pytest.approx(norms["float32"][term], rel=0.1), (name, term)
 
 
@@ -221,7 +223,7 @@ def test_a_step_in_one_pass_that_is_not_finite_changes_nothing(student_ref, scal
     scaler.update()
     assert all(torch.equal(a, b) for a, b in zip(parameters, before, strict=True))
     after = optimizer.state_dict()["state"]
-    assert all(torch.equal(after[n][key], own[key]) for n, own in moments.items() for key in own)
+    assert all(torch.equal(after[n][key], state[key]) for n, state in moments.items() for key in state)
     assert scaler.get_scale() == (scale / 2 if scaled else scale)
 
 
@@ -231,8 +233,8 @@ def test_a_measured_gradient_is_that_of_the_model_alone(student_ref, store, some
     measured = setup.runner.measure([setup.collate(setup.items(some))])
     alone = changed(task={"weight": 0.0}, kd={"weight": 0.0}, attention={"weight": 0.0})
     gradient = Setup(student_ref, store, alone).step(some)[1]
-    own = [g for name, g in gradient.items() if not name.startswith("trained")]
-    assert measured["norms"]["hidden"] == pytest.approx(float(torch.nn.utils.get_total_norm(own)), rel=1e-4)
+    of_student = [g for name, g in gradient.items() if not name.startswith("trained")]
+    assert measured["norms"]["hidden"] == pytest.approx(float(torch.nn.utils.get_total_norm(of_student)), rel=1e-4)
 
 
 def test_losses_of_an_epoch_are_means_over_its_positions_not_its_batches():

@@ -72,10 +72,10 @@ def test_the_documentation_lists_every_package():
 def test_imports_go_up_the_list_only(path):
     """A module knows only those above it; the command line knows all."""
     order = listed()
-    own = top(path)
-    if own == "__init__":
+    module = top(path)
+    if module == "__init__":
         return
-    allowed = set(order[: order.index(own) + 1])
+    allowed = set(order[: order.index(module) + 1])
     assert {m for m in imported(path) if m not in ("__version__",)} <= allowed
 
 
@@ -98,9 +98,9 @@ def test_no_test_file_imports_from_another(path):
 def test_a_test_file_says_what_it_protects():
     """It bears the name of a module or package, or is in the list of tests/README.md."""
     modules = {part.removesuffix(".py") for path in SOURCES for part in path.relative_to(PACKAGE).parts}
-    own = {path.name for path in TESTS if path.stem.startswith("test_")}
+    files = {path.name for path in TESTS if path.stem.startswith("test_")}
     table = set(re.findall(r"`(test_\w+\.py)`", (ROOT / "tests" / "README.md").read_text("utf-8").split("## ")[0]))
-    assert {name for name in own if name.removeprefix("test_").removesuffix(".py") not in modules} == table
+    assert {name for name in files if name.removeprefix("test_").removesuffix(".py") not in modules} == table
 
 
 @pytest.mark.slow

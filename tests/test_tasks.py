@@ -204,8 +204,8 @@ BOOLS, WORDS = ("True", "False"), ("no", "yes")
 )
 def test_a_label_is_read_as_what_it_is(choices, label, label_is, gold):
     """Its text first, a truth value never as an index, and no index where it could be a text."""
-    own = isinstance(choices, list)
-    columns = ChoiceColumns(prompt="{x}", choices="own" if own else choices, label="y", label_is=label_is)
+    of_the_row = isinstance(choices, list)
+    columns = ChoiceColumns(prompt="{x}", choices="own" if of_the_row else choices, label="y", label_is=label_is)
     build = get_task("stars", TaskColumns(choice=columns)).build
     row = {"x": "a", "y": label, "own": choices}
     if isinstance(gold, int):
@@ -250,11 +250,11 @@ NO_TEXTS = [
 @pytest.mark.parametrize("value", NO_TEXTS, ids=lambda value: repr(value)[:20])
 def test_what_is_no_text_is_never_trained_on(value):
     """A value that Python alone would write so makes a row unusable, in a template, a choice or a registered task."""
-    own = TaskColumns(choice=ChoiceColumns(prompt="{x}", choices="own", label="y", label_is="index"))
+    columns = TaskColumns(choice=ChoiceColumns(prompt="{x}", choices="own", label="y", label_is="index"))
     wrote = TaskColumns(generation={"prompt": "{x}", "answer": "{y}", "pattern": "(.+)"})
     good = {"x": "a", "own": ["b", 2], "y": 1}
-    assert get_task("own", own).build(good).choices == (" b", " 2")
-    tries = [("own", own, {**good, "x": value}), ("own", own, {**good, "own": ["b", value]})]
+    assert get_task("own", columns).build(good).choices == (" b", " 2")
+    tries = [("own", columns, {**good, "x": value}), ("own", columns, {**good, "own": ["b", value]})]
     tries += [("wrote", wrote, {**good, "x": value}), ("wrote", wrote, {**good, "y": value})]
     tries += [(name, None, {"sentence": value, "label": 1}) for name in ("sst2", "sentiment")]
     tries += [(name, None, {"question": value, "answer": "#### 4"}) for name in ("gsm8k", "arithmetic")]

@@ -67,14 +67,14 @@ def test_answers_are_kept_verified_and_archived(tmp_path, answered, store, teach
     """They lie in the shards: the gate's checksums and the snapshot hold them; other stores are what they were."""
     assert set(answered.answers) == {example.example_id for example in examples.all}
     assert set(answered.answers.values()) == set(SAID)
-    own = answered_store(tmp_path / "data", teacher_ref, examples)
-    assert SignalStore.open(archive(own.path)).answers == answered.answers
-    shard = own.path / own.manifest["shards"][0]["name"]
+    made = answered_store(tmp_path / "data", teacher_ref, examples)
+    assert SignalStore.open(archive(made.path)).answers == answered.answers
+    shard = made.path / made.manifest["shards"][0]["name"]
     content = shard.read_bytes()
     shard.chmod(0o644)
     shard.write_bytes(content.replace(b"a plain answer", b"another answer"))
     with pytest.raises(UserError, match="SHA-256 differs"):
-        verify_saved_data(own.path)
+        verify_saved_data(made.path)
     assert "teacher_answers" not in store.manifest["made_from"]
     with pytest.raises(UserError, match=r"not in this store; set signals.teacher_answers"):
         _ = store.answers
@@ -92,16 +92,16 @@ def test_the_task_term_of_the_teachers_answers_equals_the_reference(
     terms, usable = [], 0
     for example in chosen:
         answer = answered.answers[example.example_id]
-        own = dense(ref, example.prompt + (answer or ""), add_eos=True)
-        if answer and len(own["ids"]) <= 100:
-            terms += reference.task_terms(own, len(example.prompt))
+        student = dense(ref, example.prompt + (answer or ""), add_eos=True)
+        if answer and len(student["ids"]) <= 100:
+            terms += reference.task_terms(student, len(example.prompt))
             usable += 1
     assert 0 < usable < len(chosen)
     batches = [setup.collate(prepared[:5]), setup.collate(prepared[5:])]
     sums, found = setup.runner._backward(batches, setup.objective.weights, lambda total: total)
     assert float(sums["task"]) / found["task"] == pytest.approx(np.mean(terms), rel=2e-5)
     assert found["task"] == len(terms)
-    total = {key: sum(own[key] for own in counts.values()) for key in ("answers", "empty", "too_long")}
+    total = {key: sum(task_counts[key] for task_counts in counts.values()) for key in ("answers", "empty", "too_long")}
     assert total["answers"] - total["empty"] - total["too_long"] == usable
 
 
@@ -134,9 +134,9 @@ def test_a_trial_learns_the_teachers_answers_on_the_batches_of_every_group(
     assert seen["gold"] == seen["text_only"]
     assert losses["gold"]["task_loss"] != losses["text_only"]["task_loss"]
     counts = result["teacher_answers"]
-    assert sum(own["answers"] for own in counts.values()) == 24
-    assert any(own["empty"] for own in counts.values())
-    assert any(own["too_long"] for own in counts.values())
+    assert sum(task_counts["answers"] for task_counts in counts.values()) == 24
+    assert any(task_counts["empty"] for task_counts in counts.values())
+    assert any(task_counts["too_long"] for task_counts in counts.values())
 
 
 def test_a_batch_without_one_usable_answer_is_a_step_like_any_other(student_ref, answered, examples):

@@ -91,11 +91,11 @@ def test_one_tokenizer_and_k_equal_v_is_the_dense_textbook_kl(tmp_path, byte_lev
         task += torch.nn.functional.cross_entropy(
             logits, torch.from_numpy(s["ids"][supervised]).long(), reduction="none"
         ).tolist()
-        own, other = (
+        student, teacher = (
             logits[:-1].log_softmax(-1),
             torch.from_numpy(t["logits"][[n - 1 for n in supervised[:-1]]]).log_softmax(-1),
         )
-        kd += torch.nn.functional.kl_div(own, other, log_target=True, reduction="none").sum(-1).tolist()
+        kd += torch.nn.functional.kl_div(student, teacher, log_target=True, reduction="none").sum(-1).tolist()
         size = len(t["ids"])
         lower = np.tril_indices(size)
         difference = t["attention"] - s["attention"][:, :size, :size]

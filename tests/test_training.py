@@ -101,8 +101,8 @@ def test_predictions_are_kept_and_give_the_accuracy(combined, few):
     assert list(frame["example_id"]) == [e.example_id for e in few.validation]
     measured = by_column(result["metrics"])
     assert frame["correct"].mean() == measured["validation_accuracy"]
-    own = frame[frame["task"] == "quiz"]["correct"].mean()
-    assert own == measured["validation_accuracy_quiz"]
+    accuracy = frame[frame["task"] == "quiz"]["correct"].mean()
+    assert accuracy == measured["validation_accuracy_quiz"]
 
 
 def test_a_checkpoint_is_a_plain_model_with_the_projector_beside_it(combined, student_ref, store):
@@ -202,8 +202,8 @@ def test_the_test_examples_are_evaluated_once_and_change_nothing_else(tested, co
     assert list(frame["example_id"]) == [e.example_id for e in unseen]
     measured = by_column(result["metrics"])
     assert measured["test_accuracy"] == frame["correct"].mean()
-    for task, own in frame.groupby("task"):
-        assert measured[f"test_accuracy_{task}"] == own["correct"].mean()
+    for task, task_rows in frame.groupby("task"):
+        assert measured[f"test_accuracy_{task}"] == task_rows["correct"].mean()
     scored = evaluate(load_model(ModelRef(model=str(folder / "checkpoint_2"))), *evaluated(student_ref, unseen))
     pd.testing.assert_frame_equal(scored, frame)
     assert not any(key.startswith("test_") for key in combined[0])
@@ -368,7 +368,7 @@ def test_a_student_with_the_teachers_tokenizer_needs_no_other_path(tmp_path, tea
     """One tokenizer on both sides trains through the same code; alignment is whole."""
     store = make_store(tmp_path / "s", teacher_ref, few)
     result = run(tmp_path / "t", teacher_ref, store, few, epochs=1)
-    assert all(own["token_coverage"] == 1.0 for own in result["coverage"].values())
+    assert all(task_coverage["token_coverage"] == 1.0 for task_coverage in result["coverage"].values())
 
 
 def test_the_optimizer_is_the_studys(tmp_path, student_ref, store, few, monkeypatch):
@@ -417,9 +417,9 @@ def test_a_half_precision_trial_scores_what_it_saves(tmp_path, student_ref, stor
     unseen = [example for example in few.train if example.choices][:6]
     run(tmp_path, student_ref, store, few, "task_only", precision="bfloat16", test=unseen)
     saved = load_model(ModelRef(model=str(tmp_path / "checkpoint_2")), EVALUATION.dtype)
-    for name, own in (("predictions", few.validation), ("predictions_test", unseen)):
+    for name, examples in (("predictions", few.validation), ("predictions_test", unseen)):
         kept = pd.read_parquet(tmp_path / f"{name}.parquet")
-        pd.testing.assert_frame_equal(evaluate(saved, load_tokenizer(student_ref), own, EVALUATION), kept)
+        pd.testing.assert_frame_equal(evaluate(saved, load_tokenizer(student_ref), examples, EVALUATION), kept)
 
 
 def test_a_stores_tokenizer_that_is_not_its_own_is_refused(tmp_path, student_ref, store, few):

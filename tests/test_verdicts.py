@@ -271,9 +271,11 @@ def test_findings_carry_their_differences_and_a_bootstrap_over_examples():
                 }
             )
     table = pd.DataFrame(rows)
-    own = Evidence(accuracies(table), ANALYSIS, SEEDS, {n: RECIPES[n] for n in ("black_box", "hidden")}, predictions)
+    evidence = Evidence(
+        accuracies(table), ANALYSIS, SEEDS, {n: RECIPES[n] for n in ("black_box", "hidden")}, predictions
+    )
     for measure, chosen in (("all", slice(None)), ("easy", slice(30)), ("hard", slice(30, None))):
-        (finding,) = own.findings([[("hidden", "black_box")]], measure)
+        (finding,) = evidence.findings([[("hidden", "black_box")]], measure)
         means = {
             seed: predictions["hidden", seed]["correct"][chosen].mean()
             - predictions["black_box", seed]["correct"][chosen].mean()
