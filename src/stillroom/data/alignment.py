@@ -135,9 +135,9 @@ def coverage_by_kind(
     counts = {kind: dict.fromkeys(("tokens", "aligned", "predictions", "aligned_predictions"), 0) for kind in KINDS}
     for place, kind in enumerate(kinds):
         if kind is not None:
-            own = counts[kind]
-            own["tokens"] += 1
-            own["aligned"] += place in aligned
-            own["predictions"] += answer[place]
-            own["aligned_predictions"] += answer[place] and place - 1 in aligned
+            kind_counts = counts[kind]
+            kind_counts["tokens"] += 1
+            kind_counts["aligned"] += place in aligned
+            kind_counts["predictions"] += answer[place]
+            kind_counts["aligned_predictions"] += answer[place] and place - 1 in aligned
     return counts

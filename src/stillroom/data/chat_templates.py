@@ -228,7 +228,7 @@ def _encode_chat(tokenizer: Any, example: Example, add_eos: bool) -> Encoding:
     read = _encode_rendered(tokenizer, rendered.text)
     starts = np.append(0, read.ends[:-1])
     ends = np.zeros_like(read.ends)
-    own, learnt, written = (np.zeros(len(read), dtype=bool) for _ in range(3))
+    in_turn, learnt, written = (np.zeros(len(read), dtype=bool) for _ in range(3))
     asks: list[Ask] = []
     for number, (turn, place, reply) in enumerate(zip(example.turns, rendered.places, rendered.replies, strict=True)):
         if place < 0:
@@ -237,7 +237,7 @@ def _encode_chat(tokenizer: Any, example: Example, add_eos: bool) -> Encoding:
         inside = (read.ends > place) & (read.ends <= stop)
         _require_no_control(tokenizer, example, number, read.ids[inside & read.special])
         inside &= ~read.special
-        own |= inside
+        in_turn |= inside
         ends[inside] = read.ends[inside] - place + turn.start
         if turn.learnt:
             learnt |= inside & (starts >= reply)
@@ -247,11 +247,11 @@ def _encode_chat(tokenizer: Any, example: Example, add_eos: bool) -> Encoding:
                 asks.append(Ask(number, first - 1, rendered.text[starts[first] : place]))
             if (end := _closing(read, starts, rendered.text, stop)) is not None:
                 written[end] = True
-    if not own.any():
+    if not in_turn.any():
         raise ValueError("no token of the chat ends inside a turn")
-    last = int(np.flatnonzero(own | written)[-1]) + 1
+    last = int(np.flatnonzero(in_turn | written)[-1]) + 1
     chat = Encoding(
-        read.ids[:last], np.maximum.accumulate(ends[:last]), ~own[:last], learnt[:last], written[:last], tuple(asks)
+        read.ids[:last], np.maximum.accumulate(ends[:last]), ~in_turn[:last], learnt[:last], written[:last], tuple(asks)
     )
     return _with_eos(chat, tokenizer.eos_token_id) if add_eos and not written[last - 1] else chat
 

@@ -289,13 +289,13 @@ def _settled(
     dropped["trimmed"] = 0
     for example in examples:
         try:
-            own = settled(example, tokenizers)
+            trimmed = settled(example, tokenizers)
         except ValueError as error:
             dropped["unusable"] += 1
             faults.setdefault(example.task, f"the chat that begins {example.text[:60]!r}: {error}")
             continue
-        dropped["trimmed"] += own != example
-        yield own
+        dropped["trimmed"] += trimmed != example
+        yield trimmed
 
 
 def _fitting(

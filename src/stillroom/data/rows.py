@@ -38,7 +38,7 @@ class Rows(Collection[Row]):
         return self._count
 
     def __contains__(self, row: object) -> bool:
-        return any(own == row for own in self)
+        return any(known == row for known in self)
 
 
 _NOT_READ = {

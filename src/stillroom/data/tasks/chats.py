@@ -81,9 +81,9 @@ def chat(task: str, messages: Sequence[tuple[str, str]], learnt: Sequence[bool],
     `learnt`: whether the student learns to write each turn.
     """
     text, turns = "", []
-    for (role, content), own in zip(messages, learnt, strict=True):
+    for (role, content), is_learnt in zip(messages, learnt, strict=True):
         text += f"{role}: "
-        turns.append(Turn(role, len(text), len(text) + len(content), own))
+        turns.append(Turn(role, len(text), len(text) + len(content), is_learnt))
         text += f"{content}\n"
     last = turns[-1]
     if not text[last.start : last.stop].strip():
@@ -93,5 +93,7 @@ def chat(task: str, messages: Sequence[tuple[str, str]], learnt: Sequence[bool],
 
 def with_contents(example: Example, contents: Sequence[str]) -> Example:
     """The chat with other contents in its turns."""
-    messages: list[tuple[str, Any]] = [(turn.role, own) for turn, own in zip(example.turns, contents, strict=True)]
+    messages: list[tuple[str, Any]] = [
+        (turn.role, content) for turn, content in zip(example.turns, contents, strict=True)
+    ]
     return chat(example.task, messages, [turn.learnt for turn in example.turns], example.definition)
