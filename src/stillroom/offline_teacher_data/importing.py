@@ -205,8 +205,8 @@ def _distillkit_rows(file: Path) -> Iterator[tuple[_Line, dict[str, Any]]]:
 
 def _set_aside(row: Mapping[str, Any], line: _Line, aside: IO[bytes]) -> _Line:
     offset = aside.seek(0, os.SEEK_END)
-    for own in (np.array(row["prompt_token_ids"], np.int64), *row["top"]):
-        np.save(aside, own, allow_pickle=False)
+    for array in (np.array(row["prompt_token_ids"], np.int64), *row["top"]):
+        np.save(aside, array, allow_pickle=False)
     return line._replace(offset=offset)
 
 
@@ -246,16 +246,16 @@ def _require_same(row: Mapping[str, Any], line: _Line, example: Example, encodin
         )
     if (given := row.get("prompt_token_ids")) is None:
         return
-    tokens, own = _integers(given, line), encoding.ids.tolist()
-    if tokens != own and not ("top" in row and tokens[:-1] == own):
+    tokens, expected = _integers(given, line), encoding.ids.tolist()
+    if tokens != expected and not ("top" in row and tokens[:-1] == expected):
         t = next(
-            (t for t, pair in enumerate(zip(tokens, own, strict=False)) if pair[0] != pair[1]),
-            min(map(len, (tokens, own))),
+            (t for t, pair in enumerate(zip(tokens, expected, strict=False)) if pair[0] != pair[1]),
+            min(map(len, (tokens, expected))),
         )
         raise UserError(
             f"{where}: the server read other tokens than teacher.model's tokenizer gives: from token {t} on "
-            f"{_few(tokens[t:])}, not {_few(own[t:])}; send prompt_token_ids as `stillroom import --requests` writes "
-            "them (they have the special tokens), or name the server's own tokenizer in teacher.model"
+            f"{_few(tokens[t:])}, not {_few(expected[t:])}; send prompt_token_ids as `stillroom import --requests` "
+            "writes them (they have the special tokens), or name the server's own tokenizer in teacher.model"
         )
 
 
