@@ -100,13 +100,15 @@ def plan_study(study: Study, guess_this_cpu: bool = True) -> dict[str, Any]:
     assumptions = list(unreached)
     if tokenizers and not unreached:
         lengths = _count(study, tokenizers)
-        study = counted(study, rows | {f"corpus.tasks.{name}": len(own.teacher) for name, own in lengths.items()})
+        study = counted(
+            study, rows | {f"corpus.tasks.{name}": len(task_lengths.teacher) for name, task_lengths in lengths.items()}
+        )
     else:
         lengths = _assume(study, rows, assumptions)
         study = counted(study, rows)
-    examples = sum(len(own.teacher) for own in lengths.values())
-    tokens = {name: int(own.teacher.sum()) for name, own in lengths.items()}
-    student_tokens = {name: int(own.student.sum()) for name, own in lengths.items()}
+    examples = sum(len(task_lengths.teacher) for task_lengths in lengths.values())
+    tokens = {name: int(task_lengths.teacher.sum()) for name, task_lengths in lengths.items()}
+    student_tokens = {name: int(task_lengths.student.sum()) for name, task_lengths in lengths.items()}
     store = {**_store_bytes(lengths, _layout(study, teacher)), **_head_bytes(study, teacher)}
     training = _training(study, lengths)
     machines = [GPU] if torch.cuda.is_available() or not guess_this_cpu else [GPU, this_cpu()]
@@ -179,11 +181,11 @@ def counted(study: Study, rows: Mapping[str, int]) -> Study:
     def number(place: str, data: TaskData | BenchmarkSplit) -> dict[str, int]:
         return {"examples": rows.get(place, _UNKNOWN)} if data.examples == "all" else {}
 
-    own = study.test_splits  # how many the harness's have it alone knows
+    test_splits = study.test_splits  # how many the harness's have it alone knows
 
     tasks = {n: d.model_copy(update=number(f"corpus.tasks.{n}", d)) for n, d in study.corpus.tasks.items()}
     splits = {
-        n: s.model_copy(update=number(f"evaluation.test_splits.{n}", s)) if n in own else s
+        n: s.model_copy(update=number(f"evaluation.test_splits.{n}", s)) if n in test_splits else s
         for n, s in study.evaluation.test_splits.items()
     }
     corpus = study.corpus.model_copy(update={"tasks": tasks})
@@ -286,12 +288,12 @@ def _count(study: Study, tokenizers: list[Any]) -> dict[str, _Lengths]:
     )
     result = {}
     for name in study.corpus.tasks:
-        own = [example for example in examples.all if example.task == name]
-        if own[0].turns:
-            teacher = np.array([len(e) for e in encode_examples(tokenizers[0], own)])
+        task_examples = [example for example in examples.all if example.task == name]
+        if task_examples[0].turns:
+            teacher = np.array([len(e) for e in encode_examples(tokenizers[0], task_examples)])
         else:
-            teacher = np.array([lengths[e.example_id][0] - added for e in own])
-        student = np.array([lengths[e.example_id][1] for e in own])
+            teacher = np.array([lengths[e.example_id][0] - added for e in task_examples])
+        student = np.array([lengths[e.example_id][1] for e in task_examples])
         result[name] = _Lengths(teacher, student, float((teacher * (teacher + 1) / 2).mean()))
     return result
 
@@ -326,8 +328,8 @@ def _layout(study: Study, teacher: Shape) -> Layout:
 
 def _store_bytes(lengths: dict[str, _Lengths], layout: Layout) -> dict[str, int]:
     """By signal: what a token takes, and, of attention, what a cell of the causal triangle does."""
-    tokens = sum(own.teacher.sum() for own in lengths.values())
-    triangle = sum(own.triangle * len(own.teacher) for own in lengths.values())
+    tokens = sum(task_lengths.teacher.sum() for task_lengths in lengths.values())
+    triangle = sum(task_lengths.triangle * len(task_lengths.teacher) for task_lengths in lengths.values())
     found = {}
     for signal in signals_of(layout):
         found[signal.name] = 0
@@ -352,10 +354,16 @@ def _head_memory(study: Study, teacher: Shape) -> int:
 
 def _training(study: Study, lengths: dict[str, _Lengths]) -> dict[str, int]:
     share = study.corpus.validation_share
-    train = sum(len(own.student) - max(1, round(share * len(own.student))) for own in lengths.values())
+    train = sum(
+        len(task_lengths.student) - max(1, round(share * len(task_lengths.student)))
+        for task_lengths in lengths.values()
+    )
     trials = len(study.groups) * len(study.sweep.seeds)
     steps = -(-train // study.training.batch_size) * study.training.epochs
-    tokens = sum(float(own.student.mean()) * (len(own.student) * (1 - share)) for own in lengths.values())
+    tokens = sum(
+        float(task_lengths.student.mean()) * (len(task_lengths.student) * (1 - share))
+        for task_lengths in lengths.values()
+    )
     return {
         "groups": len(study.groups),
         "seeds": len(study.sweep.seeds),
@@ -401,11 +409,13 @@ def _hours(
         return 2 * student.parameters * read / rate + batches
 
     share, scored = study.corpus.validation_share, study.scored_tasks
-    held_out = {name: max(1.0, share * len(own.student)) for name, own in lengths.items() if name in scored}
+    held_out = {
+        name: max(1.0, share * len(task_lengths.student)) for name, task_lengths in lengths.items() if name in scored
+    }
     test = {name: float(sized(split)) for name, split in study.test_splits.items()}
     operations = 8 if study.training.gradient_checkpointing else 6
     computed = operations * student.parameters * training["tokens_per_trial"] / machine.flops[study.training.precision]
-    tokens = sum(float(own.teacher.sum()) for own in lengths.values())
+    tokens = sum(float(task_lengths.teacher.sum()) for task_lengths in lengths.values())
     read_by_teacher = 2 * teacher.parameters * tokens / machine.flops[study.teacher.dtype]
     if study.signals.imported:
         read_by_teacher = 0.0
@@ -414,7 +424,7 @@ def _hours(
         reading = DTYPES[study.teacher.dtype].itemsize * teacher.parameters / machine.bytes_from_memory
         computing = 2 * teacher.parameters * batch / machine.flops[study.teacher.dtype]
         made = {"generation": study.evaluation.max_new_tokens, "choice": _LINE}
-        written = sum(len(own.teacher) * made[kinds[name]] for name, own in lengths.items())
+        written = sum(len(task_lengths.teacher) * made[kinds[name]] for name, task_lengths in lengths.items())
         answers = written / batch * max(reading, computing, machine.launch)
     seconds = {
         "teacher": read_by_teacher + store,
