@@ -86,6 +86,17 @@ def test_modules_are_small():
             warnings.warn(f"{path.relative_to(PACKAGE)} has {lines} lines: does it have two subjects?", stacklevel=1)
 
 
+def test_nothing_is_named_own():
+    """A name says what it holds; this one says only that it is somebody's."""
+    found = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = (getattr(node, field, None) for field in ("id", "arg", "attr", "name"))
+            if isinstance(node, ast.expr | ast.arg | ast.keyword | ast.stmt) and "own" in names:
+                found.append(f"{path.relative_to(PACKAGE)}:{node.lineno}")
+    assert found == []
+
+
 @pytest.mark.parametrize("path", TESTS, ids=lambda p: p.stem)
 def test_no_test_file_imports_from_another(path):
     """What two of them need is a helper module's: a change of one file's tests breaks no other's."""
