@@ -205,10 +205,10 @@ def test_trials_of_a_killed_node_go_on_elsewhere_with_the_same_numbers(tmp_path,
 
 def test_a_student_is_shared_out_over_two_nodes(tmp_path, study, cluster, second_node):
     """Each node has one core, so neither holds both processes; the losses are those of one process within rounding."""
-    changes = ("groups=[combined]", "sweep.seeds=[0]", "training.epochs=2")
+    changes = ["groups=[combined]", "sweep.seeds=[0]", "training.epochs=2"]
     archived(study, *changes)
-    several = [part for change in (*changes, "sweep.gpus_per_trial=2") for part in ("--set", change)]
-    ended(start("sweep", study, cluster, *several))
+    workspace = Workspace(load_study(study, [*changes, "sweep.gpus_per_trial=2", f"sweep.address={cluster.address}"]))
+    assert workspace.sweep() == {}
     (path,) = (tmp_path / "results" / EXPERIMENT).glob("trial_*/result.json")
     alone = Workspace(load_study(study, [*changes, f"paths.results={tmp_path / 'alone'}"]))
     expected, result = alone.train_one("combined", 0), read_json(path)
