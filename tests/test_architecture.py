@@ -107,13 +107,13 @@ def test_a_student_that_cannot_be_tried_small_is_refused_before_the_capture(
     for groups, refused in ((["combined"], True), (["black_box"], False)):
         path = study_file(tmp_path, teacher_ref.model, str(tmp_path / "bloom"), groups=groups)
         workspace = Workspace(load_study(path))
-        due = [own for own in workspace.measured_baselines if own.role == "student"]
+        due = [baseline for baseline in workspace.measured_baselines if baseline.role == "student"]
         if refused:
             with pytest.raises(UserError, match="BloomForCausalLM"):
                 workspace._measure("student", due)
         else:
             workspace._measure("student", due)
-        assert all((own.read() is None) == refused for own in due)
+        assert all((baseline.read() is None) == refused for baseline in due)
 
 
 @pytest.mark.parametrize("name", ["bloom", "granite"])

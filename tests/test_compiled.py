@@ -29,8 +29,8 @@ def test_a_compiled_trial_has_the_numbers_of_one_that_is_not(tmp_path, student_r
     found = run(tmp_path / "compiled", student_ref, store, examples, compile=True)
     assert counters["stats"]["unique_graphs"] >= 2  # training and validation, at few lengths
     assert not counters["graph_break"]
-    for own, other in zip(found["epochs"], plain["epochs"], strict=True):
-        for a, b in zip(own["metrics"], other["metrics"], strict=True):
+    for epoch, other in zip(found["epochs"], plain["epochs"], strict=True):
+        for a, b in zip(epoch["metrics"], other["metrics"], strict=True):
             assert a == {**b, "value": pytest.approx(b["value"], rel=1e-3)}
     for a, b in zip(found["gradients"], plain["gradients"], strict=True):
         assert a["norms"] == pytest.approx(b["norms"], rel=1e-3)

@@ -83,12 +83,15 @@ def test_an_imported_store_is_what_a_capture_gives(importing, answers, store):
     assert (imported.path / "manifest.json").read_bytes() == written, "the same files again are no other store"
     assert set(imported.columns) == {"ids", "ends", "special", "topk_ids", "topk_logprobs", "tail_logprobs"}
     for example_id in store.index:
-        own, other = imported.read(example_id), store.read(example_id, ["topk_ids", "topk_logprobs", "tail_logprobs"])
-        assert own.encoding.ids.tolist() == other.encoding.ids.tolist()
+        served, other = (
+            imported.read(example_id),
+            store.read(example_id, ["topk_ids", "topk_logprobs", "tail_logprobs"]),
+        )
+        assert served.encoding.ids.tolist() == other.encoding.ids.tolist()
         for column in ("topk_logprobs", "tail_logprobs"):
-            np.testing.assert_allclose(own[column][:-1], other[column][:-1], atol=2e-4)
-        probs = [np.zeros((len(own.encoding), 400)) for _ in range(2)]
-        for dense, one in zip(probs, (own, other), strict=True):
+            np.testing.assert_allclose(served[column][:-1], other[column][:-1], atol=2e-4)
+        probs = [np.zeros((len(served.encoding), 400)) for _ in range(2)]
+        for dense, one in zip(probs, (served, other), strict=True):
             np.put_along_axis(dense, one["topk_ids"].astype(np.int64), np.exp(one["topk_logprobs"]), 1)
         np.testing.assert_allclose(probs[0][:-1], probs[1][:-1], atol=1e-5)
 

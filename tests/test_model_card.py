@@ -108,8 +108,8 @@ def test_a_card_says_which_tasks_had_wrong_answers_put_in(study, tmp_path):
     folder = shutil.copytree(study, tmp_path / "results")
     planned, corpus = read_json(folder / "planned.json"), read_json(folder / "corpus" / "corpus.json")
     tasks = planned["study"]["corpus"]["tasks"]
-    for own in tasks.values():
-        own.pop("label_noise", None)
+    for data in tasks.values():
+        data.pop("label_noise", None)
     write_json(folder / "planned.json", planned)
     assert "Label noise" not in card_of(folder, "task_only")[0]
     tasks["sentiment"]["label_noise"] = 0.3

@@ -143,7 +143,7 @@ def test_what_is_held_of_a_large_source_is_what_is_asked_for(tmp_path, name):
 
 def test_a_row_that_cannot_be_used_is_counted_and_the_first_is_told(tmp_path, tokenizers):
     """NaN and nulls are no text; numbers are, and numbers as texts; an optional column may be any of the former."""
-    rows = [{"instruction": f"Add {n}", "input": own, "output": out} for n, (own, out) in enumerate(
+    rows = [{"instruction": f"Add {n}", "input": text, "output": out} for n, (text, out) in enumerate(
         [("1 and 2", 3), (None, "4.5"), ("", "5"), (float("nan"), "6"), ("x", None), ("y", float("nan"))]
     )]  # fmt: skip
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -168,8 +168,8 @@ def test_an_answer_without_a_pattern_is_the_whole_text():
     assert task.extract_flexible("  PARIS,\n France. ") == task.extract_flexible("paris, france") == "paris, france"
     assert task.extract_flexible(" ... ") == "..."
     assert task.stop == ("Question:",)
-    own = {**TASK["generation"], "stop": ["\n", "Q:"]}
-    assert get_task("own", TaskColumns(generation=own)).stop == ("\n", "Q:")
+    columns = {**TASK["generation"], "stop": ["\n", "Q:"]}
+    assert get_task("own", TaskColumns(generation=columns)).stop == ("\n", "Q:")
 
 
 def test_choices_in_a_cell_are_read_as_the_list_that_they_spell():
