@@ -27,11 +27,13 @@ from stillroom.data.encoding import encode_many
 from stillroom.data.tasks import Example
 from stillroom.evaluation.generation import generate
 from stillroom.evaluation.scoring import answer_scores
+from stillroom.models import compiled
 from stillroom.models.hub import load_model
 from stillroom.models.precision import DTYPES, release_memory, scoring_copy
 from stillroom.offline_teacher_data.recomputation import recompute, sample_ids
 from stillroom.signals import compute_signals
 from stillroom.training.batches import Prefetched
+from stillroom.training.collation import Batch
 from stillroom.training.train_student import Trial, train
 from training import FULL, Bench
 
@@ -158,6 +160,25 @@ def steps(inputs: Inputs, figures: Figures) -> None:
     figures["combined / plain fine-tuning, time (target 1.1)"] = figures["combined: ms per step"] / (1000 * plain)
     measured = seconds_of(lambda: runner.measure([batches[0]]), 2)
     figures["combined: ms per measurement of the gradient"] = 1000 * measured
+    _compiled_steps(bench, ready, inputs.tiny, figures)
+
+
+def _compiled_steps(bench: Bench, ready: Sequence[Callable[[], Batch]], tiny: bool, figures: Figures) -> None:
+    """The same steps of `combined` with compiled layers, and what that changes in the loss of the first."""
+    runner, batch = bench.runner("combined"), ready[0]().to(bench.student.model.device)
+
+    def loss() -> float:
+        return float(runner.losses(batch, runner.objective.weights, batch.counts)[0])
+
+    before = loss()
+    if tiny:
+        compiled.BACKEND = "aot_eager"  # its graphs alone: machine code takes minutes
+    compiled.compile_layers(bench.student.model, bench.student.taps)
+    figures["combined, compiled: seconds of the first pass"] = seconds_of(loss, 1, False)
+    figures["combined, compiled: relative difference of the loss"] = abs(loss() - before) / before
+    seconds_of(lambda: bench.ours("combined", ready), 1, False)  # every length once
+    taken = seconds_of(lambda: bench.ours("combined", ready), 2, False)
+    figures["combined, compiled: ms per step"] = 1000 * taken / len(ready)
 
 
 def evaluation(inputs: Inputs, figures: Figures) -> None:
