@@ -25,9 +25,11 @@ PROGRAMS = {
     "evaluating": f"{LITTLE} --prompts 3 --generation-rounds 1",
     "sparse_kl": "--threads 1 --rounds 1 --tokens 300 --vocabulary 500 --width 16 --top-k 32 --precision float32",
     "starting": "--rounds 1",
+    "compiling": f"{LITTLE.replace(' --examples 12', '')} --tokens 16 --backend aot_eager",
     "options": f"{LITTLE.replace('quickstart', 'signals').replace(' --examples 12', '')} --steps 1",
 }
 SAME = {
+    "compiling": {"relative difference of the loss": 0.0},
     "evaluating": {"share of choices that are the same": 1.0, "share of generated texts that are the same": 1.0},
     "sparse_kl": {
         "relative difference of the loss": 0.0,

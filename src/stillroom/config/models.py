@@ -57,8 +57,8 @@ class Training(Section):
     compile: bool = later(
         False,
         description="compile the student's layers by torch.compile, but for those whose maps, value vectors or hidden "
-        "states are compared, and pad batches to multiples of 64 tokens: minutes at the start of each trial, faster "
-        "steps on a GPU, other rounding",
+        "states are compared, and pad batches to multiples of 64 tokens: time to compile at the start of a "
+        "trial, faster steps, other rounding",
     )
     gradient_checkpointing: bool = later(
         False,
