@@ -107,6 +107,12 @@ def student_ref(tmp_path_factory, sentencepiece):
 
 
 @pytest.fixture(scope="session")
+def same_tokenizer(tmp_path_factory, byte_level):
+    """A student with the teacher's tokenizer, of another width."""
+    return write_model(tmp_path_factory.mktemp("same"), byte_level, STUDENT_SHAPE, 9)
+
+
+@pytest.fixture(scope="session")
 def model(student_ref):
     """The student before training; tests that change a model load their own."""
     return load_model(student_ref)

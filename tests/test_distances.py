@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import reference
-from conftest import STUDENT_SHAPE, make_store, write_model
+from conftest import make_store
 from setups import ALL, Setup, changed, dense
 from stillroom.config import Group
 from stillroom.errors import UserError
@@ -22,12 +22,6 @@ NAMES = [name for name in DISTANCES if name != "mse"]
 def some(examples):
     """Examples of all three tasks, of different lengths."""
     return [examples.train[n] for n in (0, 1, 20, 21, 40, 41)]
-
-
-@pytest.fixture(scope="module")
-def same_tokenizer(tmp_path_factory, byte_level):
-    """A student with the teacher's tokenizer, of another width."""
-    return write_model(tmp_path_factory.mktemp("same"), byte_level, STUDENT_SHAPE, 9)
 
 
 def expected_hidden(setup, student_ref, teacher_ref, some, name):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import STUDENT_SHAPE, make_store, write_model
+from conftest import make_store
 from setups import EVALUATION, TRAINING, Setup, changed, dense, reference_means
 from stillroom.afterwards.inspection import describe_example
 from stillroom.config import Group, Objective
@@ -30,12 +30,6 @@ FULL = {"support": "full"}
 def headed(tmp_path_factory, teacher_ref, examples):
     """A store of the teacher's head, without one log-probability."""
     return make_store(tmp_path_factory.mktemp("headed") / "data", teacher_ref, examples, top_k=0, teacher_head=True)
-
-
-@pytest.fixture(scope="module")
-def same_tokenizer(tmp_path_factory, byte_level):
-    """A student with the teacher's tokenizer, of another width."""
-    return write_model(tmp_path_factory.mktemp("same"), byte_level, STUDENT_SHAPE, 9)
 
 
 @pytest.mark.parametrize("pair", ["different", "same"])

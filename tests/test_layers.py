@@ -78,10 +78,12 @@ def test_a_store_keeps_the_layers_that_were_asked_for(layered, store, teacher_re
     assert "hidden_layers" not in store.manifest["made_from"]  # stores of the last layer alone are what they were
 
 
-def test_pairs_of_layers_equal_the_reference(layered, teacher_ref, student_ref, examples):
+@pytest.mark.parametrize("pair", ["different", "same"])
+def test_pairs_of_layers_equal_the_reference(pair, layered, teacher_ref, student_ref, same_tokenizer, examples):
     """The mean over pairs, each hidden pair through a projector of its own, by loops in float64."""
     some = [examples.train[n] for n in (0, 20, 40)]
-    setup = Setup(student_ref, layered, changed(hidden={"layers": PAIRS}, attention={"layers": PAIRS}))
+    ref = student_ref if pair == "different" else same_tokenizer
+    setup = Setup(ref, layered, changed(hidden={"layers": PAIRS}, attention={"layers": PAIRS}))
     found, _ = setup.step(some, [0, 1, 3])
     projectors = setup.student.trained["hidden"]
     assert len({float(p.weight.detach().sum()) for p in projectors}) == len(PAIRS)
@@ -90,7 +92,7 @@ def test_pairs_of_layers_equal_the_reference(layered, teacher_ref, student_ref, 
         weight, bias = projector.weight.detach().numpy(), projector.bias.detach().numpy()
         for example in some:
             teacher = dense(teacher_ref, example.text, layer=teacher_layer)
-            student = dense(student_ref, example.text, add_eos=True, layer=student_layer)
+            student = dense(ref, example.text, add_eos=True, layer=student_layer)
             hidden += reference.hidden_terms(teacher, student, weight, bias)
             attention += reference.attention_terms(teacher, student)[0]
     assert found["hidden_loss"] == pytest.approx(np.mean(hidden), rel=2e-5)
