@@ -205,7 +205,7 @@ def read_planned(results: Path) -> dict[str, Any]:
     path = ResultsFolder(results).planned
     if not path.is_file():
         raise UserError(
-            f"{results} has no {path.name}: it is not a results folder, or `stillroom sweep` has not been run yet"
+            f"{results} has no {path.name}: either it is not a results folder, or you have yet to run `stillroom sweep`"
         )
     planned = _checked(path, _Planned, _OUTDATED)
     try:

@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 
 class Rows(Collection[Row]):
-    """A source's rows, read anew each time that one goes through them, so that none has to be kept."""
+    """A source's rows. Each pass over them reads the source again, so none is kept in memory."""
 
     def __init__(self, read: Callable[[], Iterable[Row]], count: int) -> None:
         """`read` starts from the first row; `count`: how many there are."""

@@ -26,7 +26,7 @@ def train_on_workers(
     each: dict[str, float],
     storage: str,
 ) -> dict[str, Any]:
-    """Train a trial with so many workers, called in a trial of Ray Tune; returns its result.
+    """Train a trial with `count` workers, from inside a trial of Ray Tune; returns its result.
 
     `each`: a worker's resources. Ray passes each epoch's metrics on to Ray Tune; `report` is not called. Raises a
     worker's `UserError` as one.
@@ -69,5 +69,5 @@ def _train(config: dict[str, Any]) -> None:
 
 
 def numbers_of(metrics: dict[str, Any]) -> dict[str, Any]:
-    """What of an epoch's metrics Ray can show."""
+    """The metrics of an epoch that Ray can show."""
     return {key: value for key, value in metrics.items() if isinstance(value, int | float)}

@@ -1,6 +1,6 @@
 """One trial by several processes of this machine, each with a part of the student, started by `torch.multiprocessing`.
 
-The process that asks for them trains nothing: it passes on what the first of them says, and ends all when one fails.
+The process that asks for them trains nothing: it passes on what the first one says, and ends all when one fails.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PATIENCE = timedelta(days=1)
 """How long a process waits for the others: as long as the leading one may take to write a checkpoint."""
 
 _SECONDS = 0.2
-"""How often is looked for what the processes say."""
+"""Between two looks at what the processes say."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class _Failed:
 def train_sharded(
     plan: TrialPlan, report: Report, progress: Progress = silent, *, count: int, threads: int
 ) -> dict[str, Any]:
-    """Train a trial in so many processes, one a GPU where there are GPUs; returns its result.
+    """Train a trial in `count` processes, one per GPU where there are GPUs; returns its result.
 
     Raises what a process has raised: a `UserError` as one, anything else as `RuntimeError`.
     """

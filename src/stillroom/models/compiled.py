@@ -9,16 +9,16 @@ from stillroom.errors import UserError
 from stillroom.models.forward import Taps, blocks_of, layer_number
 
 ROUNDED = 64
-"""Batches are padded to a multiple of so many tokens: a layer is compiled anew for few lengths."""
+"""Batches are padded to a multiple of this many tokens, so that layers are compiled for only a few lengths."""
 
 BACKEND = "inductor"
 """PyTorch's own compiler."""
 
 
 def compile_layers(model: PreTrainedModel, taps: Taps) -> None:
-    """Compile each layer that leaves nothing behind; it compiles when it first runs, and again for other shapes.
+    """Compile each layer that leaves nothing behind; compiling happens when it first runs, and again for a new shape.
 
-    Layers alike share what was compiled. `UserError` where this machine cannot compile for the model's device.
+    Identical layers share the compiled code. `UserError` where this machine cannot compile for the model's device.
     """
     try:
         torch.compile(lambda x: 2 * x + 1, backend=BACKEND)(torch.ones(8, device=model.device))

@@ -40,11 +40,11 @@ class Ranks:
         return self.rank == 0
 
     def part(self, items: Sequence[T]) -> Sequence[T]:
-        """What of a step is this process's: every so many examples, since a step's are ordered by length."""
+        """This process's part of a step: every `size`-th example, since a step's examples are ordered by length."""
         return items[self.rank :: self.size]
 
     def largest_part(self, count: int) -> int:
-        """How many of so many examples the process with the most has."""
+        """How many of `count` examples the process with the most has."""
         return -(-count // self.size)
 
     def summed(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -55,11 +55,6 @@ class Ranks:
         added = torch.tensor([float(values[name]) for name in names], dtype=torch.float64)
         dist.all_reduce(added)
         return dict(zip(names, added.tolist(), strict=True))
-
-    def wait(self) -> None:
-        """Until every process is here."""
-        if self.size > 1:
-            dist.barrier()
 
 
 ALONE = Ranks()
