@@ -190,7 +190,7 @@ def restore_checkpoint(
 ) -> TrainingState:
     """Load weights, optimizer and scaler in place; returns what the trial had done."""
     require_whole(checkpoint)
-    saved = torch.load(checkpoint / STATE, map_location=whole.model.device, weights_only=True, mmap=True)
+    saved = torch.load(checkpoint / STATE, map_location=whole.model.device, weights_only=True)
     whole.load_state_dict(saved["student"])
     spread(whole, student)
     if "optimizer" in saved:
