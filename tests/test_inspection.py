@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,12 +17,20 @@ from typer.testing import CliRunner
 import pages
 from conftest import STUDENT_SHAPE, make_store, real_tokenizer, write_model
 from stillroom.afterwards.fonts import escaped, fonts_for
-from stillroom.afterwards.inspection import attention_figure, describe_example, describe_store, example_of, find_example
+from stillroom.afterwards.inspection import (
+    attention_figure,
+    describe_example,
+    describe_store,
+    example_of,
+    find_example,
+    find_layer,
+)
 from stillroom.cli import app
 from stillroom.config import ModelRef
 from stillroom.data.corpus import Examples, save_corpus
 from stillroom.data.tasks import Example
 from stillroom.errors import UserError
+from stillroom.studies import load_study
 
 
 @pytest.fixture
@@ -202,3 +212,55 @@ def test_a_stranger_reads_a_store_by_the_page_on_its_format(store):
     assert np.array_equal(read["hidden"], stored["hidden"])
     assert np.array_equal(read["topk_ids"], stored["topk_ids"])
     assert np.array_equal(read["attention"], stored["attention"])
+
+
+@pytest.fixture(scope="module")
+def layered(tmp_path_factory, teacher_ref, examples):
+    """A store of one hidden layer beside the last, and of two layers' attention."""
+    kept = {"hidden_layers": (1, "last"), "attention_layers": (1, 2, "last")}
+    some = Examples(examples.train[:4], [], {})
+    return make_store(tmp_path_factory.mktemp("layered") / "data", teacher_ref, some, **kept)
+
+
+def test_a_layers_norms_and_picture_are_those_of_a_forward_pass(layered, teacher_ref):
+    """Layer 1's state and map, not the last's."""
+    example_id = next(iter(layered.index))
+    example = example_of(layered, layered.read(example_id, ()))
+    facts = describe_example(layered, example_id, example, layer=1)
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_ref.model, attn_implementation="eager")
+    with torch.no_grad():
+        ids = torch.tensor([[token["id"] for token in facts["teacher"]]])
+        outputs = teacher(ids, output_hidden_states=True, output_attentions=True)
+    norms = outputs.hidden_states[1][0].norm(dim=-1).tolist()
+    assert [token["hidden_norm"] for token in facts["teacher"]] == pytest.approx(norms, rel=1e-3)
+    image = attention_figure(layered, example_id, example, layer=1).axes[0].images[0].get_array()
+    assert np.asarray(image) == pytest.approx(outputs.attentions[0][0].mean(0).numpy(), abs=1e-3)
+
+
+def test_the_command_shows_a_stores_layers_and_the_pairs_that_a_study_compares(layered, tmp_path, monkeypatch):
+    """One that is not kept is named, for an example and for a study."""
+    monkeypatch.chdir(tmp_path)
+    run = partial(CliRunner().invoke, app)
+    assert "layers: hidden 1, last; attention 1, 2, last" in run(["inspect", str(layered.path)]).output
+    study = tmp_path / "study.yaml"
+    groups = "groups=[{name: deep, terms: [task, hidden, attention], hidden: {layers: [[1, 1], [last, last]]}}]"
+    alone = ["analysis.primary=[]", "analysis.secondary=[]", "signals.hidden_layers=[1, 2, last]"]
+    loaded = load_study("quickstart", [groups, *alone])
+    study.write_text(json.dumps(loaded.model_dump(mode="json")), "utf-8")
+    asked = ["inspect", str(layered.path), "--study", str(study)]
+    shown = run(asked)
+    assert shown.exit_code == 0, shown.output
+    assert re.search(r"hidden +│ 1 → 1, last → last +│ +2 │", shown.output)
+    assert re.search(r"attention +│ last → last +│ +│", shown.output)
+    deep = json.loads(run([*asked, "--json"]).stdout)["groups"]["deep"]
+    assert deep["layers"] == {"hidden": [[1, 1], ["last", "last"]], "attention": [["last", "last"]]}
+    assert deep["projectors"] == 2
+    other = load_study("quickstart", [groups.replace("[1, 1]", "[2, 1]"), *alone])
+    with pytest.raises(UserError, match=r"group 'deep' compares the teacher's hidden layer 2, .*\(it has 1, last\)"):
+        describe_store(layered.path, other)
+    example_id = next(iter(layered.index))
+    example_id = next(iter(layered.index))
+    assert "Attention map" in run(["inspect", str(layered.path), example_id, "--layer", "2"]).output
+    assert find_layer(layered, "2") == 2
+    with pytest.raises(UserError, match=r"nothing of layer 3 .*hidden 1, last; attention 1, 2, last"):
+        find_layer(layered, "3")

@@ -181,3 +181,19 @@ def test_a_design_that_can_is_not_warned_of_and_the_command_shows_either():
     assert told.exit_code == 0
     assert "warning: analysis.primary: with 2 seeds" in told.stderr
     assert "What 2 seeds can find out" in told.stdout
+
+
+def test_a_plan_shows_the_layers_kept_and_the_pairs_of_each_group():
+    """With a projector a pair, whose weights and moments a trial's memory counts; JSON has the pairs whole."""
+    layers = ["signals.hidden_layers=[2, last]", "objective.hidden.layers=[[2, 1], [last, last]]"]
+    plans = [plan_study(load_study("quickstart", given)) for given in ([], layers)]
+    assert plans[1]["store_layers"] == {"hidden": (2, "last"), "attention": ("last",)}
+    assert plans[1]["groups"]["hidden"]["layers"] == {"hidden": ((2, 1), ("last", "last"))}
+    assert plans[1]["groups"]["black_box"] == {"terms": ("task", "kd"), "layers": {}, "projectors": 0}
+    grown = plans[1]["memory_bytes"]["trial"] - plans[0]["memory_bytes"]["trial"]
+    assert grown == 16 * 64 * 128
+    assert plans[1]["groups"]["combined"]["projectors"] == 2
+    set_ = [part for override in layers for part in ("--set", override)]
+    shown = CliRunner().invoke(app, ["plan", "quickstart", *set_])
+    assert shown.output.count("│ hidden    │ 2 → 1, last → last │") == 2
+    assert "2, last" in shown.output[shown.output.index("Teacher data") :]

@@ -13,7 +13,8 @@ from numpy import ndarray
 
 from stillroom.afterwards.fonts import escaped, fonts_for
 from stillroom.analysis.escaping import control_free
-from stillroom.config import ModelRef
+from stillroom.config import ModelRef, Study
+from stillroom.config.section import Layer
 from stillroom.data.alignment import Alignment, align_encodings, coverage
 from stillroom.data.chat_templates import encode_examples
 from stillroom.data.corpus import load_corpus
@@ -25,16 +26,26 @@ from stillroom.models.hub import load_tokenizer
 from stillroom.offline_teacher_data.store import SignalStore, StoredExample
 from stillroom.offline_teacher_data.verification import VERIFIED
 from stillroom.signals.next_token import top_k
+from stillroom.signals.signal import column_of
+from stillroom.terms import compared
 from stillroom.terms.attention_maps import packed_maps, square_maps
 from stillroom.terms.next_token import map_outcomes, teacher_to_student_ids
 
 
-def describe_store(path: Path) -> dict[str, Any]:
+def describe_store(path: Path, study: Study | None = None) -> dict[str, Any]:
     """What a store holds and was made from: `examples`, `tokens`, `bytes`, `tasks`, `layout`, `made_from`, `ids`, …
 
-    `tasks` gives each task's examples and teacher tokens; `bytes` are those of the shards.
+    `tasks` gives each task's examples and teacher tokens; `bytes` are those of the shards; `layers` the teacher's
+    layers by signal. With a study `groups`: see `terms.compared`; `UserError` names a layer that the store lacks.
     """
     store = SignalStore.open(path)
+    kept, groups = store.layout.layers, compared(study) if study else {}
+    for name, term, pairs in ((n, t, pairs) for n, g in groups.items() for t, pairs in g["layers"].items()):
+        if missing := [teacher for teacher, _ in pairs if teacher not in kept.get(term, ())]:
+            raise UserError(
+                f"{path}: group {name!r} compares the teacher's {term} layer {missing[0]}, which is not in this store "
+                f"(it has {', '.join(map(str, kept.get(term, ()))) or 'none'}); capture again"
+            )
     shards = store.manifest["shards"]
     examples: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
@@ -54,6 +65,8 @@ def describe_store(path: Path) -> dict[str, Any]:
         "shards": len(shards),
         "tasks": {task: {"examples": count, "tokens": tokens[task]} for task, count in sorted(examples.items())},
         "layout": store.manifest["layout"],
+        "layers": kept,
+        **({"groups": groups} if groups else {}),
         **({"hidden_mean_square": store.hidden_mean_square} if "hidden" in store.columns else {}),
         **({"teacher_answers": _answer_counts(store)} if "teacher_answers" in store.manifest["made_from"] else {}),
         "ids": list(store.index),
@@ -68,6 +81,16 @@ def _answer_counts(store: SignalStore) -> dict[str, int]:
         "empty": sum(answer is not None and not answer.strip() for answer in answers),
         "unended": sum(answer is None for answer in answers),
     }
+
+
+def find_layer(store: SignalStore, given: str) -> Layer:
+    """The layer that `given` names; `UserError` if the store keeps nothing of it."""
+    kept = store.layout.layers
+    layers = {str(layer): layer for of_signal in kept.values() for layer in of_signal}
+    if given not in layers and given != "last":
+        listed = "; ".join(f"{signal} {', '.join(map(str, of_signal))}" for signal, of_signal in kept.items())
+        raise UserError(f"{store.path}: nothing of layer {given} is in this store (it has {listed or 'no layers'})")
+    return layers.get(given, "last")
 
 
 def find_example(store: SignalStore, given: str) -> str:
@@ -102,15 +125,21 @@ def example_of(store: SignalStore, stored: StoredExample, corpus: Path | None = 
 
 
 def describe_example(
-    store: SignalStore, example_id: str, example: Example, student: ModelRef | None = None, top: int = 3
+    store: SignalStore,
+    example_id: str,
+    example: Example,
+    student: ModelRef | None = None,
+    top: int = 3,
+    layer: Layer = "last",
 ) -> dict[str, Any]:
     """One example as a reader can check it: `text`, `teacher`, and with a student `student`, `pairs` and `covered`.
 
     `teacher` and `student` list tokens: `position`, `id`, `token` (the stretch of text it stands for), `end`
     (characters), `special`, `shared` (the other model has a token that ends there). The teacher's have also
     `predictions` (its `top` next tokens with their probabilities), `tail` (probability outside the stored top-k),
-    `other` (with a student: probability that no student id stands for) and `hidden_norm` (L2). `teacher_answer` is the
-    teacher's own answer, where the store keeps them; None if it did not end.
+    `other` (with a student: probability that no student id stands for) and `hidden_norm` (L2, of the state of `layer`,
+    where that is kept). `teacher_answer` is the teacher's own answer, where the store keeps them; None if it did not
+    end.
     """
     stored = store.read(example_id)
     tokenizer = store.tokenizer
@@ -122,8 +151,8 @@ def describe_example(
         best = zip(arrays["topk_ids"][row, :top].tolist(), probabilities[row, :top].tolist(), strict=True)
         token["predictions"] = [{"token": words.get(i, f"<{i}>"), "probability": p} for i, p in best]
         token["tail"] = float(np.exp(arrays["tail_logprobs"][row]))
-        if "hidden" in arrays:
-            token["hidden_norm"] = float(np.linalg.norm(stored["hidden"][row].astype(np.float64)))
+        if (column := column_of("hidden", layer)) in store.columns:
+            token["hidden_norm"] = float(np.linalg.norm(stored[column][row].astype(np.float64)))
     facts: dict[str, Any] = {"example_id": example_id, "task": stored.task, "text": example.text, "teacher": teacher}
     if "teacher_answers" in store.manifest["made_from"]:
         facts["teacher_answer"] = store.answers[example_id]
@@ -189,8 +218,10 @@ def _tokens(encoding: Encoding, example: Example, words: dict[int, str]) -> list
     ]
 
 
-def attention_figure(store: SignalStore, example_id: str, example: Example, student: ModelRef | None = None) -> Any:
-    """The teacher's last attention map, mean over heads; with a student also over the segments both share.
+def attention_figure(
+    store: SignalStore, example_id: str, example: Example, student: ModelRef | None = None, layer: Layer = "last"
+) -> Any:
+    """A layer's attention map of the teacher, mean over heads; with a student also over the segments both share.
 
     The second is what the attention loss compares. Colour goes with the square root, so that small weights show.
     """
@@ -199,14 +230,17 @@ def attention_figure(store: SignalStore, example_id: str, example: Example, stud
 
     if "attention" not in store.columns:
         raise UserError(f"{store.path}: this store has no attention maps: its log-probabilities were imported")
-    stored = store.read(example_id, ("attention",))
+    if (column := column_of("attention", layer)) not in store.columns:
+        kept = ", ".join(map(str, store.layout.attention_layers))
+        raise UserError(f"{store.path}: attention of layer {layer} is not in this store (it has {kept})")
+    stored = store.read(example_id, (column,))
     tokenizer = store.tokenizer
     tokens = _tokens(stored.encoding, example, _words(tokenizer))
-    maps = [("over the teacher's tokens", *_token_map(stored, [t["token"] for t in tokens]))]
+    maps = [("over the teacher's tokens", *_token_map(stored, column, [t["token"] for t in tokens]))]
     if student is not None:
         (encoding,) = encode_examples(load_tokenizer(student), [example], add_eos=True)
         alignment = align_encodings(stored.encoding, encoding)
-        maps.append(("over the segments that both models share", *_segment_map(stored, alignment, tokens)))
+        maps.append(("over the segments that both models share", *_segment_map(stored, column, alignment, tokens)))
     fonts, missing = fonts_for("".join(label for _, _, labels in maps for label in labels))
     side = max(4.0, 0.16 * len(tokens) + 1.5)
     figure = Figure(figsize=(side * len(maps), side), dpi=110)
@@ -224,22 +258,22 @@ def attention_figure(store: SignalStore, example_id: str, example: Example, stud
     return figure
 
 
-def _token_map(stored: StoredExample, labels: Sequence[str]) -> tuple[ndarray, list[str]]:
+def _token_map(stored: StoredExample, column: str, labels: Sequence[str]) -> tuple[ndarray, list[str]]:
     tokens = len(stored.encoding)
     square = np.zeros((tokens, tokens), np.float32)
-    square[np.tril_indices(tokens)] = stored["attention"].mean(0, dtype=np.float32)
+    square[np.tril_indices(tokens)] = stored[column].mean(0, dtype=np.float32)
     return square, [visible(label) for label in labels]
 
 
 def _segment_map(
-    stored: StoredExample, alignment: Alignment, tokens: Sequence[dict[str, Any]]
+    stored: StoredExample, column: str, alignment: Alignment, tokens: Sequence[dict[str, Any]]
 ) -> tuple[ndarray, list[str]]:
     segments = alignment.teacher
     texts = [
         visible("".join(token["token"] for token in tokens[start : row + 1]))
         for start, row in zip(segments.starts, segments.rows, strict=True)
     ]
-    index, cells, sums = packed_maps({"attention": [stored["attention"]]}, [segments], pair_heads=False)
+    index, cells, sums = packed_maps({"attention": [stored[column]]}, [segments], pair_heads=False)
     return square_maps(cells["attention"], sums["attention"], index)[0, 0].numpy(), texts
 
 

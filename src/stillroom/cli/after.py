@@ -22,10 +22,19 @@ def inspect(
     corpus: Annotated[
         Path | None, typer.Option(metavar="DIR", help="folder of the corpus to take texts from, such as results/corpus")
     ] = None,
+    study: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STUDY", help="without EXAMPLE: show which of the layers kept the groups of this study compare"
+        ),
+    ] = None,
     picture: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="file for the attention map [default: EXAMPLE.png]")
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="predictions to show per token")] = 3,
+    layer: Annotated[
+        str, typer.Option(metavar="N|last", help="the teacher's layer whose norms and attention are shown")
+    ] = "last",
     json: JsonOption = False,
 ) -> None:
     """Show what a store holds, or one example's tokens, alignment, predictions, norms and attention.
@@ -38,14 +47,16 @@ def inspect(
         describe_store,
         example_of,
         find_example,
+        find_layer,
     )
     from stillroom.cli.printing import print_example, print_store
     from stillroom.config import ModelRef
     from stillroom.files import atomic_path
     from stillroom.offline_teacher_data.store import SignalStore
+    from stillroom.studies import load_study
 
     if example is None:
-        facts = describe_store(store)
+        facts = describe_store(store, load_study(study) if study else None)
         if not json:
             print_store(facts)
         finish(json, facts, "", following("inspect", str(store), None, facts["ids"][0]))
@@ -54,15 +65,19 @@ def inspect(
     example_id = find_example(opened, example)
     shown = example_of(opened, opened.read(example_id, ()), corpus)
     reference = ModelRef(model=student) if student else None
-    facts = describe_example(opened, example_id, shown, reference, top)
-    target = picture or Path(f"{example_id}.png")
-    with atomic_path(target) as temporary:
-        attention_figure(opened, example_id, shown, reference).savefig(temporary, format="png")
+    tap = find_layer(opened, layer)
+    facts = describe_example(opened, example_id, shown, reference, top, tap)
+    target, made = None, "The store has no attention map of this layer."
+    if picture or tap in opened.layout.attention_layers:
+        target = picture or Path(f"{example_id}.png")
+        with atomic_path(target) as temporary:
+            attention_figure(opened, example_id, shown, reference, tap).savefig(temporary, format="png")
+        made = f"Attention map: {target}."
     if not json:
         print_example(facts)
     aligned = f"{following('inspect', str(store), None, example_id)} --student MODEL, to see the alignment"
-    then = "open it" if student else aligned
-    finish(json, {**facts, "picture": target}, f"Attention map: {target}.", then)
+    then = ("open it" if target else "stillroom inspect --help") if student else aligned
+    finish(json, {**facts, "picture": target}, made, then)
 
 
 @app.command(rich_help_panel=AFTER)

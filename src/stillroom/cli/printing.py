@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,12 @@ def print_plan(plan: dict[str, Any], as_json: bool = False) -> None:
     console.print(_table("Models", ("model", *sizes), models))
     console.print(_table("Corpus", ("task", "examples", "teacher tokens", "student tokens"), _corpus_rows(plan)))
     _print_design(console, plan["design"])
-    console.print(_table("Teacher data", ("signal", "size"), _rows(plan["store_bytes"], _bytes)))
+    _print_compared(console, plan["groups"])
+    kept = [
+        (name.replace("_", " "), _layers(plan["store_layers"].get(name, ())), _bytes(size))
+        for name, size in plan["store_bytes"].items()
+    ]
+    console.print(_table("Teacher data", ("signal", "layers", "size"), kept))
     console.print(_table("Training", ("what", "count"), _rows(plan["training"], "{:,}".format)))
     console.print(_table("Disk for students", ("what", "size"), _rows(plan["disk_bytes"], _bytes)))
     console.print(_table("Memory at the peak, estimated", ("stage", "size"), _rows(plan["memory_bytes"], _bytes)))
@@ -67,6 +72,27 @@ def print_fields(found: dict[str, list[dict[str, str]]]) -> None:
             console.print(Padding(Text(row["meaning"].replace("`", ""), style="dim"), (0, 0, 0, 6)))
 
 
+def _print_compared(console: Any, groups: dict[str, dict[str, Any]]) -> None:
+    """Each group's terms, and the pairs of layers that they compare."""
+    rows = []
+    for name, group in groups.items():
+        plain = ", ".join(term for term in group["terms"] if term not in group["layers"])
+        rows.append((name, plain, "", ""))
+        for term, pairs in group["layers"].items():
+            projectors = str(group["projectors"] or "") if term == "hidden" else ""
+            rows.append(("", term, _pairs(pairs), projectors))
+    headings = ("group", "terms", "layers", "projectors")
+    console.print(_table("What groups compare (layers: the teacher's → the student's)", headings, rows, left=3))
+
+
+def _pairs(layers: Sequence[Sequence[Any]]) -> str:
+    return ", ".join(f"{teacher} → {student}" for teacher, student in layers)
+
+
+def _layers(layers: Sequence[Any]) -> str:
+    return ", ".join(map(str, layers))
+
+
 def _print_design(console: Any, design: dict[str, Any]) -> None:
     """What the design can find out: families of contrasts, then the smallest difference by task."""
     families = {name: family for name, family in design["families"].items() if family["contrasts"]}
@@ -104,12 +130,13 @@ def _rows(values: dict[str, Any], show: Callable[[Any], str]) -> list[tuple[str,
     return [(name.replace("_", " "), show(value)) for name, value in values.items()]
 
 
-def _table(title: str, headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> Any:
+def _table(title: str, headings: tuple[str, ...], rows: Sequence[tuple[str, ...]], left: int = 1) -> Any:
+    """Its first `left` columns are words, the others figures."""
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", min_width=len(title))  # a title wraps at its table's width
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number else "left")
+        table.add_column(heading, justify="left" if number < left else "right")
     for row in rows:
         table.add_row(*row)
     return table
@@ -160,11 +187,19 @@ def print_store(facts: dict[str, Any]) -> None:
             f"{task}: {counts['examples']:,} examples, {counts['tokens']:,} tokens"
             for task, counts in facts["tasks"].items()
         ),
+        *_layers_line(facts["layers"]),
         *_answers_line(facts),
         *(f"made from {key}: {value}" for key, value in facts["made_from"].items()),
     ]
     for line in lines:
         console.print(control_free(line), markup=False, highlight=False, soft_wrap=True)
+    if "groups" in facts:
+        _print_compared(console, facts["groups"])
+
+
+def _layers_line(layers: dict[str, Sequence[Any]]) -> list[str]:
+    kept = "; ".join(f"{signal} {_layers(of_signal)}" for signal, of_signal in layers.items())
+    return [f"layers: {kept}"] if kept else []
 
 
 def _norm(token: dict[str, Any]) -> str:

@@ -228,10 +228,10 @@ class Study(Section):
                 raise ValueError(
                     f"group {group.name!r} compares the top k, but signals.top_k is 0: set kd.support: full"
                 )
-            for term in [term for term in ("hidden", "attention", "values") if term in group.terms]:
+            for term in group.layer_terms:
                 field = f"{term.removesuffix('s')}_layers"
                 kept = getattr(self.signals, field)
-                if missing := [teacher for teacher, _ in getattr(objective, term).layers if teacher not in kept]:
+                if missing := [teacher for teacher, _ in objective.layers(term) if teacher not in kept]:
                     raise ValueError(
                         f"group {group.name!r} compares the teacher's {term} layer {missing[0]}, which is not among "
                         f"signals.{field} {list(kept)}"

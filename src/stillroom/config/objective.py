@@ -20,6 +20,9 @@ TERMS: tuple[TermName, ...] = ("task", "kd", "hidden", "attention", "values")
 Divergence = Literal[
     "forward_kl", "reverse_kl", "jensen_shannon", "skewed_forward_kl", "skewed_reverse_kl", "total_variation"
 ]
+LayerTerm = Literal["hidden", "attention", "values"]
+LAYER_TERMS: tuple[LayerTerm, ...] = ("hidden", "attention", "values")
+"""Those that compare the teacher's layers with the student's."""
 _MIXED = ("jensen_shannon", "skewed_forward_kl", "skewed_reverse_kl")
 WEAK_SIGNAL = 0.01
 """A term under this share of the gradient is flagged: the group may be its baseline in all but name."""
@@ -132,6 +135,11 @@ class Objective(Section):
         """What each term is multiplied by; 0: off."""
         return {term: getattr(self, term).weight for term in TERMS}
 
+    def layers(self, term: LayerTerm) -> tuple[tuple[Layer, Layer], ...]:
+        """Pairs [teacher's, student's] that a term compares."""
+        pairs: tuple[tuple[Layer, Layer], ...] = getattr(self, term).layers
+        return pairs
+
 
 class Group(Section):
     """One experimental group: the terms that are on, and its own settings of them where they differ."""
@@ -177,6 +185,11 @@ class Group(Section):
     def _given_alone(self, value: Section | None, handler: SerializerFunctionWrapHandler) -> Any:
         """What was given, so that a group read back is the same partial objective."""
         return None if value is None else value.model_dump(mode="json", exclude_unset=True)
+
+    @property
+    def layer_terms(self) -> tuple[LayerTerm, ...]:
+        """Those of its terms that compare layers."""
+        return tuple(term for term in LAYER_TERMS if term in self.terms)
 
     def settings(self, term: TermName) -> dict[str, Any]:
         """This group's own settings of a term."""

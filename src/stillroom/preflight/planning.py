@@ -26,6 +26,7 @@ from stillroom.models.split_products import PARTS
 from stillroom.preflight.design import examine_design, sized
 from stillroom.signals import signals_of
 from stillroom.signals.signal import Layout, id_dtype
+from stillroom.terms import compared
 
 _TOKENS: dict[str, tuple[float, float, float]] = {
     "sst2": (28.3, 28.9, 465.0),
@@ -86,10 +87,11 @@ class _Lengths:
 def plan_study(study: Study, guess_this_cpu: bool = True) -> dict[str, Any]:
     """The plan as nested figures.
 
-    `models`, `corpus`, `design` (see `examine_design`), `store_bytes`, `training`, `disk_bytes`, `memory_bytes`,
-    `hours` of a GPU, `cpu_hours` where there is none here, `measured` (None: see `measuring.measure_study`),
-    `assumptions`, and in `warnings` those assumptions that stand for what cannot be reached from here. `UserError`
-    names a field whose model or data set is not there or cannot be read. Not `guess_this_cpu`: no `cpu_hours`.
+    `models`, `corpus`, `design` (see `examine_design`), `groups` (see `terms.compared`), `store_bytes`, `store_layers`
+    (the teacher's, by signal), `training`, `disk_bytes`, `memory_bytes`, `hours` of a GPU, `cpu_hours` where there is
+    none here, `measured` (None: see `measuring.measure_study`), `assumptions`, and in `warnings` those assumptions that
+    stand for what cannot be reached from here. `UserError` names a field whose model or data set is not there or cannot
+    be read. Not `guess_this_cpu`: no `cpu_hours`.
     """
     study = resolve_precision(study)
     unreached: list[str] = []
@@ -109,7 +111,8 @@ def plan_study(study: Study, guess_this_cpu: bool = True) -> dict[str, Any]:
     examples = sum(len(task_lengths.teacher) for task_lengths in lengths.values())
     tokens = {name: int(task_lengths.teacher.sum()) for name, task_lengths in lengths.items()}
     student_tokens = {name: int(task_lengths.student.sum()) for name, task_lengths in lengths.items()}
-    store = {**_store_bytes(lengths, _layout(study, teacher)), **_head_bytes(study, teacher)}
+    layout, groups = _layout(study, teacher), compared(study)
+    store = {**_store_bytes(lengths, layout), **_head_bytes(study, teacher)}
     training = _training(study, lengths)
     machines = [GPU] if torch.cuda.is_available() or not guess_this_cpu else [GPU, this_cpu()]
     hours = [_hours(study, (teacher, student), training, lengths, machine) for machine in machines]
@@ -136,6 +139,8 @@ def plan_study(study: Study, guess_this_cpu: bool = True) -> dict[str, Any]:
             "student_tokens": sum(student_tokens.values()),
         },
         "design": design,
+        "groups": groups,
+        "store_layers": layout.layers,
         "store_bytes": {**store, "total": sum(store.values())},
         "training": training,
         "disk_bytes": disk,
@@ -153,6 +158,7 @@ def plan_study(study: Study, guess_this_cpu: bool = True) -> dict[str, Any]:
                 study.corpus.max_length,
                 study.student.lora,
                 study.sweep.processes,
+                max(group["projectors"] for group in groups.values()),
             )
             + _head_memory(study, teacher),
         },
@@ -497,6 +503,7 @@ def trial_memory(
     longest: int,
     lora: Lora | None = None,
     processes: int = 1,
+    projectors: int = 1,
 ) -> int:
     """Bytes that training a student takes at its peak, on each GPU of a trial, by estimate.
 
@@ -506,7 +513,9 @@ def trial_memory(
     layer's input and one whole layer. With LoRA, gradients and moments of its layers, and a copy with them merged.
     Moments in 8 bits take a byte. Each of several processes has its part of all but a whole layer and the embeddings.
     """
-    trained = student.width * teacher_width + (_lora_parameters(student, lora) if lora else student.parameters)
+    trained = projectors * student.width * teacher_width + (
+        _lora_parameters(student, lora) if lora else student.parameters
+    )
     size = DTYPES[training.precision].itemsize
     examples = min(training.micro_batch_size or training.batch_size, -(-training.batch_size // processes))
     kept = 17 + student.layers if training.gradient_checkpointing else 17 * student.layers

@@ -38,6 +38,12 @@ class Layout:
     value_layers: tuple[Tap, ...] = ()
     value_width: int = 0
 
+    @property
+    def layers(self) -> dict[str, tuple[Tap, ...]]:
+        """What is kept of which layers of the teacher: `hidden`, `attention` and `values`, where there are any."""
+        kept = {"hidden": self.hidden_layers, "attention": self.attention_layers, "values": self.value_layers}
+        return {signal: layers for signal, layers in kept.items() if layers}
+
     @classmethod
     def read(cls, described: Mapping[str, Any]) -> Layout:
         """From JSON, which has lists for tuples."""

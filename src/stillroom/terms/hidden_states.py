@@ -32,6 +32,11 @@ class HiddenPart(Part):
     """By column of the store."""
 
 
+def projectors_of(settings: Hidden) -> int:
+    """How many a trial trains: one for each pair of layers, where the distance needs them."""
+    return len(settings.layers) if DISTANCES[settings.distance].projected else 0
+
+
 class HiddenTerm:
     """Mean over layer pairs of a distance (`distances`) of the two models' states at aligned tokens."""
 
