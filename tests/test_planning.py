@@ -119,7 +119,7 @@ def test_all_of_a_tasks_rows_are_counted_by_plan_and_doctor(tmp_path, teacher_re
     assert plan["corpus"]["by_task"]["notes"]["examples"] == 20
     assert plan["training"]["train_examples"] == 16 + 32
     assert plan["design"]["measures"].keys() == {"all tasks", "quiz"}
-    (line,) = (found for found in doctor._tokenizers(study) if found.subject == "coverage")
+    (line,) = (found for found in doctor._tokenizers(study)[0] if found.subject == "coverage")
     assert "notes" in line.says
 
 

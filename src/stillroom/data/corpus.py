@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -206,7 +205,7 @@ def _require_choices(examples: Sequence[Example], tokenizers: Sequence[Any], pla
 
 def folded(prompt: str) -> str:
     """The prompt without regard to white space and case: what makes two examples duplicates."""
-    return re.sub(r"\s+", " ", prompt).strip().casefold()
+    return " ".join(prompt.split()).casefold()
 
 
 def asked(example: Example) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +23,7 @@ from stillroom.models.builtin_pair import materialise
 from stillroom.models.hub import is_local, load_config, load_tokenizer, require_embedded, require_quantization
 from stillroom.models.precision import DTYPES, default_device, products, resolve_precision
 from stillroom.preflight.design import examine_design
-from stillroom.preflight.planning import counted, plan_study
+from stillroom.preflight.planning import Drawn, counted, draw, plan_study
 from stillroom.provenance import hardware, package_versions
 from stillroom.training.optimizers import require_optimizers
 
@@ -50,9 +52,20 @@ def examine(study: Study) -> list[Finding]:
     """Everything that can be known without loading weights; the tracker, and Ray if it runs the trials, are tried."""
     findings = [_packages(), *_precision(study)]
     study = resolve_precision(study)
-    findings += [*_models(study), *_optimizers(study), *_tokenizers(study), *_harness(study)]
+    findings += [*_models(study), *_optimizers(study)]
+    importlib.import_module("datasets")  # before there are two threads, which must not import it at once
+    with ThreadPoolExecutor(1) as beside:  # Ray takes as long to start as the corpus to be drawn
+        planned = beside.submit(_planned, study)
+        services = [*_trackers(study), _launcher(study)]
+    return [*findings, *planned.result(), *services]
+
+
+def _planned(study: Study) -> list[Finding]:
+    """What the corpus and the plan show."""
+    tokenizers, drawn = _tokenizers(study)
+    findings = [*tokenizers, *_harness(study)]
     try:
-        plan = plan_study(study)
+        plan = plan_study(study, drawn=drawn)
     except UserError as error:
         findings.append(Finding("data", False, str(error)))
         if counted(study, {}) == study:  # else it depends on how many rows there are
@@ -60,7 +73,7 @@ def examine(study: Study) -> list[Finding]:
     else:
         findings += [*_data(plan), *_disk(study, plan), *_memory(study, plan), *_gpu(study, plan)]
         findings.append(_design(plan["design"]))
-    return [*findings, *_trackers(study), _launcher(study)]
+    return findings
 
 
 def _design(design: dict[str, Any]) -> Finding:
@@ -191,21 +204,25 @@ def _harness_task(name: str, split: BenchmarkSplit) -> str:
     return f"{described['task']}, {described['examples']:,} examples, by lm_eval {described['lm_eval']}"
 
 
-def _tokenizers(study: Study) -> Lines:
+def _tokenizers(study: Study) -> tuple[list[Finding], Drawn | None]:
+    """How the two read the corpus, and the corpus if it can be drawn."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             teacher, student = (load_tokenizer(materialise(r, Path(folder))) for r in (study.teacher, study.student))
         except UserError:
-            return  # the models' own lines say why
-        try:
-            for ref, tokenizer in ((study.teacher, teacher), (study.student, student)):
-                if not ref.model.startswith("builtin:"):
-                    require_embedded(ref, tokenizer, [*encode(tokenizer, "a").ids.tolist(), tokenizer.eos_token_id])
-        except UserError as error:
-            yield Finding("tokenizers", False, str(error))
-            return
-        yield _vocabularies(teacher, student)
-        yield _coverage(study, teacher, student)
+            return [], None  # the models' own lines say why
+    try:
+        for ref, tokenizer in ((study.teacher, teacher), (study.student, student)):
+            if not ref.model.startswith("builtin:"):
+                require_embedded(ref, tokenizer, [*encode(tokenizer, "a").ids.tolist(), tokenizer.eos_token_id])
+    except UserError as error:
+        return [Finding("tokenizers", False, str(error))], None
+    vocabularies = _vocabularies(teacher, student)
+    try:
+        drawn = draw(study, (teacher, student))
+    except UserError as error:
+        return [vocabularies, Finding("coverage", False, str(error))], None
+    return [vocabularies, _coverage(study, drawn)], drawn
 
 
 def _vocabularies(teacher: Any, student: Any) -> Finding:
@@ -220,21 +237,13 @@ def _vocabularies(teacher: Any, student: Any) -> Finding:
     return Finding("tokenizers", share > 0.2, says if share > 0.2 else f"{says}; choose a pair that shares more")
 
 
-def _coverage(study: Study, teacher: Any, student: Any) -> Finding:
+def _coverage(study: Study, drawn: Drawn) -> Finding:
     from stillroom.data.alignment import align_encodings, coverage
     from stillroom.data.chat_templates import encode_examples
-    from stillroom.data.corpus import build_corpus
     from stillroom.training.batches import coverage_by_task
 
-    tasks = study.corpus.tasks.items()
-    sampled = {n: d.model_copy(update={"examples": min(d.examples, SAMPLE)}) for n, d in tasks if d.examples != "all"}
-    try:
-        examples = build_corpus(
-            study.corpus.model_copy(update={"tasks": {**dict(tasks), **sampled}}), [teacher, student]
-        )
-    except UserError as error:
-        return Finding("coverage", False, str(error))
-    by_task = {name: [e for e in examples.all if e.task == name][:SAMPLE] for name, _ in tasks}
+    teacher, student = drawn.tokenizers
+    by_task = {name: [e for e in drawn.examples.all if e.task == name][:SAMPLE] for name in study.corpus.tasks}
     some = [example for task_examples in by_task.values() for example in task_examples]
     pairs = zip(encode_examples(teacher, some), encode_examples(student, some, add_eos=True), strict=True)
     counted = (

@@ -15,6 +15,7 @@ import torch
 
 from stillroom.config import BenchmarkSplit, Lora, ModelRef, Precision, Quantization, Signals, Study, TaskData, Training
 from stillroom.data.chat_templates import encode_examples
+from stillroom.data.corpus import Examples, build_corpus
 from stillroom.data.encoding import encode
 from stillroom.data.tasks import get_task
 from stillroom.errors import UserError
@@ -84,24 +85,47 @@ class _Lengths:
     """Mean of T(T+1)/2 under the teacher's tokenizer."""
 
 
-def plan_study(study: Study, guess_this_cpu: bool = True) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Drawn:
+    """A study's corpus, as both tokenizers read it."""
+
+    examples: Examples
+    tokenizers: Sequence[Any]
+    """The teacher's and the student's."""
+    lengths: Mapping[str, tuple[int, ...]]
+    """An example's tokens under each of them, EOS among them, by its id."""
+
+
+def draw(study: Study, tokenizers: Sequence[Any]) -> Drawn:
+    """The corpus drawn with the real tokenizers from the real data; `UserError` where it cannot be."""
+    lengths: dict[str, tuple[int, ...]] = {}
+    examples = build_corpus(study.corpus, tokenizers, lengths)
+    for example in examples.all:  # a wrong answer is put in after the draw
+        if example.example_id not in lengths:
+            lengths[example.example_id] = tuple(len(encode_examples(t, [example], add_eos=True)[0]) for t in tokenizers)
+    return Drawn(examples, tokenizers, lengths)
+
+
+def plan_study(study: Study, guess_this_cpu: bool = True, drawn: Drawn | None = None) -> dict[str, Any]:
     """The plan as nested figures.
 
     `models`, `corpus`, `design` (see `examine_design`), `groups` (see `terms.compared`), `store_bytes`, `store_layers`
     (the teacher's, by signal), `training`, `disk_bytes`, `memory_bytes`, `hours` of a GPU, `cpu_hours` where there is
     none here, `measured` (None: see `measuring.measure_study`), `assumptions`, and in `warnings` those assumptions that
     stand for what cannot be reached from here. `UserError` names a field whose model or data set is not there or cannot
-    be read. Not `guess_this_cpu`: no `cpu_hours`.
+    be read. Not `guess_this_cpu`: no `cpu_hours`. Its corpus is drawn if it is not `drawn` already.
     """
     study = resolve_precision(study)
     unreached: list[str] = []
     teacher, student = (_shape(role, ref, unreached) for role, ref in _models(study).items())
-    tokenizers = _tokenizers(study, unreached)
+    tokenizers = _tokenizers(study, unreached) if drawn is None else drawn.tokenizers
     rows = _require_data(study, unreached)
     require_harness(study.evaluation.harness_splits)
     assumptions = list(unreached)
-    if tokenizers and not unreached:
-        lengths = _count(study, tokenizers)
+    if tokenizers and not unreached and drawn is None:
+        drawn = draw(study, tokenizers)
+    if drawn:
+        lengths = _count(study, drawn)
         study = counted(
             study, rows | {f"corpus.tasks.{name}": len(task_lengths.teacher) for name, task_lengths in lengths.items()}
         )
@@ -278,15 +302,9 @@ def _tokenizers(study: Study, unreached: list[str]) -> list[Any]:
     return tokenizers
 
 
-def _count(study: Study, tokenizers: list[Any]) -> dict[str, _Lengths]:
-    """Tokens counted with the real tokenizers on the real data."""
-    from stillroom.data.corpus import build_corpus
-
-    lengths: dict[str, tuple[int, ...]] = {}
-    examples = build_corpus(study.corpus, tokenizers, lengths)
-    for example in examples.all:  # a wrong answer is put in after the draw
-        if example.example_id not in lengths:
-            lengths[example.example_id] = tuple(len(encode_examples(t, [example], add_eos=True)[0]) for t in tokenizers)
+def _count(study: Study, drawn: Drawn) -> dict[str, _Lengths]:
+    """Tokens of what was drawn."""
+    examples, tokenizers, lengths = drawn.examples, drawn.tokenizers, drawn.lengths
     plain = next((example for example in examples.all if not example.turns), None)
     # the student alone learns EOS; some tokenizers end each text with it of themselves
     added = (

@@ -57,7 +57,7 @@ class Example:
         """
         defined: list[Any] = [self.choices, self.definition] if self.definition else []
         defined += [self.turns] if self.turns else []
-        whole = json.dumps([self.task, self.prompt, self.answer, *defined], ensure_ascii=False)
+        whole = _JSON.encode([self.task, self.prompt, self.answer, *defined])
         return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
@@ -65,6 +65,8 @@ Row = Mapping[str, Any]
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
+_JSON = json.JSONEncoder(ensure_ascii=False)
+"""As `json.dumps` makes one anew for every call."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
