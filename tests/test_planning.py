@@ -99,7 +99,7 @@ def test_where_there_is_no_gpu_the_hours_of_this_cpu_are_told_by_its_own_rates(m
     """An emulated dtype is many times slower: the hours must say so before they are spent."""
     rates = {torch.float32: 60.0, torch.bfloat16: 1.2, torch.float16: 1.2}
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("stillroom.preflight.planning.products", lambda dtype, device: rates[dtype])
+    monkeypatch.setattr("stillroom.preflight.hours.products", lambda dtype, device: rates[dtype])
     slow, quick = (
         plan_study(load_study("quickstart", [f"training.precision={dtype}"]))["cpu_hours"]
         for dtype in ("bfloat16", "float32")

@@ -67,7 +67,7 @@ def _validation(study: Study) -> dict[str, int]:
 
 
 def sized(data: TaskData | BenchmarkSplit) -> int:
-    """Examples of a task, which `planning.counted` has counted where the study says `all`."""
+    """Examples of a task, which `lengths.counted` has counted where the study says `all`."""
     if data.examples == "all":
         raise ValueError("examples: all, and they are not counted")
     return data.examples

@@ -23,7 +23,8 @@ from stillroom.models.builtin_pair import materialise
 from stillroom.models.hub import is_local, load_config, load_tokenizer, require_embedded, require_quantization
 from stillroom.models.precision import DTYPES, default_device, products, resolve_precision
 from stillroom.preflight.design import examine_design
-from stillroom.preflight.planning import Drawn, counted, draw, plan_study
+from stillroom.preflight.lengths import Drawn, counted, draw
+from stillroom.preflight.planning import plan_study
 from stillroom.provenance import hardware, package_versions
 from stillroom.training.optimizers import require_optimizers
 
