@@ -11,8 +11,11 @@ import tracemalloc
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stillroom.config import Corpus, TaskColumns, TaskData
+from stillroom.data import rows as rows_module
 from stillroom.data.corpus import _rank, build_corpus
 from stillroom.data.rows import load_rows, source_digest
 from stillroom.data.tasks import get_task
@@ -92,7 +95,12 @@ def test_a_folder_gives_a_split_by_its_file_or_as_datasets_saved_it(tmp_path):
         ("a.csv", "frage,antwort\nx,y\n", r"lacks the columns \['question', 'answer'\]; it has \['frage', 'antwort'\]"),
         ("a.json", '{"a": 1}', "a.json: expected a list of objects; one object per line is a `.jsonl` file"),
         ("a.json", '[{"question": 1}, 2]', "a.json, row 2: expected an object, not '2'"),
-        ("a.json", '[{"question": 1},', "a.json: not valid JSON"),
+        ("a.json", '[{"question": 1},', "a.json, row 2: not valid JSON: Expecting value"),
+        ("a.json", '[{"question": 1} {"question": 2}]', "a.json, row 1: not valid JSON: Expecting ',' delimiter"),
+        ("a.json", '[{"question": 1}] 2', "a.json: not valid JSON: there is more after the list's end"),
+        ("a.json", '[{"question": ' + "9" * 5000 + "}]", "a.json, row 1: a number has too many digits"),
+        ("a.json", "[" + '{"a":' * 100000, "a.json, row 1: nested too deeply"),
+        ("a.json", "[]", "a.json has no rows"),
         ("a.jsonl.gz", "no gzip", "a.jsonl.gz cannot be read: Not a gzipped file"),
         ("a.jsonl.zst", "no zstd", "a.jsonl.zst cannot be read"),
         ("a.parquet", "no parquet", "a.parquet cannot be loaded"),
@@ -105,8 +113,33 @@ def test_a_file_that_cannot_be_read_says_where(tmp_path, name, content, message)
         load_rows(*task_and_data(tmp_path / name), 0, "corpus.tasks.own")
 
 
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.dictionaries(st.text(max_size=3), VALUES, max_size=3), max_size=5),
+    piece=st.integers(1, 24),
+    indent=st.sampled_from([None, 1]),
+    escaped=st.booleans(),
+)
+def test_a_list_read_in_pieces_is_what_it_is_as_a_whole(tmp_path_factory, rows, piece, indent, escaped):
+    """Wherever the pieces part it: in a number, a name, an escape, a surrogate pair."""
+    text = json.dumps(rows, indent=indent, ensure_ascii=escaped)
+    path = tmp_path_factory.mktemp("pieces") / "a.json"
+    path.write_text(text, "utf-8", errors="replace", newline="")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rows_module, "_PIECE", piece)
+        found = list(rows_module._read_json(path))
+    assert repr(found) == repr(json.loads(path.read_text("utf-8")))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.jsonl.zst", "a.parquet", "saved"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.jsonl.zst", "a.parquet", "saved"])
 def test_what_is_held_of_a_large_source_is_what_is_asked_for(tmp_path, name):
     """Of 10 MB half at most, and the examples are those that a sort of all rows chooses."""
     from datasets import Dataset
@@ -121,6 +154,7 @@ def test_what_is_held_of_a_large_source_is_what_is_asked_for(tmp_path, name):
     elif name == "saved":
         Dataset.from_list(rows).save_to_disk(tmp_path / name)
     else:
+        text = json.dumps(rows).encode() if name == "a.json" else text
         (tmp_path / name).write_bytes(pa.compress(text, "zstd", asbytes=True) if name.endswith("zst") else text)
     task, data = task_and_data(tmp_path / name)
     every = sorted((task.build(row) for row in rows), key=lambda e: _rank(e.example_id, "sample0"))
