@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -17,6 +19,8 @@ from stillroom.config import Evaluation
 from stillroom.errors import UserError
 from stillroom.evaluation.harness_tasks import Harness
 from stillroom.evaluation.metrics import by_key
+from stillroom.experiment.jobs import run_trial
+from stillroom.experiment.sharded_trial import train_sharded
 from stillroom.experiment.workspace import Workspace
 from stillroom.files import read_json
 from stillroom.models.hub import load_model, load_tokenizer
@@ -96,8 +100,13 @@ def plain(model, task_folder):
 
 
 @pytest.mark.slow
-def test_its_numbers_are_those_of_the_harness_alone_in_every_table(tmp_path, task_folder, teacher_ref, student_ref):
-    """Of trial and baselines, as its own command gives them of the saved folders; other rows are other trials."""
+def test_its_numbers_are_those_of_the_harness_alone_in_every_table(
+    tmp_path, task_folder, monkeypatch, teacher_ref, student_ref
+):
+    """Of trial and baselines, as its own command gives them of the saved folders; other rows are other trials.
+
+    A student sharded over two processes has the same numbers.
+    """
     evaluation = {"max_new_tokens": 8, "test_splits": splits(task_folder)}
     path = study_file(tmp_path, teacher_ref.model, student_ref.model, groups=["task_only"], evaluation=evaluation)
     workspace = Workspace(load_study(path))
@@ -117,6 +126,11 @@ def test_its_numbers_are_those_of_the_harness_alone_in_every_table(tmp_path, tas
     page = write_report(tmp_path / "results").read_text()
     assert "colours: 20 examples of its task colours, version 1.5" in page
     assert f"<td>{numbers['test', 'colours', 'acc']:.4f}</td>" in page
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # where no GPU is to be used, processes are forks
+    by_two = partial(train_sharded, count=2, threads=1)
+    sharded = by_key(run_trial(replace(plan, experiment=tmp_path / "sharded"), by=by_two)["metrics"])
+    assert {key: sharded[key] for key in numbers} == pytest.approx(numbers)
 
     again = Workspace(load_study(path))
     assert [plan.folder for plan in again.plans()] == [plan.folder]
