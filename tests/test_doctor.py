@@ -320,6 +320,23 @@ def test_memory_is_held_against_the_plan(study, monkeypatch):
     assert not gpus(1.5 * trial)["trial"]
 
 
+@pytest.mark.parametrize("gpus", [0, 4])
+def test_the_cpus_memory_must_hold_what_a_sharded_trials_processes_keep_there(study, monkeypatch, gpus):
+    """On a CPU beside the trial itself, on GPUs alone; one finding names it where there is too little."""
+    study = study.model_copy(update={"sweep": study.sweep.model_copy(update={"gpus_per_trial": 2.0})})
+    plan = plan_study(study)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(doctor, "cores", lambda: 8 if gpus else 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(name="GPU", total_memory=10**12))
+    kept, trial = plan["memory_bytes"]["trial_in_cpu_memory"], plan["memory_bytes"]["trial"]
+    needed = 2 * kept if gpus else kept + 4 * trial  # two trials on four GPUs
+    for memory, fine in ((0.9 * needed, False), (1.1 * needed, True)):
+        monkeypatch.setattr(doctor, "hardware", lambda memory=memory: {"memory_bytes": int(memory)})
+        found = [f for f in doctor._memory(study, plan) if f.subject.startswith("memory for a trial")]
+        assert found[-1].fine == fine, found
+        assert ("in cpu memory" in found[-1].subject) == bool(gpus)
+
+
 def test_a_study_for_gpus_is_not_begun_on_a_cpu():
     """By the plan's hours, whatever its name."""
     study = load_study("paper", ["name=mine"])

@@ -197,3 +197,12 @@ def test_a_plan_shows_the_layers_kept_and_the_pairs_of_each_group():
     shown = CliRunner().invoke(app, ["plan", "quickstart", *set_])
     assert shown.output.count("│ hidden    │ 2 → 1, last → last │") == 2
     assert "2, last" in shown.output[shown.output.index("Teacher data") :]
+
+
+def test_a_sharded_trials_processes_hold_the_student_in_the_cpus_memory_too():
+    """16 bytes a weight each; a trial of one process has no such line."""
+    one, two = (
+        plan_study(load_study("paper", [f"sweep.gpus_per_trial={n}", "training.precision=bfloat16"])) for n in (1, 2)
+    )
+    assert "trial_in_cpu_memory" not in one["memory_bytes"]
+    assert two["memory_bytes"]["trial_in_cpu_memory"] == 2 * 16 * two["models"]["student"]["parameters"]

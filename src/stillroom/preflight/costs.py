@@ -112,6 +112,14 @@ def trial_memory(
     return weights // processes + 2 * 4 * gathered + cast + activations
 
 
+def host_memory(student: Shape, processes: int) -> int:
+    """Bytes of the CPU's memory that the processes of a sharded trial hold at their peak, which is as it resumes.
+
+    Each has the whole student in float32, which is saved and scored, and a checkpoint's weights and moments.
+    """
+    return processes * 16 * student.parameters
+
+
 def head_memory(study: Study, teacher: Shape) -> int:
     """Bytes of the teacher's output head in float32, which a trial holds where a group compares every token."""
     kinds = [group.objective(study.objective).kd for group in study.groups if "kd" in group.terms]

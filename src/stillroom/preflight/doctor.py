@@ -294,7 +294,7 @@ def _memory(study: Study, plan: dict[str, Any]) -> Lines:
     """The accelerator, and whether the teacher and a trial fit it by the plan's estimate."""
     import torch
 
-    needs = dict(plan["memory_bytes"])
+    needs, memory = dict(plan["memory_bytes"]), hardware()["memory_bytes"] or 0
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     if gpus:
         names = ", ".join(sorted({gpu.name for gpu in gpus}))
@@ -306,19 +306,21 @@ def _memory(study: Study, plan: dict[str, Any]) -> Lines:
         says = "no GPU: everything runs on the CPU"
         says += f"; this study is about {hours:.1f} hours of a GPU, too much for it" if hours > 1 else ""
         yield Finding("accelerator", hours <= 1, says)
-        memory = hardware()["memory_bytes"] or 0
         room = {"capture": memory, "trial": memory / _at_once(study)}
-        needs["trial"] = int(_KEPT_ON_CPU * needs["trial"]) * study.sweep.processes
-    where = "of GPU memory" if gpus else "of memory"
+        on_cpus = int(_KEPT_ON_CPU * needs["trial"]) * study.sweep.processes
+        needs["trial"] = on_cpus + needs.pop("trial_in_cpu_memory", 0)
+    room["trial_in_cpu_memory"] = memory / _at_once(study)
     remedies = {
         "capture": "set a smaller signals.batch_tokens or teacher.dtype=float16",
         "trial": "set training.micro_batch_size or training.gradient_checkpointing, or run fewer at once with "
         "sweep.max_concurrent",
+        "trial_in_cpu_memory": "run fewer at once with sweep.max_concurrent, or use a smaller sweep.gpus_per_trial",
     }
     for stage, needed in needs.items():
+        where = "of GPU memory" if gpus and stage != "trial_in_cpu_memory" else "of memory"
         says = f"about {_size(needed)} needed, {_size(room[stage])} {where}"
         fine = needed < room[stage]
-        yield Finding(f"memory for a {stage}", fine, says if fine else f"{says}; {remedies[stage]}")
+        yield Finding(f"memory for a {stage.replace('_', ' ')}", fine, says if fine else f"{says}; {remedies[stage]}")
 
 
 def _gpu(study: Study, plan: dict[str, Any]) -> Lines:

@@ -21,6 +21,7 @@ from stillroom.preflight.costs import (
     disk_bytes,
     head_bytes,
     head_memory,
+    host_memory,
     layout_of,
     store_bytes,
     trial_memory,
@@ -60,7 +61,7 @@ def plan_study(study: Study, guess_this_cpu: bool = True, drawn: Drawn | None = 
     examples = sum(len(task_lengths.teacher) for task_lengths in lengths.values())
     tokens = {name: int(task_lengths.teacher.sum()) for name, task_lengths in lengths.items()}
     student_tokens = {name: int(task_lengths.student.sum()) for name, task_lengths in lengths.items()}
-    layout, groups = layout_of(study, teacher), compared(study)
+    layout, groups, processes = layout_of(study, teacher), compared(study), study.sweep.processes
     store = {**store_bytes(lengths, layout), **head_bytes(study, teacher)}
     training = _training(study, lengths)
     machines = [GPU] if torch.cuda.is_available() or not guess_this_cpu else [GPU, this_cpu()]
@@ -106,10 +107,11 @@ def plan_study(study: Study, guess_this_cpu: bool = True, drawn: Drawn | None = 
                 study.evaluation.dtype,
                 study.corpus.max_length,
                 study.student.lora,
-                study.sweep.processes,
+                processes,
                 max(group["projectors"] for group in groups.values()),
             )
             + head_memory(study, teacher),
+            **({"trial_in_cpu_memory": host_memory(student, processes)} if processes > 1 else {}),
         },
         "hours": hours[0],
         "cpu_hours": hours[1] if len(hours) > 1 else None,
