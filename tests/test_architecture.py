@@ -194,7 +194,7 @@ def test_the_output_head_is_found_with_its_bias_scale_and_cap(name, tmp_path, by
     ("change", "message"),
     [
         ({"hidden_size": 33}, "cannot be loaded"),
-        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "cannot be loaded"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "cannot be loaded"),
     ],
 )
 def test_a_folder_that_does_not_load_is_one_message(change, message, tmp_path, student_ref):

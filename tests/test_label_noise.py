@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import pytest
-from tests.studies import study_file
 
 from stillroom.config import ChoiceColumns, Corpus, TaskData
 from stillroom.data.corpus import build_corpus
@@ -12,6 +11,7 @@ from stillroom.data.tasks import TASKS
 from stillroom.errors import UserError
 from stillroom.experiment.workspace import Workspace
 from stillroom.studies import load_study
+from studies import study_file
 
 QUIZ = [TASKS["quiz"].build(row) for row in TASKS["quiz"].generate_rows(3, 1500)]
 

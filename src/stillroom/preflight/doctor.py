@@ -7,11 +7,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, TypeVar
 
 from stillroom.config import BenchmarkSplit, ModelRef, Study
 from stillroom.data.encoding import encode
@@ -35,6 +36,7 @@ _EMULATED = 3.0
 _KEPT_ON_CPU = 2.0
 """What a trial's process holds of what the plan estimates: a CPU's allocator keeps part of what is given back."""
 
+T = TypeVar("T")
 Lines = Iterator["Finding"]
 
 
@@ -55,10 +57,23 @@ def examine(study: Study) -> list[Finding]:
     study = resolve_precision(study)
     findings += [*_models(study), *_optimizers(study)]
     importlib.import_module("datasets")  # before there are two threads, which must not import it at once
-    with ThreadPoolExecutor(1) as beside:  # Ray takes as long to start as the corpus to be drawn
-        planned = beside.submit(_planned, study)
-        services = [*_trackers(study), _launcher(study)]
-    return [*findings, *planned.result(), *services]
+    planned = _beside(lambda: _planned(study))  # Ray takes as long to start as the corpus to be drawn
+    services = [*_trackers(study), _launcher(study)]
+    return [*findings, *planned(), *services]
+
+
+def _beside(action: Callable[[], T]) -> Callable[[], T]:
+    """Start it in a thread that Ctrl-C does not wait for; what is returned waits, and gives or raises what it does."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return future.result
 
 
 def _planned(study: Study) -> list[Finding]:
