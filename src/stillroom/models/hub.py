@@ -27,6 +27,8 @@ from stillroom.models.precision import DTYPES, default_device
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
+# peft imports it wherever it is installed; it warns of kernels that it looked for, and on every call that it casts
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def absolute(ref: ModelRef) -> ModelRef:
@@ -104,7 +106,6 @@ def require_quantization(wanted: Quantization | None) -> None:
 
 def _quantization(wanted: Quantization, dtype: Precision) -> Any:
     require_quantization(wanted)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says on every call that it casts
     if wanted == "4bit":
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype])
     # by default a column stays whole where any token of the batch is large: later text would change earlier signals
