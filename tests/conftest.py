@@ -8,7 +8,6 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # two processes of each Ray that are started to wait
 # models this small gain nothing from a second thread, and lose much where other processes want the cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
