@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,7 @@ from stillroom.files import read_json
 from stillroom.folders import ERROR, EXPERIMENT
 from stillroom.offline_teacher_data.store import SignalStore
 from stillroom.studies import load_study
+from stillroom.training.checkpoints import PROGRESS, checkpoints
 from studies import study_file
 
 pytestmark = pytest.mark.slow
@@ -104,23 +105,26 @@ def raylet(node):
     return node.all_processes["raylet"][0].process.pid
 
 
-def reports(results):
-    """What Ray has logged of each trial: its reports, by the trial's name."""
-    files = (results / "ray" / EXPERIMENT).glob("trial_*/result.json")
-    return {file.parent.name: [json.loads(line) for line in file.read_text().splitlines()] for file in files}
-
-
 def unfinished_trial_on(node, results):
-    """A trial that has reported an epoch from that node and has no result yet, once there is one; and its reports."""
+    """A trial of that node that has finished an epoch and has no result yet, once there is one; and its epochs so far.
+
+    By the lock that its process holds and its own checkpoint: Ray writes down what was reported some ten seconds later.
+    """
     deadline = time.monotonic() + 200
     while time.monotonic() < deadline:
         workers = children(raylet(node))
-        for name, lines in reports(results).items():
-            unfinished = not (results / EXPERIMENT / name / "result.json").exists()
-            if lines and lines[-1]["pid"] in workers and unfinished:
-                return name, lines
-        time.sleep(0.05)
-    return pytest.fail("no trial reported an epoch from the second node")
+        for folder in (results / EXPERIMENT).glob("trial_*"):
+            with suppress(OSError, UserError):  # a process that ends, a checkpoint that the next one replaces
+                held = any(has_open(worker, folder / ".lock") for worker in workers)
+                if held and (kept := checkpoints(folder)) and not (folder / "result.json").exists():
+                    return folder.name, read_json(kept[-1] / PROGRESS)["epochs"]
+        time.sleep(0.02)
+    return pytest.fail("no trial finished an epoch on the second node")
+
+
+def has_open(pid, path):
+    """Whether a process has a file open."""
+    return any(file.exists() and file.readlink() == path for file in Path(f"/proc/{pid}/fd").iterdir())
 
 
 def kill(node):
