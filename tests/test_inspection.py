@@ -259,7 +259,6 @@ def test_the_command_shows_a_stores_layers_and_the_pairs_that_a_study_compares(l
     with pytest.raises(UserError, match=r"group 'deep' compares the teacher's hidden layer 2, .*\(it has 1, last\)"):
         describe_store(layered.path, other)
     example_id = next(iter(layered.index))
-    example_id = next(iter(layered.index))
     assert "Attention map" in run(["inspect", str(layered.path), example_id, "--layer", "2"]).output
     assert find_layer(layered, "2") == 2
     with pytest.raises(UserError, match=r"nothing of layer 3 .*hidden 1, last; attention 1, 2, last"):

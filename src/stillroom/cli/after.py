@@ -76,7 +76,7 @@ def inspect(
     if not json:
         print_example(facts)
     aligned = f"{following('inspect', str(store), None, example_id)} --student MODEL, to see the alignment"
-    then = ("open it" if target else "stillroom inspect --help") if student else aligned
+    then = ("open it" if target else following("inspect", str(store), None)) if student else aligned
     finish(json, {**facts, "picture": target}, made, then)
 
 

@@ -72,7 +72,6 @@ def sweep(plans: Sequence[TrialPlan], settings: Sweep, storage: str, watch: Watc
 
 def describe_cluster(settings: Sweep) -> dict[str, float]:
     """Start or join Ray as a sweep does: `nodes`, `CPU`, `GPU`, and `trials at once`. `UserError` if it cannot."""
-    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # no worker is needed to ask
     with _ray(settings.address):
         cluster = _nodes()
         nodes = [node["Resources"] for node in cluster]

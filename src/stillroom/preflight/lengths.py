@@ -78,7 +78,7 @@ def count(study: Study, drawn: Drawn) -> dict[str, Lengths]:
 
 
 def assume(study: Study, rows: Mapping[str, int], assumptions: list[str]) -> dict[str, Lengths]:
-    """Tokens of a task's examples as they are known of it, or half of the longest that fits; adds what is assumed."""
+    """Mean tokens known of a task, or half of `max_length`, by task; what is assumed is added to `assumptions`."""
     result, asked = {}, study.corpus.tasks
     for name, data in counted(study, rows).corpus.tasks.items():
         half = study.corpus.max_length / 2
@@ -97,8 +97,7 @@ def counted(study: Study, rows: Mapping[str, int]) -> Study:
     def number(place: str, data: TaskData | BenchmarkSplit) -> dict[str, int]:
         return {"examples": rows.get(place, _UNKNOWN)} if data.examples == "all" else {}
 
-    test_splits = study.test_splits  # how many the harness's have it alone knows
-
+    test_splits = study.test_splits  # only the harness knows how many examples its own tasks have
     tasks = {n: d.model_copy(update=number(f"corpus.tasks.{n}", d)) for n, d in study.corpus.tasks.items()}
     splits = {
         n: s.model_copy(update=number(f"evaluation.test_splits.{n}", s)) if n in test_splits else s

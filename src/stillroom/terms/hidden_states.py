@@ -49,7 +49,7 @@ class HiddenTerm:
         self.columns = tuple(column for column, _ in self._pairs)
         self.taps = Taps(hidden=frozenset(layer for _, layer in self._pairs))
         self._widths = width(student), store.layout.width
-        self._distance = DISTANCES[settings.distance]
+        self._distance, self._projectors = DISTANCES[settings.distance], projectors_of(settings)
         scaled = settings.scale == "teacher_rms"
         self._scales = [store.mean_square(column) if scaled else 1.0 for column in self.columns]
 
@@ -89,9 +89,9 @@ class HiddenTerm:
 
         It is there for equal widths, too.
         """
-        if not self._distance.projected:
+        if not self._projectors:
             return None
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            projectors = [nn.Linear(*self._widths) for _ in self._pairs]
+            projectors = [nn.Linear(*self._widths) for _ in range(self._projectors)]
         return projectors[0] if len(projectors) == 1 else nn.ModuleList(projectors)

@@ -66,7 +66,7 @@ Row = Mapping[str, Any]
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 _JSON = json.JSONEncoder(ensure_ascii=False)
-"""As `json.dumps` makes one anew for every call."""
+"""Made once, because `json.dumps` builds a new encoder on every call that sets an option."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
