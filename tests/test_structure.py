@@ -124,6 +124,10 @@ def test_a_test_that_hides_its_slowness_fails(tmp_path):
     assert "3 failed, 2 passed, 1 deselected" in done.stdout, done.stdout
     told = re.findall(r"^[\d.]+ s of processor time: make it quicker, or mark it slow$", done.stdout, re.M)
     assert len(told) == 3, done.stdout  # a summary, which a CI has in full, says it once more
+    command[command.index("not slow")] = ""
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert "6 passed" in done.stdout, done.stdout  # beside slow tests, time is no fault, but it is told
+    assert len(re.findall(r"PytestWarning: [\d.]+ s of processor time", done.stdout)) == 3, done.stdout
 
 
 def test_ray_is_imported_in_three_modules():
