@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import shutil
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -34,7 +35,7 @@ from stillroom.offline_teacher_data import (
     snapshots_of,
     verify_saved_data,
 )
-from stillroom.offline_teacher_data.capturing import _write_beside
+from stillroom.offline_teacher_data.capturing import _Writers
 from stillroom.offline_teacher_data.cells import cell_bytes, parquet_cell
 from stillroom.offline_teacher_data.recomputation import check_with_head, recompute, sample_ids
 from stillroom.offline_teacher_data.shards import token_batches
@@ -221,11 +222,23 @@ def rows_of(store, count):
         yield [(example.example_id, example.task, example.encoding, arrays)]
 
 
+def write_beside(batches, path, store):
+    """One shard, by a thread of its own."""
+    write_both({path: batches}, store)
+
+
+def write_both(shards, store):
+    """Shards one after the other, by threads of their own."""
+    with _Writers() as writers:
+        for path, batches in shards.items():
+            writers.write(batches, path, "x", store.layout, None)
+
+
 def test_a_shard_is_written_while_the_next_batch_is_made(store, tmp_path):
     """The file is the one that is written row after row; a batch and its neighbours are in memory, no more."""
     batches = list(rows_of(store, 6))
     write_shard(tmp_path / "plain.parquet", "x", store.layout, (row for batch in batches for row in batch))
-    _write_beside(iter(batches), tmp_path / "beside.parquet", "x", store.layout, None)
+    write_beside(batches, tmp_path / "beside.parquet", store)
     plain, beside = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("plain", "beside"))
     assert plain.equals(beside)
 
@@ -240,7 +253,7 @@ def test_a_teacher_that_stops_in_a_shard_leaves_none_and_no_thread(store, tmp_pa
         raise failure("in the third batch")
 
     with pytest.raises(failure, match="third batch"):
-        _write_beside(broken(), tmp_path / "part.parquet", "x", store.layout, None)
+        write_beside(broken(), tmp_path / "part.parquet", store)
     assert not list(tmp_path.iterdir())
     assert threading.active_count() == threads
 
@@ -260,8 +273,70 @@ def test_a_shard_that_cannot_be_written_stops_the_teacher(store, tmp_path, monke
 
     monkeypatch.setattr("stillroom.offline_teacher_data.capturing.write_shard", full)
     with pytest.raises(UserError, match="no space left"):
-        _write_beside(batches(), tmp_path / "part.parquet", "x", store.layout, None)
+        write_beside(batches(), tmp_path / "part.parquet", store)
     assert len(made) < 10
+
+
+def slow_disk(monkeypatch, flushed, error=None):
+    """The first shard has all its rows, and is flushed when the event is set: well, or to an error."""
+
+    def write(path, fingerprint, layout, rows, answers=None):
+        if path.name != "first":
+            return write_shard(path, fingerprint, layout, rows, answers)
+        rows = list(rows)
+        assert flushed.wait(timeout=60)
+        if error:
+            raise error
+        return write_shard(path, fingerprint, layout, rows, answers)
+
+    monkeypatch.setattr("stillroom.offline_teacher_data.capturing.write_shard", write)
+
+
+def test_the_teacher_reads_on_while_a_shard_is_flushed(store, tmp_path, monkeypatch):
+    """A disk that takes its time costs a GPU nothing; both shards are whole at the end."""
+    flushed = threading.Event()
+    slow_disk(monkeypatch, flushed)
+
+    def second():
+        yield from rows_of(store, 2)
+        flushed.set()  # not reached before the first shard is whole, were it waited for
+
+    write_both({tmp_path / "first": rows_of(store, 3), tmp_path / "second": second()}, store)
+    assert [len(pq.read_table(tmp_path / name)) for name in ("first", "second")] == [3, 2]
+
+
+def test_an_interruption_leaves_the_shard_before_it_whole(store, tmp_path, monkeypatch):
+    """Its rows were all computed; only the shard that lacks some is lost."""
+    flushed = threading.Event()
+    slow_disk(monkeypatch, flushed)
+
+    def second():
+        yield from rows_of(store, 1)
+        flushed.set()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_both({tmp_path / "first": rows_of(store, 3), tmp_path / "second": second()}, store)
+    assert [path.name for path in tmp_path.iterdir()] == ["first"]
+    assert len(pq.read_table(tmp_path / "first")) == 3
+
+
+def test_a_shard_that_cannot_be_flushed_stops_the_next_one(store, tmp_path, monkeypatch):
+    """The teacher is in the next shard by then; it does not read to its end."""
+    flushed, made = threading.Event(), []
+    slow_disk(monkeypatch, flushed, UserError("no space left"))
+
+    def second():
+        for batch in itertools.cycle(rows_of(store, 1)):
+            made.append(batch)
+            yield batch
+            flushed.set()
+            time.sleep(0.01)
+
+    with pytest.raises(UserError, match="no space left"):
+        write_both({tmp_path / "first": rows_of(store, 3), tmp_path / "second": second()}, store)
+    assert len(made) < 1000
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_store_of_something_else_is_refused_with_both_sides(store, examples):
@@ -300,7 +375,7 @@ def test_capture_goes_on_where_it_stopped(tmp_path, teacher_ref, examples, store
     tokenizer, model = load_tokenizer(teacher_ref), load_model(teacher_ref)
     signals = Signals(top_k=32, dtype="float32", shard_examples=16, batch_tokens=512)
     origin = made_from(teacher_ref.model, "float32", tokenizer, signals, examples.all)
-    calls, real = [], otd.compute_signals
+    calls, real = [], otd.begin_signals
 
     def failing(*args):
         calls.append(1)
@@ -308,7 +383,7 @@ def test_capture_goes_on_where_it_stopped(tmp_path, teacher_ref, examples, store
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(otd, "compute_signals", failing)
+    monkeypatch.setattr(otd, "begin_signals", failing)
     with pytest.raises(KeyboardInterrupt):
         capture(model, tokenizer, examples.all, signals, tmp_path / "s", origin)
     kept = sorted(p.name for p in (tmp_path / "s").glob("*.parquet"))

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import regex
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int, Int32
 from numpy import ndarray
 from tokenizers import Tokenizer
 
@@ -134,7 +134,7 @@ def _encoding(
     return Encoding(np.array(ids, dtype=np.int32), np.maximum.accumulate(ends), is_special)
 
 
-def is_invented(tokenizer: Any, ids: list[int], positions: Int32[ndarray, "N"], text: str) -> bool:
+def is_invented(tokenizer: Any, ids: list[int], positions: Int[ndarray, "N"], text: str) -> bool:
     """Whether the first token of text is a space alone that the tokenizer put before it: `▁` of `▁中文`.
 
     It is where the tokens begin with more spaces than the text does.

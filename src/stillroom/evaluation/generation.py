@@ -119,7 +119,7 @@ def _continued(
     limit: int,
     stops: list[int],
     texts: Sequence[str],
-) -> list[Int[Tensor, "N"]]:
+) -> list[Int[Tensor, "_"]]:
     """What follows each row of left-padded ids, at most `limit` tokens; one that has ended leaves the batch."""
     start, cache = ids.shape[1], DynamicCache(config=model.config)
     found, rows = [ids[0]] * len(ids), torch.arange(len(ids))

@@ -6,8 +6,9 @@ capture → store/part-*.parquet, manifest.json → verify_saved_data → verifi
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from queue import Empty, Full, Queue
@@ -45,7 +46,7 @@ from stillroom.offline_teacher_data.verification import (
 )
 from stillroom.progress import Progress, silent
 from stillroom.provenance import package_versions, utc_now
-from stillroom.signals import compute_signals
+from stillroom.signals import begin_signals
 from stillroom.signals.signal import Layout, id_dtype
 
 _Row = tuple[str, str, Encoding, dict[str, torch.Tensor]]
@@ -142,12 +143,13 @@ def capture_slice(
             probe = torch.from_numpy(longest.ids.astype("int64"))[None].to(model.device)
             check_capture(model, probe)
         progress(done, total)
-        for number in (n for n in mine if n in absent):
-            batches = _signals_of(model, examples, encodings, shards[number], signals, layout)
-            counted = _counted(batches, lambda n, base=done: progress(base + n, total))  # type: ignore[misc]
-            answers = answer([examples[i] for i in shards[number]]) if answer else None
-            _write_beside(counted, store / shard_name(number), capture_fingerprint, layout, answers)
-            done += len(shards[number])
+        with _Writers() as writers:
+            for number in (n for n in mine if n in absent):
+                batches = _signals_of(model, examples, encodings, shards[number], signals, layout)
+                counted = _counted(batches, lambda n, base=done: progress(base + n, total))  # type: ignore[misc]
+                answers = answer([examples[i] for i in shards[number]]) if answer else None
+                writers.write(counted, store / shard_name(number), capture_fingerprint, layout, answers)
+                done += len(shards[number])
     with exclusive(store, "capture", ".merging", wait=-1):
         if finished := not missing():
             _finish(store, layout, origin, len(shards), examples, tokenizer, model)
@@ -208,14 +210,24 @@ def _signals_of(
     signals: Signals,
     layout: Layout,
 ) -> Iterator[list[_Row]]:
+    """The rows of each batch; on a GPU the next batch is begun before this one is waited for."""
     dtype = {"float16": torch.float16, "float32": torch.float32}[signals.dtype]
-    for batch in token_batches(rows, encodings, signals.batch_tokens):
+    begun: deque[tuple[list[int], Callable[[], list[dict[str, torch.Tensor]]]]] = deque()
+
+    def arrived() -> list[_Row]:
+        batch, arrive = begun.popleft()
         try:
-            results = compute_signals(model, [encodings[i] for i in batch], layout, dtype)
+            made = zip(batch, arrive(), strict=True)
         except UserError as error:
             raise UserError(f"examples {[examples[i].example_id for i in batch]}: {error}") from None
-        made = zip(batch, results, strict=True)
-        yield [(examples[i].example_id, examples[i].task, encodings[i], result) for i, result in made]
+        return [(examples[i].example_id, examples[i].task, encodings[i], result) for i, result in made]
+
+    for batch in token_batches(rows, encodings, signals.batch_tokens):
+        begun.append((batch, begin_signals(model, [encodings[i] for i in batch], layout, dtype)))
+        if len(begun) > (model.device.type == "cuda"):
+            yield arrived()
+    while begun:
+        yield arrived()
 
 
 def _counted(batches: Iterator[list[_Row]], report: Callable[[int], None]) -> Iterator[list[_Row]]:
@@ -230,39 +242,65 @@ class _AbandonedError(Exception):
     """The rows of a shard end before it is whole."""
 
 
-def _write_beside(batches: Iterator[list[_Row]], path: Path, *shard: Any) -> None:
-    """`write_shard` by a thread, while the teacher reads the next batch; what either raises ends the other."""
-    made: Queue[list[_Row] | None] = Queue(maxsize=1)
-    whole = ended = False
+class _Writers:
+    """Shards are written by threads of their own while the teacher reads on, `AT_ONCE` at most.
 
-    def rows() -> Iterator[_Row]:
-        # an interruption can strike anywhere, also between a batch and its notice: so nobody waits without an end
-        while not (ended and made.empty()):
-            with suppress(Empty):
-                if (batch := made.get(timeout=0.2)) is None:
-                    break
-                yield from batch
-        if not whole:
-            raise _AbandonedError
+    A context: it is left when every shard is whole, or raises why one is not.
+    """
 
-    fingerprint, layout, answers = shard
-    with ThreadPoolExecutor(1, "shard") as thread:
+    AT_ONCE = 2
+    """While one is flushed to the disk, the next one is filled."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(self.AT_ONCE, "shard")
+        self._written: deque[Future[None]] = deque()
+
+    def __enter__(self) -> _Writers:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._threads.shutdown()  # a shard whose rows are all there is finished all the same
+        while self._written and error is None:
+            self._written.popleft().result()
+
+    def write(self, batches: Iterable[list[_Row]], path: Path, *shard: Any) -> None:
+        """`write_shard` by a thread; back when it has all rows. What either raises ends the other."""
+        made: Queue[list[_Row] | None] = Queue(maxsize=1)
+        whole = ended = False
+
+        def rows() -> Iterator[_Row]:
+            # an interruption can strike anywhere, also between a batch and its notice: so nobody waits without an end
+            while not (ended and made.empty()):
+                with suppress(Empty):
+                    if (batch := made.get(timeout=0.2)) is None:
+                        break
+                    yield from batch
+            if not whole:
+                raise _AbandonedError
+
+        def give(batch: list[_Row] | None) -> None:
+            while True:
+                self._raise_failures()
+                with suppress(Full):
+                    made.put(batch, timeout=0.2)
+                    return
+
+        while len(self._written) >= self.AT_ONCE:
+            self._written.popleft().result()
+        fingerprint, layout, answers = shard
         try:
-            written = thread.submit(write_shard, path, fingerprint, layout, rows(), answers)
-
-            def give(batch: list[_Row] | None) -> bool:
-                """Whether the thread still takes what is made."""
-                while not written.done():
-                    with suppress(Full):
-                        made.put(batch, timeout=0.2)
-                        return True
-                return False
-
-            whole = all(map(give, batches))
+            self._written.append(self._threads.submit(write_shard, path, fingerprint, layout, rows(), answers))
+            for batch in batches:
+                give(batch)
+            whole = True
             give(None)
         finally:
             ended = True
-        written.result()
+
+    def _raise_failures(self) -> None:
+        for written in self._written:
+            if written.done():
+                written.result()
 
 
 def _finish(

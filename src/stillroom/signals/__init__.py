@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 
 import torch
@@ -37,7 +37,6 @@ def run_teacher(model: PreTrainedModel, encodings: Sequence[Encoding], signals: 
     return forward(model, ids, taps)
 
 
-@torch.no_grad()
 def compute_signals(
     model: PreTrainedModel, encodings: Sequence[Encoding], layout: Layout, dtype: torch.dtype
 ) -> list[dict[str, Tensor]]:
@@ -45,6 +44,14 @@ def compute_signals(
 
     Raises `UserError` on a non-finite value, with its place in the batch.
     """
+    return begin_signals(model, encodings, layout, dtype)()
+
+
+@torch.no_grad()
+def begin_signals(
+    model: PreTrainedModel, encodings: Sequence[Encoding], layout: Layout, dtype: torch.dtype
+) -> Callable[[], list[dict[str, Tensor]]]:
+    """Start `compute_signals` without waiting for a GPU; what is returned waits, and gives or raises what it does."""
     signals, lengths = signals_of(layout), [len(encoding) for encoding in encodings]
     passed = run_teacher(model, encodings, signals)
     examples: list[dict[str, Tensor]] = [{} for _ in encodings]
@@ -53,22 +60,56 @@ def compute_signals(
             example.update(columns)
     checked = [column.name for signal in signals for column in signal.columns if column.finite]
     finite = {name: torch.stack([torch.isfinite(example[name]).all() for example in examples]) for name in checked}
-    finite, *examples = _on_the_cpu([finite, *examples])
-    for row, name in product(range(len(examples)), checked):
-        if not finite[name][row]:
-            raise UserError(
-                f"the teacher's {name} has NaN or infinite values (row {row} of the batch); "
-                "try teacher.dtype=bfloat16 or float32, or signals.dtype=float32"
-            )
-    return examples
+    arrive = _to_the_cpu([finite, *examples])
+
+    def arrived() -> list[dict[str, Tensor]]:
+        finite, *examples = arrive()
+        for row, name in product(range(len(examples)), checked):
+            if not finite[name][row]:
+                raise UserError(
+                    f"the teacher's {name} has NaN or infinite values (row {row} of the batch); "
+                    "try teacher.dtype=bfloat16 or float32, or signals.dtype=float32"
+                )
+        return examples
+
+    return arrived
 
 
-def _on_the_cpu(named: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-    """The same there; from a GPU all of them travel to page-locked memory, and the host waits once, at the end."""
-    moved = [{name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()} for tensors in named]
-    for device in {tensor.device for tensors in named for tensor in tensors.values() if tensor.is_cuda}:
-        torch.cuda.synchronize(device)
-    return moved
+def _to_the_cpu(named: Sequence[dict[str, Tensor]]) -> Callable[[], list[dict[str, Tensor]]]:
+    """Start to copy them there; what is returned waits and gives them.
+
+    From a GPU they travel to page-locked memory on a stream of their own, beside what the GPU computes next.
+    """
+    devices = {tensor.device for tensors in named for tensor in tensors.values() if tensor.is_cuda}
+    streams = {device: torch.cuda.Stream(device) for device in devices}
+    for device, stream in streams.items():
+        stream.wait_stream(torch.cuda.current_stream(device))
+
+    def copied(tensor: Tensor) -> Tensor:
+        if tensor.device not in streams:
+            return tensor.cpu()
+        with torch.cuda.stream(streams[tensor.device]):
+            tensor.record_stream(streams[tensor.device])  # its memory is not given away before it is copied
+            return tensor.to("cpu", non_blocking=True)
+
+    copies = [{name: copied(tensor) for name, tensor in tensors.items()} for tensors in named]
+
+    def arrive() -> list[dict[str, Tensor]]:
+        for stream in streams.values():
+            stream.synchronize()
+        return copies
+
+    return arrive
 
 
-__all__ = ["SIGNALS", "Column", "Layout", "Signal", "compute_signals", "id_dtype", "run_teacher", "signals_of"]
+__all__ = [
+    "SIGNALS",
+    "Column",
+    "Layout",
+    "Signal",
+    "begin_signals",
+    "compute_signals",
+    "id_dtype",
+    "run_teacher",
+    "signals_of",
+]

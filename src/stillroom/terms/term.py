@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -27,6 +27,7 @@ class Part:
     count: int
 
 
+@runtime_checkable
 class Term(Protocol):
     """A white-box term: the only place that knows it by name."""
 
@@ -51,7 +52,7 @@ class Term(Protocol):
         """What is trained beside the student, if anything; the same for every group of a seed."""
 
 
-def rows_taken(stored: Sequence[StoredExample], column: str, rows: Sequence[Int[ndarray, "n"]]) -> Tensor:
+def rows_taken(stored: Sequence[StoredExample], column: str, rows: Sequence[Int[ndarray, "_"]]) -> Tensor:
     """Chosen rows of a column, example after example, as stored: each value is copied once."""
     sources = [from_dlpack(example[column]) for example in stored]  # of read-only memory too
     lengths = [len(chosen) for chosen in rows]
