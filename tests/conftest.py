@@ -18,6 +18,7 @@ import typer
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import shapes  # noqa: F401  # before the package
 from stillroom.config import Corpus, ModelRef, Signals, TaskData
 from stillroom.data.corpus import Examples, build_corpus
 from stillroom.data.tasks import TASKS

@@ -120,7 +120,7 @@ def test_holm_is_that_of_statsmodels():
     """To the bit, ties and ones among them."""
     rng = np.random.default_rng(5)
     for ps in (rng.random(1), rng.random(6), rng.integers(1, 9, 15) / 128, np.ones(3)):
-        assert holm_adjusted(ps) == list(multipletests(ps, method="holm")[1])
+        assert holm_adjusted(ps.tolist()) == list(multipletests(ps, method="holm")[1])
 
 
 def test_tost_is_two_one_sided_tests():

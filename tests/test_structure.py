@@ -11,6 +11,8 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
+from jaxtyping import TypeCheckError
 
 from own_time import LONGEST
 
@@ -128,6 +130,15 @@ def test_a_test_that_hides_its_slowness_fails(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert "6 passed" in done.stdout, done.stdout  # beside slow tests, time is no fault, but it is told
     assert len(re.findall(r"PytestWarning: [\d.]+ s of processor time", done.stdout)) == 3, done.stdout
+
+
+def test_shapes_in_signatures_are_checked():
+    """In every test, a call whose arrays have other shapes than the signature says fails."""
+    from stillroom.terms.distances import mse
+
+    mse(torch.ones(3, 4), torch.ones(3, 4))
+    with pytest.raises(TypeCheckError, match="teacher"):
+        mse(torch.ones(3, 4), torch.ones(1, 4))  # which PyTorch would broadcast
 
 
 def test_ray_is_imported_in_three_modules():

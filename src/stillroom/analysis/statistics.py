@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from numpy import ndarray
 from scipy import stats
 
@@ -149,7 +149,7 @@ def seeds_needed(effect: float, alpha: float = 0.05, power: float = 0.8, contras
 
     def lacking(seeds: int) -> bool:
         if seeds <= _SIMULATED_SEEDS:
-            return detectable_by_signs(seeds, alpha, contrasts, power) > abs(effect)
+            return bool(detectable_by_signs(seeds, alpha, contrasts, power) > abs(effect))
         # NaN where |effect|·√seeds is large, and so the power 1: no bisection from above, which would meet it
         return bool(power_of(abs(effect), seeds, alpha / contrasts) < power)
 
@@ -241,8 +241,8 @@ def interaction_p(differences: Float[ndarray, "S T"]) -> float:
 
 
 def bootstrap_interval(
-    first: Float[ndarray, "S E"],
-    second: Float[ndarray, "S E"],
+    first: Shaped[ndarray, "S E"],
+    second: Shaped[ndarray, "S E"],
     rng: np.random.Generator,
     draws: int = 2000,
     alpha: float = 0.05,
