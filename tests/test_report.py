@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -137,6 +138,25 @@ def test_the_first_screen_answers_and_warns_after_it(results):
     assert "The hidden term contributed" not in page
 
 
+def warned(folder, **more):
+    """The warnings of a results folder, with some of its evidence replaced."""
+    found = StudyResults.read(folder)
+    return warnings_of(found, replace(evidence_of(found, bootstrap=False), **more))
+
+
+def test_a_task_at_its_floor_or_ceiling_is_remarked_upon(results):
+    """What nobody learnt, and what everybody can do, makes groups alike without a word on their signals."""
+    planned = StudyResults.read(results).accuracies
+    (overall, values), *tasks = planned.items()
+    for accuracy, says in ((0.01, "more than 2 points above 0 %"), (0.99, "more than 2 points below 100 %")):
+        level = {overall: values, **dict(tasks), tasks[0][0]: dict.fromkeys(values, accuracy)}
+        found = [said for said in warned(results, accuracies=level) if "whatever they learnt" in said]
+        assert len(found) == 1
+        assert found[0].startswith(f"On {tasks[0][0]} no group is {says}")
+    level[tasks[0][0]][next(iter(values))] = 0.5  # one seed of one group
+    assert not [said for said in warned(results, accuracies=level) if "whatever they learnt" in said]
+
+
 def test_a_term_whose_loss_rises_is_remarked_upon(results, tmp_path, quick):
     """With the groups and both ends; one that falls is not."""
     copy = shutil.copytree(results, tmp_path / "copy")
@@ -147,7 +167,7 @@ def test_a_term_whose_loss_rises_is_remarked_upon(results, tmp_path, quick):
                 if (row["split"], row["measure"]) == ("train", "hidden_loss"):
                     row["value"] = 0.001 * epoch["epoch"]
         write_json(path, result)
-    found = [said for said in warnings_of(StudyResults.read(copy)) if "rose" in said]
+    found = [said for said in warned(copy) if "rose" in said]
     last = read_json(path)["epochs"][-1]["epoch"]
     assert found == [
         f"The hidden loss rose over training in hidden (0.001 to 0.00{last}): the student did not learn that signal."
@@ -168,13 +188,13 @@ def test_text_in_a_figure_is_text():
 def test_a_kind_of_text_that_is_hardly_aligned_is_remarked_upon(results, tmp_path):
     """A pair whose digits the teacher never reaches is seen at once; old results without kinds still have a page."""
     copy = shutil.copytree(results, tmp_path / "copy")
-    assert not [said for said in warnings_of(StudyResults.read(copy)) if "predictions of" in said]
+    assert not [said for said in warned(copy) if "predictions of" in said]
     for path in (copy / EXPERIMENT).glob("*/result.json"):
         result = read_json(path)
         if result["kinds"]:
             result["kinds"]["digits"]["aligned_predictions"] = 3
         write_json(path, result)
-    found = [said for said in warnings_of(StudyResults.read(copy)) if "predictions of" in said]
+    found = [said for said in warned(copy) if "predictions of" in said]
     assert len(found) == 1
     assert found[0].replace("\u00a0", " ").startswith("Only 15.0 % of the predictions of digits are made where")
 

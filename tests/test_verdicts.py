@@ -100,6 +100,19 @@ def test_a_hypothesis_that_fails_is_said_to_fail():
     assert answers[HYPOTHESIS].short.startswith("Contradicted by hidden on hard (worse), attention on hard")
 
 
+@pytest.mark.parametrize("level", [-0.49, 0.49])
+def test_a_hypothesis_is_not_contradicted_where_there_is_no_room_to_gain(level):
+    """A hard task that no group has learnt, or that all can do, makes groups equivalent whatever they learnt."""
+    effects = dict.fromkeys(NOTHING, (0.0, level))
+    answers = answer_questions(frame(effects), ANALYSIS, SEEDS)
+    assert verdicts(answers, WHITE_BOX)["hidden", "hard"] == "equivalent"
+    assert answers[HYPOTHESIS].short.startswith("Not known: ")
+    assert "none contradicts it" in answers[HYPOTHESIS].short
+    one_learns = answer_questions(frame({**effects, "combined": (0, 0.8 * level)}), ANALYSIS, SEEDS)
+    assert one_learns[HYPOTHESIS].short.startswith("Contradicted by ")
+    assert "hidden on hard (equivalent)" in one_learns[HYPOTHESIS].short
+
+
 def test_no_difference_is_not_called_equality_without_a_test():
     """Equivalent only within the declared margin; otherwise no evidence, with the seeds it would take."""
     answers = answer_questions(frame(NOTHING), ANALYSIS, SEEDS)

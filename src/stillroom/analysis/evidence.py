@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -76,6 +77,17 @@ class Evidence:
     def tasks(self) -> list[str]:
         """The measures that are a task's accuracy."""
         return list(self.accuracies)[1:]
+
+    def saturated(self, task: str) -> Literal["floor", "ceiling"] | None:
+        """Whether the mean accuracy of every group on a task is within the equivalence margin of 0, or of 1.
+
+        Groups are equivalent there whatever they learnt.
+        """
+        scored = [[v for (name, _), v in self.accuracies[task].items() if name == group] for group in self.groups]
+        means, margin = [np.mean(values) for values in scored if values], self.analysis.equivalence_margin
+        if means and max(means) <= margin:
+            return "floor"
+        return "ceiling" if means and min(means) >= 1 - margin else None
 
     @property
     def primary(self) -> list[Pair]:

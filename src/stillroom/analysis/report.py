@@ -92,7 +92,7 @@ def errors_of(results: StudyResults) -> list[str]:
     ]
 
 
-def warnings_of(results: StudyResults) -> list[str]:
+def warnings_of(results: StudyResults, evidence: Evidence) -> list[str]:
     """What a reader must know beside the answers, each a sentence."""
     found = []
     if results.missing:
@@ -117,6 +117,13 @@ def warnings_of(results: StudyResults) -> list[str]:
             found.append(
                 f"The teacher does not outperform the student before training on {listed(tasks)}: distillation cannot "
                 "help there."
+            )
+    margin = f"{100 * evidence.analysis.equivalence_margin:g} points"
+    for extreme, place in (("floor", "above 0 %"), ("ceiling", "below 100 %")):
+        if tasks := [task for task in evidence.tasks if evidence.saturated(task) == extreme]:
+            found.append(
+                f"On {listed(tasks)} no group is more than {margin} {place}: groups are equivalent there whatever they "
+                "learnt."
             )
     by_terms: dict[str, list[str]] = {}
     for row in gradient_rows(results):
@@ -283,7 +290,7 @@ def write_report(folder: Path) -> Path:
         contrast_tables={answer.question: contrast_table(answer.findings) for answer in answers if answer.findings},
         analysis=evidence.analysis,
         errors=errors_of(results),
-        warnings=warnings_of(results),
+        warnings=warnings_of(results, evidence),
         accuracy=group_table(results.measured, groups, results.baseline_metrics, results.accuracy_keys),
         measures=list(measures),
         others=group_table(results.measured_with_agreement, groups, results.baseline_metrics, measures),

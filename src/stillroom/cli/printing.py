@@ -287,7 +287,7 @@ def print_answers(folder: Path) -> None:
         console.print(line, highlight=False, soft_wrap=not console.is_terminal)  # at words, where a person reads
     for error in errors_of(results):
         console.print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True, style="bold red")
-    warnings = warnings_of(results)
+    warnings = warnings_of(results, evidence)
     for warning in warnings[:1] if results.missing else ():
         console.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
     if more := len(warnings) - bool(results.missing):
