@@ -186,7 +186,7 @@ def _hypothesis(findings: Sequence[Finding], evidence: Evidence) -> list[Answer]
         short = f"Contradicted by {named}"
     else:
         verdict = "Undecided: not every declared contrast has a verdict, and none contradicts it"
-        settled = sum(f.verdict in ("equivalent", "improves") for f in (*simple, *hard))
+        settled = sum(f.verdict == "equivalent" for f in simple) + sum(f.verdict == "improves" for f in hard)
         total = len(simple) + len(hard)
         short = f"Not known: {settled} of {total} declared contrasts are as it predicts, and none contradicts it"
     counts = ", ".join(f"{f.comparison.first} on {f.comparison.measure}: {f.verdict}" for f in (*simple, *hard))
