@@ -534,8 +534,8 @@ def check_bootstrap(shown, pair, measure, trials, seeds, alpha):
     seed_counts, example_counts = (counts_of_draws(draws, size, n) for n, size in enumerate(difference.shape))
     means = ((seed_counts @ difference) * example_counts).sum(1) / difference.size
     for text, level in zip(shown.split(" … "), (alpha / 2, 1 - alpha / 2), strict=True):
-        # a quantile of 2,000 draws lies between those of levels a little lower and higher: four standard errors
-        off = 4 * math.sqrt(level * (1 - level) * (1 / 2000 + 1 / draws))
+        # a quantile of 10,000 draws lies between those of levels a little lower and higher: four standard errors
+        off = 4 * math.sqrt(level * (1 - level) * (1 / 10_000 + 1 / draws))
         low, high = np.quantile(means, [max(0.0, level - off), min(1.0, level + off)])
         assert low - 0.0006 <= number(text) / 100 <= high + 0.0006, (pair, measure, shown, low, high)
 

@@ -15,6 +15,8 @@ from jaxtyping import Float, Shaped
 from numpy import ndarray
 from scipy import stats
 
+_BLOCK = 500
+"""Draws of the bootstrap that are in memory at once."""
 _EXACT_LIMIT = 20
 """Seeds up to which all 2ⁿ sign flips are counted."""
 _MOST_SEEDS = 10_000
@@ -240,11 +242,17 @@ def interaction_p(differences: Float[ndarray, "S T"]) -> float:
     return float((lengths >= lengths[0] * (1 - 1e-9)).mean())
 
 
+def _counts_drawn(rng: np.random.Generator, draws: int, size: int) -> Float[ndarray, "draws size"]:
+    """How often each of so many things is drawn, with replacement, as often as there are things."""
+    chosen = rng.integers(size, size=(draws, size)) + size * np.arange(draws)[:, None]
+    return np.bincount(chosen.ravel(), minlength=draws * size).reshape(draws, size).astype(np.float64)
+
+
 def bootstrap_interval(
     first: Shaped[ndarray, "S E"],
     second: Shaped[ndarray, "S E"],
     rng: np.random.Generator,
-    draws: int = 2000,
+    draws: int = 10_000,
     alpha: float = 0.05,
 ) -> tuple[float, float]:
     """Percentile interval of the mean difference, seeds and examples resampled together (crossed bootstrap).
@@ -258,15 +266,16 @@ def bootstrap_interval(
 def bootstrap_intervals(
     differences: Sequence[Float[ndarray, "S E"]],
     rng: np.random.Generator,
-    draws: int = 2000,
+    draws: int = 10_000,
     alpha: float = 0.05,
 ) -> list[tuple[float, float]]:
     """`bootstrap_interval` of several differences over the same seeds and examples, all from the same draws."""
     seeds, examples = differences[0].shape
+    stacked = np.stack(differences, axis=-1).transpose(1, 0, 2).reshape(examples, -1)
     means = np.empty((draws, len(differences)))
-    for draw in range(draws):
-        seed_weights = rng.multinomial(seeds, np.full(seeds, 1 / seeds)) / seeds
-        example_weights = rng.multinomial(examples, np.full(examples, 1 / examples)) / examples
-        means[draw] = [seed_weights @ difference @ example_weights for difference in differences]
+    for block in np.array_split(means, math.ceil(draws / _BLOCK)):
+        seed_counts, example_counts = (_counts_drawn(rng, len(block), size) for size in (seeds, examples))
+        by_seed = (example_counts @ stacked).reshape(len(block), seeds, len(differences))
+        block[:] = np.einsum("bs,bsc->bc", seed_counts, by_seed) / (seeds * examples)
     low, high = np.quantile(means, [alpha / 2, 1 - alpha / 2], axis=0)
     return [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
