@@ -41,6 +41,13 @@ def test_links_and_modules_in_the_docs_exist(page):
         assert (page.parent / target).exists(), target
 
 
+def test_the_study_beside_a_result_is_one():
+    """Whoever wants the same figures can run it."""
+    paths = list((ROOT / "docs" / "results").glob("*.yaml"))
+    assert [load_study(str(path)).name for path in paths] == [path.stem for path in paths]
+    assert paths
+
+
 def test_tests_named_in_the_study_page_exist():
     """A `pytest FILE -k WORD` selects something."""
     text = (ROOT / "docs" / "study.md").read_text("utf-8")
