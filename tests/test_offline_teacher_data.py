@@ -39,7 +39,7 @@ from stillroom.offline_teacher_data.capturing import _Writers
 from stillroom.offline_teacher_data.cells import cell_bytes, parquet_cell
 from stillroom.offline_teacher_data.recomputation import check_with_head, recompute, sample_ids
 from stillroom.offline_teacher_data.shards import token_batches
-from stillroom.offline_teacher_data.store import SignalStore, columns_of, write_shard
+from stillroom.offline_teacher_data.store import SignalStore, columns_of, shard_entry, write_shard
 from stillroom.signals import Layout, compute_signals
 from stillroom.signals.next_token import distribution_error
 
@@ -228,10 +228,11 @@ def write_beside(batches, path, store):
 
 
 def write_both(shards, store):
-    """Shards one after the other, by threads of their own."""
+    """Shards one after the other, by threads of their own; what the manifest says of them."""
     with _Writers() as writers:
         for path, batches in shards.items():
             writers.write(batches, path, "x", store.layout, None)
+    return writers.entries
 
 
 def test_a_shard_is_written_while_the_next_batch_is_made(store, tmp_path):
@@ -293,7 +294,7 @@ def slow_disk(monkeypatch, flushed, error=None):
 
 
 def test_the_teacher_reads_on_while_a_shard_is_flushed(store, tmp_path, monkeypatch):
-    """A disk that takes its time costs a GPU nothing; both shards are whole at the end."""
+    """A disk that takes its time costs a GPU nothing; at the end both shards are whole, and read for the manifest."""
     flushed = threading.Event()
     slow_disk(monkeypatch, flushed)
 
@@ -301,7 +302,8 @@ def test_the_teacher_reads_on_while_a_shard_is_flushed(store, tmp_path, monkeypa
         yield from rows_of(store, 2)
         flushed.set()  # not reached before the first shard is whole, were it waited for
 
-    write_both({tmp_path / "first": rows_of(store, 3), tmp_path / "second": second()}, store)
+    entries = write_both({tmp_path / "first": rows_of(store, 3), tmp_path / "second": second()}, store)
+    assert entries == {name: shard_entry(tmp_path / name) for name in ("first", "second")}
     assert [len(pq.read_table(tmp_path / name)) for name in ("first", "second")] == [3, 2]
 
 

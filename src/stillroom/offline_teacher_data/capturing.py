@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -143,7 +143,8 @@ def capture_slice(
             probe = torch.from_numpy(longest.ids.astype("int64"))[None].to(model.device)
             check_capture(model, probe)
         progress(done, total)
-        with _Writers() as writers:
+        writers = _Writers()
+        with writers:
             for number in (n for n in mine if n in absent):
                 batches = _signals_of(model, examples, encodings, shards[number], signals, layout)
                 counted = _counted(batches, lambda n, base=done: progress(base + n, total))  # type: ignore[misc]
@@ -152,7 +153,7 @@ def capture_slice(
                 done += len(shards[number])
     with exclusive(store, "capture", ".merging", wait=-1):
         if finished := not missing():
-            _finish(store, layout, origin, len(shards), examples, tokenizer, model)
+            _finish(store, layout, origin, len(shards), examples, tokenizer, model, writers.entries)
     return finished
 
 
@@ -243,7 +244,7 @@ class _AbandonedError(Exception):
 
 
 class _Writers:
-    """Shards are written by threads of their own while the teacher reads on, `AT_ONCE` at most.
+    """Shards are written, and read again for the manifest, by threads while the teacher reads on, `AT_ONCE` at most.
 
     A context: it is left when every shard is whole, or raises why one is not.
     """
@@ -254,6 +255,8 @@ class _Writers:
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(self.AT_ONCE, "shard")
         self._written: deque[Future[None]] = deque()
+        self.entries: dict[str, dict[str, Any]] = {}
+        """What the manifest will say of each shard, by its name."""
 
     def __enter__(self) -> _Writers:
         return self
@@ -289,13 +292,17 @@ class _Writers:
             self._written.popleft().result()
         fingerprint, layout, answers = shard
         try:
-            self._written.append(self._threads.submit(write_shard, path, fingerprint, layout, rows(), answers))
+            self._written.append(self._threads.submit(self._write, path, fingerprint, layout, rows(), answers))
             for batch in batches:
                 give(batch)
             whole = True
             give(None)
         finally:
             ended = True
+
+    def _write(self, path: Path, *shard: Any) -> None:
+        write_shard(path, *shard)
+        self.entries[path.name] = shard_entry(path)
 
     def _raise_failures(self) -> None:
         for written in self._written:
@@ -311,6 +318,7 @@ def _finish(
     examples: Sequence[Example],
     tokenizer: Any,
     model: PreTrainedModel,
+    entries: Mapping[str, dict[str, Any]],
 ) -> None:
     """Write the manifest, and beside it the tokenizer and the output head if it is kept, unless they are there."""
     if (store / MANIFEST).exists():
@@ -321,7 +329,7 @@ def _finish(
             head = save_output_head(head_of(model), temporary)
         file = {"bytes": (store / HEAD).stat().st_size, "sha256": file_sha256(store / HEAD)}
         kept["teacher_head"] = {**head, **file}
-    finish_store(store, layout, origin, shards, examples, tokenizer, kept)
+    finish_store(store, layout, origin, shards, examples, tokenizer, kept, entries)
 
 
 def finish_store(
@@ -332,8 +340,13 @@ def finish_store(
     examples: Sequence[Example],
     tokenizer: Any,
     kept: dict[str, Any],
+    entries: Mapping[str, dict[str, Any]],
 ) -> None:
-    """Write the tokenizer and, last, the manifest. `kept`: the store's fingerprint, its vocabulary and more."""
+    """Write the tokenizer and, last, the manifest.
+
+    `kept`: the store's fingerprint, its vocabulary and more. `entries`: what the manifest says of shards, where that is
+    known; the others are read for it.
+    """
     tokenizer.save_pretrained(store / "tokenizer")
     prompts: dict[str, str] = {}
     for example in examples:
@@ -347,6 +360,8 @@ def finish_store(
         **kept,
         "prompts": prompts,
     }
+    names = [shard_name(number) for number in range(shards)]
     with ThreadPoolExecutor(4, "digests") as threads:
-        manifest["shards"] = list(threads.map(shard_entry, [store / shard_name(n) for n in range(shards)]))
+        read = threads.map(shard_entry, [store / name for name in names if name not in entries])
+        manifest["shards"] = [entries[name] if name in entries else next(read) for name in names]
     write_manifest(store, manifest)

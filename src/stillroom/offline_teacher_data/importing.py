@@ -108,7 +108,7 @@ def import_signals(
             for number, chosen in enumerate(shards):
                 write_shard(whole / shard_name(number), made, layout, rows(chosen))
             kept = {"fingerprint": made, "vocabulary": vocabulary, "imported": imported}
-            finish_store(whole, layout, origin, len(shards), examples, tokenizer, kept)
+            finish_store(whole, layout, origin, len(shards), examples, tokenizer, kept, {})
     return SignalStore.open(store)
 
 
