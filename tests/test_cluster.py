@@ -110,7 +110,7 @@ def unfinished_trial_on(node, results):
 
     By the lock that its process holds and its own checkpoint: Ray writes down what was reported some ten seconds later.
     """
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 800
     while time.monotonic() < deadline:
         workers = children(raylet(node))
         for folder in (results / EXPERIMENT).glob("trial_*"):

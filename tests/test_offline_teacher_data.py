@@ -285,7 +285,7 @@ def slow_disk(monkeypatch, flushed, error=None):
         if path.name != "first":
             return write_shard(path, fingerprint, layout, rows, answers)
         rows = list(rows)
-        assert flushed.wait(timeout=60)
+        assert flushed.wait(timeout=600)
         if error:
             raise error
         return write_shard(path, fingerprint, layout, rows, answers)
