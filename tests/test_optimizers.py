@@ -54,7 +54,8 @@ def test_adamw_is_what_it_was_and_moments_in_8_bits_take_less_memory(teacher_ref
     assert type(optimizer) is torch.optim.AdamW
     assert optimizer.defaults["fused"]
     pair = [f"teacher.model={teacher_ref.model}", f"student.model={student_ref.model}"]
-    whole, eight = (plan_study(load_study("quickstart", [*pair, *more])) for more in ([], [EIGHT]))
+    studies = [load_study("quickstart", [*pair, *more]) for more in ([], [EIGHT])]
+    whole, eight = (plan_study(study, guess_this_cpu=False) for study in studies)
     saved = whole["memory_bytes"]["trial"] - eight["memory_bytes"]["trial"]
     assert saved >= 6 * whole["models"]["student"]["parameters"]
 

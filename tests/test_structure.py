@@ -155,6 +155,18 @@ def test_help_loads_nothing_slow():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "module", ["offline_teacher_data", "preflight.planning", "experiment.workspace", "afterwards.inspection"]
+)
+def test_what_loads_no_model_imports_no_modelling_code(module):
+    """`plan`, `verify`, `archive` and `report` do not wait seconds for what only a model needs."""
+    slow = ("transformers.modeling_utils", "torch._dynamo", "torch.distributed.tensor", "matplotlib", "mlflow", "ray")
+    code = f"import sys, stillroom.{module}; print([m for m in {slow} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_no_file_names_a_path_of_a_machine():
     """What is committed speaks of the project alone."""
     done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)

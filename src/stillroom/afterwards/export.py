@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import transformers
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from transformers import GenerationConfig
 
 from stillroom import __version__
 from stillroom.analysis.escaping import control_free, fence, markdown_plain
@@ -81,13 +81,13 @@ def push(folder: Path, repository: str, private: bool = True) -> str:
     return str(made)
 
 
-def _generation_config(trial: Path, folder: Path) -> GenerationConfig:
+def _generation_config(trial: Path, folder: Path) -> transformers.GenerationConfig:
     """Greedy, as the model was measured; it stops at EOS and, where it learnt chats, at what ends a turn."""
     tokenizer = load_tokenizer(ModelRef(model=str(folder)))
     pad = tokenizer.pad_token_id
     examples, _ = load_corpus(_results(trial).corpus)
     ends = list(dict.fromkeys([tokenizer.eos_token_id, *turn_ends(tokenizer, examples.train)]))
-    return GenerationConfig(
+    return transformers.GenerationConfig(
         do_sample=False,
         max_new_tokens=_planned(trial)["study"]["evaluation"]["max_new_tokens"],
         bos_token_id=tokenizer.bos_token_id,

@@ -17,6 +17,8 @@ mpl.use("Agg")
 import numpy as np
 import pandas as pd
 from markupsafe import Markup
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -44,6 +46,7 @@ _STYLE: Any = {
     "axes.axisbelow": True,
     "axes.titlesize": 9,
     "axes.titleweight": "bold",
+    "axes.titley": 1.0,  # no ticks above, so no search for a free place, which takes as long as drawing
     "grid.color": FAINT,
     "text.color": INK,
     "axes.edgecolor": INK,
@@ -301,10 +304,12 @@ def save_figure(figure: Figure, folder: Path) -> Path:
     """Write PDF and SVG, all panels side by side, without dates so that the same data give the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = draw(figure)
-    drawn.savefig(folder / f"{figure.name}.pdf", metadata={"CreationDate": None})
-    drawn.set_layout_engine("none")  # what was laid out for the first is kept for the other
+    drawn.get_layout_engine().execute(drawn)
+    drawn.set_layout_engine("none")
+    # by the formats' own methods: `savefig` draws once more before each, to lay out what has been laid out
     with mpl.rc_context(_STYLE):
-        drawn.savefig(folder / f"{figure.name}.svg", metadata={"Date": None})
+        FigureCanvasPdf(drawn).print_pdf(folder / f"{figure.name}.pdf", metadata={"CreationDate": None})
+        FigureCanvasSVG(drawn).print_svg(folder / f"{figure.name}.svg", metadata={"Date": None})
     return folder / f"{figure.name}.pdf"
 
 
@@ -352,8 +357,10 @@ def inline_panels(figure: Figure) -> list[Markup]:
                 bottom=below / (72 * figure.height),
                 top=1 - (16 if axis.get_title() else 5) / (72 * figure.height),
             )
+            canvas.patch.set_visible(False)
+            axis.patch.set_visible(False)
             written = io.StringIO()
-            canvas.savefig(written, format="svg", transparent=True, metadata={"Date": None})
+            FigureCanvasSVG(canvas).print_svg(written, metadata={"Date": None})
         found.append(Markup(_embedded(written.getvalue())))
     return found
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+import transformers
 
 from stillroom.config import Evaluation, Precision, fingerprint
 from stillroom.data.chat_templates import encode_examples
@@ -64,7 +64,9 @@ class Baseline:
         found: dict[str, Any] = read_json(self.path, "fingerprint", "metrics")
         return found if found["fingerprint"] == self.fingerprint else None
 
-    def measure(self, model: PreTrainedModel, tokenizer: Any, progress: Progress = silent) -> dict[str, Any]:
+    def measure(
+        self, model: transformers.PreTrainedModel, tokenizer: Any, progress: Progress = silent
+    ) -> dict[str, Any]:
         """Accuracy and answer likelihood; kept in `path`, predictions beside it."""
         metrics: list[Metric] = []
         likelihoods: dict[str, float] = {}

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import transformers
 from jaxtyping import Int
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from stillroom.config import Evaluation
 from stillroom.data.chat_templates import encode_prompts, turn_ends
@@ -35,7 +35,7 @@ def prompts_at_once(settings: Evaluation, device: str) -> int:
 
 
 def generate(
-    model: PreTrainedModel,
+    model: transformers.PreTrainedModel,
     tokenizer: Any,
     examples: Sequence[Example],
     settings: Evaluation,
@@ -68,7 +68,7 @@ def _begins(text: str, stop: Sequence[str]) -> int | None:
 
 @torch.no_grad()
 def continuations(
-    model: PreTrainedModel,
+    model: transformers.PreTrainedModel,
     tokenizer: Any,
     examples: Sequence[Example],
     settings: Evaluation,
@@ -104,7 +104,7 @@ def continuations(
     return texts
 
 
-def _stops(model: PreTrainedModel, tokenizer: Any) -> list[int]:
+def _stops(model: transformers.PreTrainedModel, tokenizer: Any) -> list[int]:
     """Every id that ends a text: the tokenizer's EOS, and those that the model's generation config names."""
     named = getattr(model.generation_config, "eos_token_id", None)
     several = named if isinstance(named, list) else [named]
@@ -112,7 +112,7 @@ def _stops(model: PreTrainedModel, tokenizer: Any) -> list[int]:
 
 
 def _continued(
-    model: PreTrainedModel,
+    model: transformers.PreTrainedModel,
     tokenizer: Any,
     ids: Int[Tensor, "B T"],
     mask: Int[Tensor, "B T"],
@@ -121,11 +121,11 @@ def _continued(
     texts: Sequence[str],
 ) -> list[Int[Tensor, "_"]]:
     """What follows each row of left-padded ids, at most `limit` tokens; one that has ended leaves the batch."""
-    start, cache = ids.shape[1], DynamicCache(config=model.config)
+    start, cache = ids.shape[1], transformers.DynamicCache(config=model.config)
     found, rows = [ids[0]] * len(ids), torch.arange(len(ids))
     ending = torch.tensor(stops, device=ids.device)
     for made in range(0, limit, _STRETCH):
-        greedy = GenerationConfig(
+        greedy = transformers.GenerationConfig(
             do_sample=False,
             max_new_tokens=min(_STRETCH, limit - made),
             eos_token_id=stops,
@@ -151,7 +151,7 @@ def _continued(
 
 
 def teacher_answers(
-    teacher: PreTrainedModel, tokenizer: Any, examples: Sequence[Example], settings: Evaluation
+    teacher: transformers.PreTrainedModel, tokenizer: Any, examples: Sequence[Example], settings: Evaluation
 ) -> list[str | None]:
     """The teacher's greedy answers, without white space at their end; None for one that did not end.
 

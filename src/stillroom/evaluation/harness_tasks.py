@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+import transformers
 
 from stillroom.config import BenchmarkSplit, Evaluation
 from stillroom.errors import UserError
@@ -61,7 +61,7 @@ class Harness:
             )
         return cls(splits, loaded, described)
 
-    def metrics(self, model: PreTrainedModel, tokenizer: Any, settings: Evaluation) -> list[Metric]:
+    def metrics(self, model: transformers.PreTrainedModel, tokenizer: Any, settings: Evaluation) -> list[Metric]:
         """Every number that the harness gives of each task, in its own name and scale; its standard errors left out."""
         found: list[Metric] = []
         for name, split in self.splits.items():
@@ -95,7 +95,7 @@ def _limit(split: BenchmarkSplit) -> int | None:
     return None if split.examples == "all" else split.examples
 
 
-def _wrapped(model: PreTrainedModel, tokenizer: Any, settings: Evaluation) -> Any:
+def _wrapped(model: transformers.PreTrainedModel, tokenizer: Any, settings: Evaluation) -> Any:
     """The model as the harness calls it, in the dtype and on the device that it has."""
     from lm_eval.models.huggingface import HFLM
 

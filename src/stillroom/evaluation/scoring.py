@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from transformers import PreTrainedModel
+import transformers
 
 from stillroom.config import Evaluation
 from stillroom.data.chat_templates import encode_examples
@@ -33,7 +33,7 @@ class _Row:
 
 
 def evaluate(
-    model: PreTrainedModel,
+    model: transformers.PreTrainedModel,
     tokenizer: Any,
     examples: Sequence[Example],
     settings: Evaluation,
@@ -93,7 +93,7 @@ def _prediction(example: Example, scores: list[float], tokens: int, text: str | 
 
 @torch.no_grad()
 def answer_scores(
-    model: PreTrainedModel, tokenizer: Any, examples: Sequence[Example], batch_tokens: int
+    model: transformers.PreTrainedModel, tokenizer: Any, examples: Sequence[Example], batch_tokens: int
 ) -> tuple[list[list[float]], list[int]]:
     """Log-likelihood (nats) of each choice, or of the gold answer alone, and the gold answer's token count.
 
@@ -112,7 +112,9 @@ def answer_scores(
     return scores, lengths
 
 
-def _add_scores(model: PreTrainedModel, picked: torch.Tensor, batch: Sequence[_Row], scores: list[list[float]]) -> None:
+def _add_scores(
+    model: transformers.PreTrainedModel, picked: torch.Tensor, batch: Sequence[_Row], scores: list[list[float]]
+) -> None:
     reads, first = [], 0
     for row in batch:
         reads += [(first + at, target, row.example, answer) for at, target, answer in row.reads]

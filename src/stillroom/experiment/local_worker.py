@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import torch
+import transformers
 
 from stillroom.credentials import redact
 from stillroom.errors import UserError
@@ -200,6 +201,7 @@ def serve(descriptor: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that shows the sweep; it ends this one
     control, children = Connection(descriptor), set[int]()
+    _import_modelling_code()
     gc.collect()
     gc.freeze()  # the pages of what is imported stay shared, since no collection in a fork writes to them
     with suppress(EOFError, OSError):
@@ -216,6 +218,13 @@ def serve(descriptor: int) -> None:
         os.kill(child, signal.SIGKILL)
     for child in children:
         os.waitpid(child, 0)
+
+
+def _import_modelling_code() -> None:
+    """What a trial imports when it loads its model: seconds that its fork need not spend."""
+    from stillroom.models import attention_capture  # noqa: F401
+
+    transformers.AutoModelForCausalLM  # noqa: B018 - a lazy attribute, whose module is imported by this
 
 
 def _fork(job: Job, control: Connection) -> int:

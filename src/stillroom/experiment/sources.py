@@ -52,17 +52,20 @@ class Sources:
     study: Study
     progress: NamedProgress = silent
     meter: Meter = field(default_factory=Meter)
+    _supported: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         """What `auto` stands for on this machine is part of the study's identity."""
         self.study = resolve_precision(self.study)
 
     def require_supported(self) -> None:
-        """Try both architectures, small and at random, before anything is trained or captured.
+        """Try both architectures once, small and at random: to be called before anything is trained or captured.
 
         Raises `UserError` naming one that cannot do what the study asks. Where no small model can be built, the
         model is checked when it is loaded.
         """
+        if self._supported:
+            return
         require_quantization(self.study.teacher.quantization)
         require_optimizers(self.study)
         models = [(self.student_ref, self.study.captures_student)]
@@ -71,6 +74,7 @@ class Sources:
         for ref, captured in models:
             if (model := try_miniature(load_config(ref))) is not None:
                 (check_capture if captured else check_model)(model, PROBE)
+        self._supported = True
 
     @property
     def results(self) -> Path:
@@ -117,7 +121,6 @@ class Sources:
     def examples(self) -> Examples:
         """The corpus, built on first use and then read."""
         folder = self.folder.corpus
-        self.require_supported()
         remove_leftovers(self.results, within=True)
         for place in (self.store_path, self.store_path.parent):
             remove_leftovers(place)
@@ -139,6 +142,7 @@ class Sources:
             *harness_files(harness),
         )
         if (examples := _known_corpus(folder, digest)) is None:
+            self.require_supported()
             # the processes of a divided capture start together
             with exclusive(folder, "build of the corpus", wait=600):
                 if (examples := _known_corpus(folder, digest)) is None:

@@ -17,7 +17,6 @@ import torch
 
 from stillroom import offline_teacher_data as otd
 from stillroom.analysis.frame import worse_or_equal, write_summary
-from stillroom.analysis.report import write_report
 from stillroom.config import BASELINE_LABELS, Group, ModelRef, fingerprint
 from stillroom.data.chat_templates import chat_template_hash
 from stillroom.data.corpus import examples_digest
@@ -56,6 +55,7 @@ class Workspace(Sources):
         origin = self.fine_tuning_fingerprint(model_identity(self.teacher_ref))
         if (known := fine_tuned_teacher(folder, origin)) is not None:
             return ModelRef(model=str(known), trust_remote_code=self.study.teacher.trust_remote_code)
+        self.require_supported()
         with exclusive(folder, "fine-tuning"):
             ref = fine_tune_teacher(
                 self.teacher_ref,
@@ -95,6 +95,7 @@ class Workspace(Sources):
                 f"{captured}: no log-probabilities are imported yet (signals.imported): `stillroom import STUDY "
                 "--requests FILE` writes what the teacher has to read, `stillroom import STUDY FILES` reads the answers"
             )
+        self.require_supported()
         plan = CapturePlan(
             teacher=absolute(self.fine_tune()),
             tokenizer=absolute(self.teacher_ref),
@@ -122,6 +123,7 @@ class Workspace(Sources):
                 "the study captures its teacher: set signals.imported: true to import log-probabilities instead"
             )
         origin = self.origin()
+        self.require_supported()
         self._make_room(origin)
         vocabulary = load_config(self.teacher_ref).get_text_config().vocab_size
         store = otd.import_signals(
@@ -333,6 +335,8 @@ class Workspace(Sources):
     def sweep(self) -> dict[str, str]:
         """Run the trials that are missing, here or on Ray, and write the summary; returns failed trials' errors."""
         plans = self.plans()
+        if not all(map(finished, plans)):
+            self.require_supported()
         release_memory()  # the teacher's, where it ran in this process
         shown = SweepWatch(plans, self.progress)
 
@@ -364,6 +368,8 @@ class Workspace(Sources):
 
         If models or teacher data are unavailable, reports the last planned study and warns.
         """
+        from stillroom.analysis.report import write_report
+
         try:
             self.plans()
         except UserError as error:

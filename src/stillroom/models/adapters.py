@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
 
 from stillroom.config import Lora
 from stillroom.errors import UserError
@@ -55,14 +55,14 @@ def _linear(module: Any) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def has_adapters(model: PreTrainedModel) -> bool:
+def has_adapters(model: transformers.PreTrainedModel) -> bool:
     """Whether a model carries LoRA layers."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
-def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
+def without_adapters(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
     """The model itself, or, if it carries LoRA layers, a copy with them merged into its weights."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -77,7 +77,7 @@ def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
     return merged
 
 
-def save_adapter(model: PreTrainedModel, folder: Path) -> None:
+def save_adapter(model: transformers.PreTrainedModel, folder: Path) -> None:
     """Write `adapter.safetensors` if the model carries LoRA layers."""
     if not has_adapters(model):
         return

@@ -8,11 +8,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stillroom.errors import UserError
-from stillroom.models.attention_capture import CANNOT
 from stillroom.models.forward import Taps, forward, last_hidden_state
 from stillroom.models.output_head import output_logits
 
@@ -25,7 +24,7 @@ _OWN_ROUNDING = {torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
 
 
 @torch.no_grad()
-def check_model(model: PreTrainedModel, ids: Tensor) -> Tensor:
+def check_model(model: transformers.PreTrainedModel, ids: Tensor) -> Tensor:
     """Compare what every stage computes of a model with its own path, on a text `ids` (1, T); its hidden state.
 
     The output head on the last hidden state must give the model's logits, and neither what follows a text nor
@@ -65,11 +64,13 @@ def check_model(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def check_capture(model: PreTrainedModel, ids: Tensor) -> None:
+def check_capture(model: transformers.PreTrainedModel, ids: Tensor) -> None:
     """`check_model`, and compare the captured attention with the model's own eager path.
 
     `ids` (1, T): any text long enough to show a difference. Raises `UserError` naming the architecture.
     """
+    from stillroom.models.attention_capture import CANNOT
+
     name = type(model).__name__
     expected = check_model(model, ids)
     mask = torch.ones_like(ids)
@@ -97,7 +98,7 @@ def check_capture(model: PreTrainedModel, ids: Tensor) -> None:
 
 
 @contextmanager
-def _without_new_hooks(model: PreTrainedModel) -> Iterator[None]:
+def _without_new_hooks(model: transformers.PreTrainedModel) -> Iterator[None]:
     """Take away again the hooks by which Transformers collects maps: they would stay, and stop `torch.compile`."""
     before = {module: set(module._forward_hooks) for module in model.modules()}
     try:
@@ -114,7 +115,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _require_close(
-    model: PreTrainedModel,
+    model: transformers.PreTrainedModel,
     what: str,
     found: Tensor,
     expected: Tensor,
@@ -140,7 +141,7 @@ PROBE = torch.arange(3, 23)[None]
 """A text (1, T) that every miniature has the vocabulary for."""
 
 
-def miniature(config: Any) -> PreTrainedModel:
+def miniature(config: Any) -> transformers.PreTrainedModel:
     """Two layers of the architecture, narrow where it can be, in float32; a plain forward pass of it works.
 
     Raises `UserError` where no small model of the architecture can be built.
@@ -149,12 +150,16 @@ def miniature(config: Any) -> PreTrainedModel:
     for small in _smaller(config):
         try:
             with torch.device("meta"):
-                size = sum(p.numel() for p in AutoModelForCausalLM.from_config(copy.deepcopy(small)).parameters())
+                size = sum(
+                    p.numel() for p in transformers.AutoModelForCausalLM.from_config(copy.deepcopy(small)).parameters()
+                )
             if size > _LARGEST:
                 raise ValueError(f"its smallest model has {size:,} weights")
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                model: PreTrainedModel = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
+                model: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_config(
+                    small, dtype=torch.float32
+                ).eval()
             with torch.no_grad():
                 model(input_ids=PROBE, use_cache=False)
         except Exception as error:  # any architecture's own constructor and forward pass
@@ -164,7 +169,7 @@ def miniature(config: Any) -> PreTrainedModel:
     raise UserError(f"{config.model_type}: no small model of this architecture can be built ({reason})")
 
 
-def try_miniature(config: Any) -> PreTrainedModel | None:
+def try_miniature(config: Any) -> transformers.PreTrainedModel | None:
     """A miniature, or None where none can be built."""
     try:
         return miniature(config)

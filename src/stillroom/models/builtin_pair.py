@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -22,7 +23,6 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from stillroom.config import ModelRef
 from stillroom.data.tasks import TASKS
@@ -81,7 +81,7 @@ def write_builtin(name: str, target: Path) -> None:
     train = byte_level_tokenizer if name == "teacher" else sentencepiece_tokenizer
     tokenizer = train(texts, _VOCABULARIES[name])
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=512,
         bos_token_id=tokenizer.bos_token_id,
@@ -91,7 +91,7 @@ def write_builtin(name: str, target: Path) -> None:
         tie_word_embeddings=True,
         **_SHAPES[name],
     )
-    LlamaForCausalLM(config).save_pretrained(target)
+    transformers.LlamaForCausalLM(config).save_pretrained(target)
     tokenizer.save_pretrained(target)
 
 
@@ -108,7 +108,7 @@ def byte_level_tokenizer(texts: list[str], vocabulary: int) -> Any:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
 
 
 def sentencepiece_tokenizer(texts: list[str], vocabulary: int) -> Any:
@@ -137,7 +137,9 @@ def sentencepiece_tokenizer(texts: list[str], vocabulary: int) -> Any:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
 
 
 def _without_added_bytes(trained: Tokenizer) -> Tokenizer:

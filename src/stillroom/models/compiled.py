@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedModel
+import transformers
 
 from stillroom.errors import UserError
 from stillroom.models.forward import Taps, blocks_of, layer_number
@@ -15,7 +15,7 @@ BACKEND = "inductor"
 """PyTorch's own compiler."""
 
 
-def compile_layers(model: PreTrainedModel, taps: Taps) -> None:
+def compile_layers(model: transformers.PreTrainedModel, taps: Taps) -> None:
     """Compile each layer that leaves nothing behind; compiling happens when it first runs, and again for a new shape.
 
     Identical layers share the compiled code. `UserError` where this machine cannot compile for the model's device.

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import transformers
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from stillroom.data.encoding import Encoding
 from stillroom.errors import UserError
-from stillroom.models.attention_capture import CANNOT, Recorder, attention_recorder
 
 Tap = int | Literal["last"]
 """A layer by its number, from 1, or the last one: whose hidden state is the one after the final norm."""
@@ -47,13 +46,16 @@ class Forward:
     """Value vectors of the key-value heads, one after the other, by the layers that were asked for."""
 
 
-def forward(model: PreTrainedModel, ids: Int[Tensor, "B T"], taps: Taps = Taps()) -> Forward:
+def forward(model: transformers.PreTrainedModel, ids: Int[Tensor, "B T"], taps: Taps = Taps()) -> Forward:
     """Run the model without its output head, on sequences padded on the right.
 
     Attention is causal, so no token sees what stands to its right, and no padding mask is needed: without one, fast
     kernels run, and nothing waits for a GPU to say whether there is padding. What it gives for padding means nothing.
     Raises `UserError` where a layer's attention passes the attention function by.
     """
+    # not at the top: it needs Transformers' modelling code, seconds of import for a command that loads no model
+    from stillroom.models.attention_capture import CANNOT, Recorder, attention_recorder
+
     maps, values = ({tap: layer_number(model, tap) - 1 for tap in kind} for kind in (taps.attention, taps.values))
     blocks = {tap: layer_number(model, tap) - 1 for tap in taps.hidden if tap != "last"}
     with _block_outputs(model, frozenset(blocks.values())) as states:
@@ -76,7 +78,7 @@ def forward(model: PreTrainedModel, ids: Int[Tensor, "B T"], taps: Taps = Taps()
     )
 
 
-def layer_number(model: PreTrainedModel, tap: Tap) -> int:
+def layer_number(model: transformers.PreTrainedModel, tap: Tap) -> int:
     """A layer's number, from 1; `UserError` if the model has no such layer."""
     layers = int(model.config.get_text_config().num_hidden_layers)
     if tap != "last" and tap > layers:
@@ -85,7 +87,7 @@ def layer_number(model: PreTrainedModel, tap: Tap) -> int:
 
 
 @contextmanager
-def _block_outputs(model: PreTrainedModel, wanted: frozenset[int]) -> Iterator[dict[int, Tensor]]:
+def _block_outputs(model: transformers.PreTrainedModel, wanted: frozenset[int]) -> Iterator[dict[int, Tensor]]:
     """Keep what chosen blocks, from 0, give to the next one: only those, not every layer of a pass."""
     found: dict[int, Tensor] = {}
     if not wanted:
@@ -107,7 +109,7 @@ def _block_outputs(model: PreTrainedModel, wanted: frozenset[int]) -> Iterator[d
             hook.remove()
 
 
-def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
+def blocks_of(model: transformers.PreTrainedModel) -> nn.ModuleList:
     """The list of a model's blocks: the first as long as the model has layers."""
     layers = int(model.config.get_text_config().num_hidden_layers)
     for module in _base(model).modules():
@@ -116,11 +118,11 @@ def blocks_of(model: PreTrainedModel) -> nn.ModuleList:
     raise UserError(f"{type(model).__name__}: its layers cannot be told apart; only the last can be compared")
 
 
-def _base(model: PreTrainedModel) -> Any:
+def _base(model: transformers.PreTrainedModel) -> Any:
     return model.base_model if model.base_model is not model else getattr(model, "model", model)
 
 
-def last_hidden_state(model: PreTrainedModel, ids: Int[Tensor, "B T"]) -> Tensor:
+def last_hidden_state(model: transformers.PreTrainedModel, ids: Int[Tensor, "B T"]) -> Tensor:
     """The final layer's hidden state after the final norm, (B, T, D), of sequences padded on the right."""
     hidden: Tensor = _base(model)(input_ids=ids, use_cache=False).last_hidden_state
     return hidden

@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import torch
+import transformers
 from huggingface_hub import constants
 from huggingface_hub import errors as hub_errors
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from stillroom.config import ModelRef, Precision, Quantization
@@ -45,7 +45,7 @@ def is_local(ref: ModelRef) -> bool:
 
 def load_tokenizer(ref: ModelRef) -> Any:
     """The model's own fast tokenizer. `UserError` if it has no character offsets or no EOS."""
-    tokenizer = from_hub(AutoTokenizer, ref)
+    tokenizer = from_hub(transformers.AutoTokenizer, ref)
     if not tokenizer.is_fast:
         raise UserError(f"{ref.model}: its tokenizer gives no character offsets; a fast tokenizer is needed")
     if tokenizer.eos_token_id is None:
@@ -69,7 +69,7 @@ def require_embedded(ref: ModelRef, tokenizer: Any, ids: Iterable[int]) -> None:
 
 def load_model(
     ref: ModelRef, dtype: Precision = "float32", device: Any = None, quantization: Quantization | None = None
-) -> PreTrainedModel:
+) -> transformers.PreTrainedModel:
     """The model in evaluation mode, as Transformers loads it.
 
     `device`: one device, or "auto" to spread the layers over the GPUs found. `quantization`: of the linear layers
@@ -83,7 +83,7 @@ def load_model(
         placement["quantization_config"] = _quantization(quantization, dtype)
     _require_safetensors(ref)
     model, loaded = from_hub(
-        AutoModelForCausalLM,
+        transformers.AutoModelForCausalLM,
         ref,
         dtype=DTYPES[dtype],
         use_safetensors=True,
@@ -107,9 +107,11 @@ def require_quantization(wanted: Quantization | None) -> None:
 def _quantization(wanted: Quantization, dtype: Precision) -> Any:
     require_quantization(wanted)
     if wanted == "4bit":
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype])
+        return transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPES[dtype]
+        )
     # by default a column stays whole where any token of the batch is large: later text would change earlier signals
-    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    return transformers.BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
 
 
 def _require_safetensors(ref: ModelRef) -> None:
@@ -126,7 +128,7 @@ def _require_safetensors(ref: ModelRef) -> None:
 
 def load_config(ref: ModelRef) -> Any:
     """The model's architecture, without its weights."""
-    return from_hub(AutoConfig, ref)
+    return from_hub(transformers.AutoConfig, ref)
 
 
 def from_hub(kind: Any, ref: ModelRef, **options: Any) -> Any:
@@ -207,9 +209,18 @@ def _directory_digest(folder: Path, also: set[str]) -> str:
     return hashlib.sha256("".join(name + file_sha256(folder / name) for name in names).encode()).hexdigest()[:32]
 
 
+_KNOWN_TOKENIZERS: dict[bytes, str] = {}
+"""By the digest of what a tokenizer writes of itself: putting that in order takes a second for a large vocabulary."""
+
+
 def tokenizer_hash(tokenizer: Any) -> str:
     """Digest of everything that decides how text becomes ids, 16 hex digits."""
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    backend.pop("padding", None)
-    backend.pop("truncation", None)
-    return hashlib.sha256(json.dumps(backend, sort_keys=True).encode()).hexdigest()[:16]
+    written = tokenizer.backend_tokenizer.to_str()
+    key = hashlib.sha256(written.encode()).digest()
+    if key not in _KNOWN_TOKENIZERS:
+        backend = json.loads(written)
+        backend.pop("padding", None)
+        backend.pop("truncation", None)
+        ordered = json.dumps(backend, sort_keys=True)
+        _KNOWN_TOKENIZERS[key] = hashlib.sha256(ordered.encode()).hexdigest()[:16]
+    return _KNOWN_TOKENIZERS[key]

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import snapshot_download
 from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stillroom.config import ModelRef
 from stillroom.files import read_json
@@ -35,7 +35,7 @@ class OutputHead:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-def head_of(model: PreTrainedModel) -> OutputHead:
+def head_of(model: transformers.PreTrainedModel) -> OutputHead:
     """A model's output head, apart from it."""
     module: Any = model.get_output_embeddings()
     bias = getattr(module, "bias", None)
@@ -89,8 +89,10 @@ class _Skeleton:
     """Builds a model of its configuration alone, by the interface that `_from_hub` calls."""
 
     @staticmethod
-    def from_pretrained(_: str, config: Any, trust_remote_code: bool, **__: Any) -> PreTrainedModel:
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    def from_pretrained(_: str, config: Any, trust_remote_code: bool, **__: Any) -> transformers.PreTrainedModel:
+        model: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trust_remote_code
+        )
         return model
 
 
@@ -106,7 +108,7 @@ def _read_tensor(folder: Path, name: str) -> Tensor | None:
         return found
 
 
-def output_logits(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+def output_logits(model: transformers.PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """Next-token logits (..., V) from the last hidden state (..., D); scaled, soft-capped where the model's are."""
     logits: torch.Tensor = model.get_output_embeddings()(scaled_for_head(model, hidden))
     cap = logit_softcap(model.config)
@@ -118,7 +120,7 @@ def logit_softcap(config: Any) -> float | None:
     return getattr(config.get_text_config(), "final_logit_softcapping", None)
 
 
-def scaled_for_head(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
+def scaled_for_head(model: transformers.PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
     """What the output head is to read: the hidden state times the factor that the model puts on its logits.
 
     A head without bias is linear, so the factor may stand before it.

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+import transformers
 
 from stillroom.config import Precision, Study, Training
 from stillroom.models.adapters import without_adapters
@@ -67,7 +67,9 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def scoring_copy(model: PreTrainedModel, saved: Precision, dtype: Precision) -> PreTrainedModel:
+def scoring_copy(
+    model: transformers.PreTrainedModel, saved: Precision, dtype: Precision
+) -> transformers.PreTrainedModel:
     """The model as its checkpoint, `saved` in one dtype, is loaded in another; without rounding, the model itself.
 
     In float32 on a GPU, products of weights saved in 16 bits are `split_products`.

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedModel
+import transformers
 
 from stillroom.config import ModelRef
 from stillroom.errors import UserError
@@ -108,7 +108,7 @@ def _of(config: dict[str, Any]) -> Shape:
     return Shape(width, config["num_attention_heads"], layers, vocabulary, parameters, keys)
 
 
-def vocabulary_size(model: PreTrainedModel) -> int:
+def vocabulary_size(model: transformers.PreTrainedModel) -> int:
     """Entries of the output head, which may exceed the tokenizer's."""
     return int(model.get_output_embeddings().weight.shape[0])
 

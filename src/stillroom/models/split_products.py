@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 PARTS = {torch.float16: 2, torch.bfloat16: 3}
 """Into how many numbers of the weights' dtype a float32 is cut: 22 bits of it are kept, or all 24."""
@@ -52,7 +52,7 @@ def _product(left: Float[Tensor, "n d"], weight: Float[Tensor, "D d"]) -> Float[
     return left.float() @ weight.float().T
 
 
-def split_products(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def split_products(model: transformers.PreTrainedModel, dtype: torch.dtype) -> transformers.PreTrainedModel:
     """The float32 model with every linear layer a `SplitLinear`, in place; its weights are numbers of `dtype`."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):

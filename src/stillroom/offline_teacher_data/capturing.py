@@ -15,7 +15,7 @@ from queue import Empty, Full, Queue
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+import transformers
 
 from stillroom.config import Precision, Signals, fingerprint
 from stillroom.data.chat_templates import chat_template_hash, encode_examples
@@ -90,7 +90,7 @@ Answer = Callable[[Sequence[Example]], Sequence[str | None]]
 
 
 def capture(
-    model: PreTrainedModel,
+    model: transformers.PreTrainedModel,
     tokenizer: Any,
     examples: Sequence[Example],
     signals: Signals,
@@ -105,7 +105,7 @@ def capture(
 
 
 def capture_slice(
-    model: PreTrainedModel,
+    model: transformers.PreTrainedModel,
     tokenizer: Any,
     examples: Sequence[Example],
     signals: Signals,
@@ -157,7 +157,7 @@ def capture_slice(
     return finished
 
 
-def _layout(model: PreTrainedModel, signals: Signals) -> Layout:
+def _layout(model: transformers.PreTrainedModel, signals: Signals) -> Layout:
     vocabulary = vocabulary_size(model)
     if signals.top_k > vocabulary:
         raise UserError(f"signals.top_k: {signals.top_k} exceeds the teacher's vocabulary of {vocabulary}")
@@ -204,7 +204,7 @@ def _require_space(store: Path, tokens: int, encodings: Sequence[Encoding], layo
 
 
 def _signals_of(
-    model: PreTrainedModel,
+    model: transformers.PreTrainedModel,
     examples: Sequence[Example],
     encodings: Sequence[Encoding],
     rows: Sequence[int],
@@ -317,7 +317,7 @@ def _finish(
     shards: int,
     examples: Sequence[Example],
     tokenizer: Any,
-    model: PreTrainedModel,
+    model: transformers.PreTrainedModel,
     entries: Mapping[str, dict[str, Any]],
 ) -> None:
     """Write the manifest, and beside it the tokenizer and the output head if it is kept, unless they are there."""

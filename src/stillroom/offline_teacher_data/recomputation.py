@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+import transformers
 
 from stillroom.errors import UserError
 from stillroom.models.output_head import OutputHead, output_logits
@@ -26,7 +26,7 @@ def sample_ids(store: SignalStore, samples: int, seed: int = 0) -> list[str]:
     return random.Random(seed).sample(ids, min(samples, len(ids)))
 
 
-def recompute(store: SignalStore, model: PreTrainedModel, ids: Sequence[str]) -> dict[str, float]:
+def recompute(store: SignalStore, model: transformers.PreTrainedModel, ids: Sequence[str]) -> dict[str, float]:
     """Run the teacher again on some examples, alone and unpadded; the largest relative error of each signal.
 
     Raises `UserError` at the first example whose values are not those of this teacher.
@@ -44,7 +44,7 @@ def recompute(store: SignalStore, model: PreTrainedModel, ids: Sequence[str]) ->
 
 
 @torch.no_grad()
-def full_support_error(store: SignalStore, model: PreTrainedModel, ids: Sequence[str]) -> dict[str, float]:
+def full_support_error(store: SignalStore, model: transformers.PreTrainedModel, ids: Sequence[str]) -> dict[str, float]:
     """How far distributions remade of stored hidden states and the stored head are from the teacher's own logits.
 
     KL(teacher ‖ remade) in nats: the `mean` over the tokens of some examples, and the `largest`. Raises `UserError` at

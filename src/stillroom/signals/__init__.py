@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from itertools import product
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from stillroom.data.encoding import Encoding
 from stillroom.errors import UserError
@@ -28,7 +28,9 @@ def signals_of(layout: Layout) -> tuple[Signal, ...]:
 
 
 @torch.no_grad()
-def run_teacher(model: PreTrainedModel, encodings: Sequence[Encoding], signals: Sequence[Signal]) -> Forward:
+def run_teacher(
+    model: transformers.PreTrainedModel, encodings: Sequence[Encoding], signals: Sequence[Signal]
+) -> Forward:
     """One forward pass that leaves behind what the signals ask for."""
     ids, _ = padded(encodings, device=model.device)
     taps = Taps()
@@ -38,7 +40,7 @@ def run_teacher(model: PreTrainedModel, encodings: Sequence[Encoding], signals: 
 
 
 def compute_signals(
-    model: PreTrainedModel, encodings: Sequence[Encoding], layout: Layout, dtype: torch.dtype
+    model: transformers.PreTrainedModel, encodings: Sequence[Encoding], layout: Layout, dtype: torch.dtype
 ) -> list[dict[str, Tensor]]:
     """Run one batch: each example's columns by name, on the CPU, floating-point values in `dtype`.
 
@@ -49,7 +51,7 @@ def compute_signals(
 
 @torch.no_grad()
 def begin_signals(
-    model: PreTrainedModel, encodings: Sequence[Encoding], layout: Layout, dtype: torch.dtype
+    model: transformers.PreTrainedModel, encodings: Sequence[Encoding], layout: Layout, dtype: torch.dtype
 ) -> Callable[[], list[dict[str, Tensor]]]:
     """Start `compute_signals` without waiting for a GPU; what is returned waits, and gives or raises what it does."""
     signals, lengths = signals_of(layout), [len(encoding) for encoding in encodings]

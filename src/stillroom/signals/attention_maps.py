@@ -9,10 +9,10 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+import transformers
 from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from stillroom.models.architecture import relative_error
 from stillroom.models.forward import Forward, Taps
@@ -49,7 +49,7 @@ class AttentionMaps:
         return tuple(Column(name, "uint8", shape, pack=_companded, unpack=_SQUARES.__getitem__) for name in names)
 
     def extract(
-        self, model: PreTrainedModel, forward: Forward, lengths: Sequence[int], dtype: torch.dtype
+        self, model: transformers.PreTrainedModel, forward: Forward, lengths: Sequence[int], dtype: torch.dtype
     ) -> list[dict[str, Tensor]]:
         """The causal triangle of each example's square, without padding."""
         maps = {column_of("attention", tap): forward.attention[tap].to(dtype) for tap in self.layout.attention_layers}
@@ -70,7 +70,7 @@ class AttentionMaps:
             if not (attention >= 0).all():
                 yield f"{column.name} has negative values"
 
-    def error(self, model: PreTrainedModel, arrays: Arrays, forward: Forward) -> float:
+    def error(self, model: transformers.PreTrainedModel, arrays: Arrays, forward: Forward) -> float:
         """Of the whole array, at the worst layer."""
         again = {column_of("attention", tap): forward.attention[tap][0] for tap in self.layout.attention_layers}
         return max(

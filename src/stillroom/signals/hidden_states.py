@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import ClassVar
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from stillroom.models.architecture import relative_error
 from stillroom.models.forward import Forward, Taps
@@ -36,7 +36,7 @@ class HiddenStates:
         return tuple(Column(name, self.layout.dtype, lambda tokens: (tokens, width)) for name in names)
 
     def extract(
-        self, model: PreTrainedModel, forward: Forward, lengths: Sequence[int], dtype: torch.dtype
+        self, model: transformers.PreTrainedModel, forward: Forward, lengths: Sequence[int], dtype: torch.dtype
     ) -> list[dict[str, Tensor]]:
         """As the model leaves it."""
         return [
@@ -51,7 +51,7 @@ class HiddenStates:
         """Any finite value can be one."""
         yield from ()
 
-    def error(self, model: PreTrainedModel, arrays: Arrays, forward: Forward) -> float:
+    def error(self, model: transformers.PreTrainedModel, arrays: Arrays, forward: Forward) -> float:
         """Of the whole array, at the worst layer."""
         return max(
             relative_error(torch.tensor(arrays[column_of("hidden", layer)]), forward.hidden[layer][0].float().cpu())

@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+import transformers
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from stillroom.models.forward import Forward, Taps
 from stillroom.models.output_head import output_logits
@@ -46,7 +46,7 @@ class NextToken:
         )
 
     def extract(
-        self, model: PreTrainedModel, forward: Forward, lengths: Sequence[int], dtype: torch.dtype
+        self, model: transformers.PreTrainedModel, forward: Forward, lengths: Sequence[int], dtype: torch.dtype
     ) -> list[dict[str, Tensor]]:
         """Of the output head's logits, which never exist whole."""
         if not self.columns:
@@ -72,7 +72,7 @@ class NextToken:
         if not ((np.diff(ids, axis=1) > 0).all() and (ids >= 0).all()):
             yield "top-k ids repeat or are negative"
 
-    def error(self, model: PreTrainedModel, arrays: Arrays, forward: Forward) -> float:
+    def error(self, model: transformers.PreTrainedModel, arrays: Arrays, forward: Forward) -> float:
         """See `distribution_error`; without a top k, half the L1 distance of what the stored hidden states give."""
         if not self.columns:
             kept = torch.from_numpy(arrays["hidden"].astype(np.float32)).to(model.device, model.dtype)

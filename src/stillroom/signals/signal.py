@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
+import transformers
 from jaxtyping import Float
 from numpy import ndarray
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from stillroom.models.forward import Forward, Tap, Taps
 
@@ -100,7 +100,7 @@ class Signal(Protocol):
         """What is kept of it."""
 
     def extract(
-        self, model: PreTrainedModel, forward: Forward, lengths: Sequence[int], dtype: torch.dtype
+        self, model: transformers.PreTrainedModel, forward: Forward, lengths: Sequence[int], dtype: torch.dtype
     ) -> list[dict[str, Tensor]]:
         """Its columns of each example of a batch, padded on the right to the longest; floating-point values in `dtype`.
 
@@ -110,7 +110,7 @@ class Signal(Protocol):
     def faults(self, arrays: Arrays, tolerance: float) -> Iterator[str]:
         """What cannot have come from a forward pass; `tolerance` is that of a sum of stored values."""
 
-    def error(self, model: PreTrainedModel, arrays: Arrays, forward: Forward) -> float:
+    def error(self, model: transformers.PreTrainedModel, arrays: Arrays, forward: Forward) -> float:
         """How far stored values are from those of a forward pass of one example alone, relative."""
 
     def totals(self, arrays: Mapping[str, Tensor], is_text: Tensor) -> dict[str, float]:

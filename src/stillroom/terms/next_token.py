@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from jaxtyping import Int, Int32
 from numpy import ndarray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
-from transformers import PreTrainedModel
 
 from stillroom.config import Objective
 from stillroom.data.encoding import in_answer, in_text
@@ -114,7 +114,7 @@ class NextTokenTerms:
         return Outcomes(*(torch.from_numpy(a[some]) for a in (rows, mapped, valid, probs, other)))
 
     def losses(
-        self, model: PreTrainedModel, forward: Forward, part: HeadPart, weights: Mapping[str, float]
+        self, model: transformers.PreTrainedModel, forward: Forward, part: HeadPart, weights: Mapping[str, float]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(weighted total, task sum, kd sum); `weights` of `task` and `kd`, each over the step's count."""
         head: Any = model.get_output_embeddings()
@@ -134,7 +134,7 @@ class NextTokenTerms:
 
 
 def next_token_of(
-    objective: Objective, store: SignalStore | None, tokenizer: Any, model: PreTrainedModel
+    objective: Objective, store: SignalStore | None, tokenizer: Any, model: transformers.PreTrainedModel
 ) -> NextTokenTerms:
     """Both terms of an objective for a student, its tokenizer and the teacher's data."""
     if objective.weights["kd"] <= 0:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import transformers
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedModel
 
 from stillroom.models.adapters import save_adapter, without_adapters
 from stillroom.models.forward import Taps
@@ -27,7 +27,7 @@ PROJECTOR = "projector.safetensors"
 class DistillationStudent(nn.Module):
     """A language model, and what its terms train beside it."""
 
-    def __init__(self, model: PreTrainedModel, terms: Sequence[Term] = (), seed: int = 0) -> None:
+    def __init__(self, model: transformers.PreTrainedModel, terms: Sequence[Term] = (), seed: int = 0) -> None:
         """`seed` decides the initial weights of a projector: equal for all groups of a seed."""
         super().__init__()
         self.model = model
@@ -51,7 +51,7 @@ def save_student(student: DistillationStudent, tokenizer: Any, folder: Path, dty
         save_file(beside, folder / PROJECTOR)
 
 
-def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
+def save_model(model: transformers.PreTrainedModel, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
     """Write a model and its tokenizer as a plain Hugging Face directory, weights in `dtype`."""
     model = without_adapters(model)
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}

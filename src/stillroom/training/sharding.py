@@ -13,12 +13,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map
-from transformers import PreTrainedModel
 
 from stillroom.models.forward import blocks_of
 from stillroom.models.precision import release_memory
@@ -75,6 +72,9 @@ def shard(student: DistillationStudent, ranks: Ranks, device: torch.device) -> D
 
 
 def _shard(student: DistillationStudent, ranks: Ranks, device: torch.device) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device.type, (ranks.size,))
     for block in blocks_of(student.model):
         fully_shard(block, mesh=mesh)
@@ -112,7 +112,7 @@ def gathered(values: Any, here: bool = True) -> Any:
     """
 
     def whole(value: Any) -> Any:
-        if not isinstance(value, DTensor):
+        if not _is_sharded(value):
             return value
         tensor = value.full_tensor()
         return tensor.cpu() if here else None
@@ -122,20 +122,33 @@ def gathered(values: Any, here: bool = True) -> Any:
 
 def part_of(value: Tensor, like: Tensor) -> Tensor:
     """A whole tensor's part in this process, sharded as `like` is; itself where that is whole."""
-    if not isinstance(like, DTensor):
+    if not _is_sharded(like):
         return value
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: Any = like
+    return distribute_tensor(value.to(like.device), sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
 def whole_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The norm of all tensors together, sharded or not."""
-    norm = torch.nn.utils.get_total_norm(tensors)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm: Any = torch.nn.utils.get_total_norm(tensors)
+    whole: Tensor = norm.full_tensor() if _is_sharded(norm) else norm
+    return whole
+
+
+def _is_sharded(value: Any) -> bool:
+    """Whether it is a DTensor, by what that alone has: its module takes a second to import."""
+    return isinstance(value, Tensor) and hasattr(value, "full_tensor")
 
 
 @torch.no_grad()
 def scored_by_all(
-    model: PreTrainedModel, in_place: bool, ranks: Ranks, device: torch.device, score: Callable[[PreTrainedModel], T]
+    model: transformers.PreTrainedModel,
+    in_place: bool,
+    ranks: Ranks,
+    device: torch.device,
+    score: Callable[[transformers.PreTrainedModel], T],
 ) -> T:
     """What `score` finds with a model in the CPU's memory, sharded for it; every process finds the same.
 

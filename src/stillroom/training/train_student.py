@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedModel
+import transformers
 
 from stillroom.config import Evaluation, Group, ModelRef, Objective, Retention, Training
 from stillroom.data.corpus import Examples
@@ -31,7 +31,6 @@ from stillroom.evaluation.scoring import evaluate
 from stillroom.files import remove_leftovers, write_json
 from stillroom.folders import TrialFolder
 from stillroom.models.architecture import check_capture, check_model
-from stillroom.models.attention_capture import recompute_layers
 from stillroom.models.compiled import ROUNDED, compile_layers
 from stillroom.models.hub import load_model, load_tokenizer
 from stillroom.models.precision import default_device, scoring_copy
@@ -126,6 +125,8 @@ def train(
     store = _open(store_path)
     model = _load(student_ref, trial.seed, device if ranks.size == 1 else torch.device("cpu"), adapter)
     if training.gradient_checkpointing:
+        from stillroom.models.attention_capture import recompute_layers
+
         recompute_layers(model)
     rounded = _rounding(training, model)
     head = next_token_of(group_objective, store, tokenizer, model)
@@ -259,7 +260,7 @@ def _common_checkpoint(folder: Path, ranks: Ranks) -> Path | None:
     return path
 
 
-def _rounding(training: Training, model: PreTrainedModel) -> int:
+def _rounding(training: Training, model: transformers.PreTrainedModel) -> int:
     """To how many tokens batches are rounded up; where positions are learnt, their number may be no multiple."""
     most = context_length(model.config)
     return ROUNDED if training.compile and (most % ROUNDED == 0 or most == sys.maxsize) else 1
@@ -278,7 +279,9 @@ def _open(store_path: Path | None) -> SignalStore | None:
     return store
 
 
-def _load(ref: ModelRef, seed: int, device: torch.device, adapter: Callable[[Any], Any] | None) -> PreTrainedModel:
+def _load(
+    ref: ModelRef, seed: int, device: torch.device, adapter: Callable[[Any], Any] | None
+) -> transformers.PreTrainedModel:
     model = load_model(ref, "float32", device)
     if adapter is not None:
         torch.manual_seed(seed)  # of the adapter's first weights
@@ -336,7 +339,7 @@ def _scored(
     evaluation: Evaluation,
     ranks: Ranks,
     device: torch.device,
-    of: Callable[[PreTrainedModel], T],
+    of: Callable[[transformers.PreTrainedModel], T],
 ) -> T:
     """What is found with the student as it is saved, in the dtype that it is scored in."""
     whole.eval()
@@ -348,7 +351,7 @@ def _scored(
 
 
 def _evaluate_test_splits(
-    score: Callable[[Callable[[PreTrainedModel], Any]], Any],
+    score: Callable[[Callable[[transformers.PreTrainedModel], Any]], Any],
     tokenizer: Any,
     test: Sequence[Example],
     harness: Harness | None,
