@@ -47,12 +47,17 @@ def test_where_it_cannot_run_it_is_refused_beforehand(monkeypatch):
             Sources(load_study("quickstart", ["training.optimizer=paged_adamw_8bit"])).require_supported()
 
 
-def test_adamw_is_what_it_was_and_moments_in_8_bits_take_less_memory(teacher_ref, student_ref):
-    """Fused AdamW by default, which no fingerprint names; the plan counts a byte for each moment of the other."""
+def test_adamw_is_what_it_was():
+    """Fused AdamW by default, which no fingerprint names."""
     assert "optimizer" not in Training().model_dump()
     optimizer = optimizer_of([torch.nn.Parameter(torch.ones(2))], TRAINING)
     assert type(optimizer) is torch.optim.AdamW
     assert optimizer.defaults["fused"]
+
+
+@pytest.mark.slow
+def test_moments_in_8_bits_take_less_memory(teacher_ref, student_ref):
+    """The plan counts a byte for each moment."""
     pair = [f"teacher.model={teacher_ref.model}", f"student.model={student_ref.model}"]
     studies = [load_study("quickstart", [*pair, *more]) for more in ([], [EIGHT])]
     whole, eight = (plan_study(study, guess_this_cpu=False) for study in studies)
