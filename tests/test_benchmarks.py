@@ -11,6 +11,7 @@ import pytest
 
 from processes import start
 from stillroom.files import read_json
+from synthetic import write_results
 
 pytestmark = pytest.mark.slow
 
@@ -25,6 +26,7 @@ PROGRAMS = {
     "evaluating": f"{LITTLE} --prompts 3 --generation-rounds 1",
     "sparse_kl": "--threads 1 --rounds 1 --tokens 300 --vocabulary 500 --width 16 --top-k 32 --precision float32",
     "starting": "--rounds 1",
+    "reporting": "{results} --rounds 1",
     "compiling": f"{LITTLE.replace(' --examples 12', '')} --tokens 16 --backend aot_eager",
     "options": f"{LITTLE.replace('quickstart', 'signals').replace(' --examples 12', '')} --steps 1",
 }
@@ -48,8 +50,11 @@ def run(name, arguments):
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_benchmark_runs_and_writes_its_figures(name, tmp_path):
     """A table and JSON with positive figures and the machine they are of."""
-    output = tmp_path / "out.json"
-    running = start(tmp_path / "log", run, name, [*PROGRAMS[name].split(), "--output", str(output)])
+    output, results = tmp_path / "out.json", tmp_path / "results"
+    if name == "reporting":
+        write_results(results)
+    arguments = PROGRAMS[name].format(results=results).split()
+    running = start(tmp_path / "log", run, name, [*arguments, "--output", str(output)])
     assert running.end() == 0, running.output
     found = read_json(output, "rows", "hardware", "versions")
     figures = {row["what"]: row["median"] for row in found["rows"]}

@@ -25,7 +25,7 @@ from stillroom.data.tasks import TASKS
 from stillroom.errors import UserError
 from stillroom.evaluation.metrics import by_column
 from stillroom.experiment.workspace import Workspace
-from stillroom.files import read_json
+from stillroom.files import read_json, write_json
 from stillroom.models.hub import load_model
 from stillroom.offline_teacher_data.shards import Slice
 from stillroom.offline_teacher_data.store import SignalStore
@@ -373,6 +373,29 @@ def test_a_fine_tuned_teacher_is_another_teacher(tmp_path, teacher_ref, student_
     baselines = workspace.baselines()
     assert set(by_column(baselines["teacher"]["metrics"])) == set(by_column(baselines["student"]["metrics"]))
     assert all(value > 0 for value in baselines["teacher"]["answer_nll"].values())
+
+
+@pytest.mark.usefixtures("quick_pictures")
+def test_a_report_plans_again_only_what_has_changed(tmp_path, finished_study, monkeypatch):
+    """The study's file and its newest archive decide: a second report need not load the models' tokenizers."""
+    shutil.copytree(finished_study.results, tmp_path / "results")
+    paths = finished_study.study.paths.model_copy(update={"results": tmp_path / "results"})
+    planned = []
+    monkeypatch.setattr(Workspace, "plans", lambda self: planned.append(self.study.name))
+
+    def again(**change):
+        planned.clear()
+        Workspace(finished_study.study.model_copy(update={"paths": paths, **change})).report()
+        return len(planned)
+
+    file = tmp_path / "results" / "planned.json"
+    facts = read_json(file, "study", "snapshot")
+    facts["study"]["paths"] = paths.model_dump(mode="json")
+    write_json(file, facts)
+    assert again() == 0
+    assert again(analysis=finished_study.study.analysis.model_copy(update={"alpha": 0.01})) == 1
+    write_json(file, {**facts, "snapshot": "offline_teacher_data_earlier"})
+    assert again() == 1
 
 
 @pytest.mark.usefixtures("quick_pictures")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,7 +55,6 @@ _STYLE: Any = {
     "ytick.color": INK,
     "svg.hashsalt": "stillroom",
     "pdf.fonttype": 42,
-    "figure.constrained_layout.use": True,
 }
 _WIDTH = 3.7
 """Inches of a panel: on a phone it fills the screen, and its letters are as large as the page's notes."""
@@ -76,7 +75,7 @@ class Figure:
     """Inches of a panel."""
     key: Mapping[str, tuple[str, str]]
     """What colours stand for, each with its mark: a marker, or a line's style."""
-    names: Sequence[str] = ("0.00",)
+    names: Sequence[str] = ("00.00%",)
     """What stands left of the axis; the longest makes the margin."""
 
 
@@ -203,7 +202,7 @@ def accuracy_panel(results: StudyResults, alpha: float, measure: str, axis: Any)
     low, high = axis.get_xlim()
     axis.set_xlim(max(-0.02, low), min(1.02, high))
     axis.xaxis.set_major_formatter(PercentFormatter(1))
-    axis.xaxis.set_major_locator(MaxNLocator(5))
+    axis.xaxis.set_major_locator(MaxNLocator(4))
 
 
 def _seeds(
@@ -242,11 +241,14 @@ def curves_panel(results: StudyResults, split: str, measure: str, title: str, se
             axis.plot(curves.index, curves.mean(axis=1), color=colour, marker=MARKERS[number % 8], ms=4)
     axis.set_title(title)
     axis.set_xlabel("epoch")
-    axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    if rows["epoch"].nunique() == 1:
+        axis.set_xticks([int(rows["epoch"].iloc[0])])
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     if measure == "accuracy":
-        axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axis.yaxis.set_major_formatter(PercentFormatter(1))
     elif split == "train":
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.05 * axis.get_ylim()[1])
 
 
 def gradients_panel(results: StudyResults, group: str, axis: Any) -> None:
@@ -304,9 +306,7 @@ def save_figure(figure: Figure, folder: Path) -> Path:
     """Write PDF and SVG, all panels side by side, without dates so that the same data give the same bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = draw(figure)
-    drawn.get_layout_engine().execute(drawn)
-    drawn.set_layout_engine("none")
-    # by the formats' own methods: `savefig` draws once more before each, to lay out what has been laid out
+    # by the formats' own methods: `savefig` draws once more before each, to lay out what is laid out
     with mpl.rc_context(_STYLE):
         FigureCanvasPdf(drawn).print_pdf(folder / f"{figure.name}.pdf", metadata={"CreationDate": None})
         FigureCanvasSVG(drawn).print_svg(folder / f"{figure.name}.svg", metadata={"Date": None})
@@ -315,24 +315,48 @@ def save_figure(figure: Figure, folder: Path) -> Path:
 
 def draw(figure: Figure) -> Any:
     """All panels side by side, four in a row, what colours stand for above them."""
+    across = min(4, len(figure.panels))
+    down, wide = -(-len(figure.panels) // across), max(0.8 * _WIDTH, _left(figure) + 1.8)
+    columns = max(1, min(len(figure.key), int(wide * across / (_text_width(figure.key) + 0.6))))
+    key = 0.1 + 0.2 * -(-len(figure.key) // columns) if figure.key else 0
     with mpl.rc_context(_STYLE):
-        across = min(4, len(figure.panels))
-        down = -(-len(figure.panels) // across)
-        canvas = Canvas(figsize=(0.8 * _WIDTH * across + 0.5, figure.height * down + (0.3 if figure.key else 0)))
-        axes = canvas.subplots(down, across, squeeze=False).ravel()
-        for axis, panel in zip(axes, figure.panels, strict=False):
-            panel(axis)
-        for axis in axes[len(figure.panels) :]:
-            axis.set_visible(False)
+        canvas = Canvas(figsize=(wide * across, figure.height * down + key))
+        for number, panel in enumerate(figure.panels):
+            _draw(
+                canvas, figure, panel, (wide * (number % across), figure.height * (down - 1 - number // across)), wide
+            )
         if figure.key:
             canvas.legend(
                 [_handle(*look) for look in figure.key.values()],
                 list(figure.key),
                 frameon=False,
-                loc="outside upper left",
-                ncols=min(len(figure.key), 2 * across),
+                loc="upper left",
+                borderpad=0.2,
+                ncols=columns,
             )
     return canvas
+
+
+def _text_width(names: Iterable[str]) -> float:
+    """Inches that the longest of the names takes, about: to measure text takes as long as drawing it."""
+    return 5.6 * max(map(len, names), default=0) / 72
+
+
+def _left(figure: Figure) -> float:
+    """Inches beside a panel, for the names of what it shows."""
+    return 12 / 72 + _text_width(figure.names)
+
+
+def _draw(canvas: Any, figure: Figure, panel: Panel, corner: tuple[float, float], wide: float) -> Any:
+    """One panel in its own part of the canvas, from its lower left corner, in inches."""
+    whole = canvas.get_size_inches()
+    axis = canvas.add_axes((0, 0, 1, 1))
+    panel(axis)
+    left, below = min(0.6 * wide, _left(figure)), (32 if axis.get_xlabel() else 18) / 72
+    above = (16 if axis.get_title() else 5) / 72
+    size = (0.97 * wide - left, figure.height - below - above)
+    axis.set_position((*((corner[0] + left, corner[1] + below) / whole), *(size / whole)))
+    return axis
 
 
 def _handle(colour: str, mark: str) -> Any:
@@ -345,18 +369,9 @@ def inline_panels(figure: Figure) -> list[Markup]:
     """Each panel as SVG for the page: its letters are text, escaped, and its greys are the page's own."""
     found = []
     for panel in figure.panels:
-        # margins by the length of names: laying a panel out takes as long as drawing it
-        with mpl.rc_context({**_STYLE, "svg.fonttype": "none", "figure.constrained_layout.use": False}):
+        with mpl.rc_context({**_STYLE, "svg.fonttype": "none"}):
             canvas = Canvas(figsize=(_WIDTH, figure.height))
-            axis = canvas.subplots()
-            panel(axis)
-            left, below = 12 + 5.6 * max(map(len, figure.names)), 32 if axis.get_xlabel() else 18
-            canvas.subplots_adjust(
-                left=min(0.6, left / (72 * _WIDTH)),
-                right=0.97,
-                bottom=below / (72 * figure.height),
-                top=1 - (16 if axis.get_title() else 5) / (72 * figure.height),
-            )
+            axis = _draw(canvas, figure, panel, (0, 0), _WIDTH)
             canvas.patch.set_visible(False)
             axis.patch.set_visible(False)
             written = io.StringIO()

@@ -17,6 +17,7 @@ import torch
 
 from stillroom import offline_teacher_data as otd
 from stillroom.analysis.frame import worse_or_equal, write_summary
+from stillroom.analysis.reading import read_planned
 from stillroom.config import BASELINE_LABELS, Group, ModelRef, fingerprint
 from stillroom.data.chat_templates import chat_template_hash
 from stillroom.data.corpus import examples_digest
@@ -366,17 +367,28 @@ class Workspace(Sources):
     def report(self) -> Path:
         """Write `report.html` and its figures from what is in the results folder, for the study as it is now.
 
-        If models or teacher data are unavailable, reports the last planned study and warns.
+        Its trials are planned again only if the study, or its newest archive, is another than when they were planned
+        last. If models or teacher data are unavailable then, reports the last planned study and warns.
         """
         from stillroom.analysis.report import write_report
 
-        try:
-            self.plans()
-        except UserError as error:
-            logging.getLogger("stillroom").warning("warning: reported as planned last, since: %s", error)
+        if not self._is_planned():
+            try:
+                self.plans()
+            except UserError as error:
+                logging.getLogger("stillroom").warning("warning: reported as planned last, since: %s", error)
         path = write_report(self.results)
         self.tracker.log_report(path)
         return path
+
+    def _is_planned(self) -> bool:
+        """Whether the last plan was made for this study and its newest archive."""
+        try:
+            planned = read_planned(self.results)
+        except UserError:
+            return False
+        newest = [path.name for path in otd.snapshots_of(self.store_path)[-1:]]
+        return [planned["snapshot"]] == newest and planned["study"] == self.study.model_dump(mode="json")
 
     @cached_property
     def tracker(self) -> Tracker:
