@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.config import Study
-from stillroom.experiment.tracked import flat, history, written
+from stillroom.experiment.tracked import flat, history, missing, written
 from stillroom.files import read_json
 from stillroom.folders import TrialFolder
 
@@ -103,11 +103,11 @@ class MLflowRuns:
                 pass
 
     def check_beforehand(self) -> None:
-        """The same of a local file, without its tables, whose making takes seconds: MLflow is here, the file sound."""
+        """The same of a local file, without what takes seconds, importing MLflow and making its tables."""
         if os.environ.get("MLFLOW_TRACKING_URI"):  # a server gets the study's own run, which it will have anyway
             return self.check()
-        import mlflow  # noqa: F401 - that it can be
-
+        if importlib.util.find_spec("mlflow") is None:
+            raise missing("mlflow", "mlflow")
         _require_sound(self.results / "mlflow.db")
         return None
 

@@ -55,11 +55,11 @@ def examine(study: Study) -> list[Finding]:
     """Everything that can be known without loading weights; the tracker, and Ray if it runs the trials, are tried."""
     findings = [_packages(), *_precision(study)]
     study = resolve_precision(study)
-    findings += [*_models(study), *_optimizers(study)]
     importlib.import_module("datasets")  # before there are two threads, which must not import it at once
-    planned = _beside(lambda: _planned(study))  # Ray takes as long to start as the corpus to be drawn
+    # Ray takes as long to start as models to be tried and the corpus to be drawn
+    study_itself = _beside(lambda: [*_models(study), *_optimizers(study), *_planned(study)])
     services = [*_trackers(study), _launcher(study)]
-    return [*findings, *planned(), *services]
+    return [*findings, *study_itself(), *services]
 
 
 def _beside(action: Callable[[], T]) -> Callable[[], T]:
