@@ -229,6 +229,14 @@ def evaluation(inputs: Inputs, figures: Figures) -> None:
     few = min(map(len, texts.values()))
     first, *others = (generated[:few] for generated in texts.values())
     figures["texts that differ between batch sizes"] = [sum(map(str.__ne__, first, generated)) for generated in others]
+    fixed = one.model_copy(update={"static_cache": True})
+    began = time.perf_counter()
+    replayed = generate(scored, tokenizer, asked, fixed)
+    taken = time.perf_counter() - began
+    figures[f"… with evaluation.static_cache, {size} at once: ms per decoding step, at most"] = (
+        1000 * taken / (math.ceil(len(asked) / size) * limit)
+    )
+    figures["texts that differ with it"] = sum(map(str.__ne__, texts[size], replayed))
 
 
 def _one_trial(inputs: Inputs, folder: Path, report: Callable[[Figures], None] = lambda metrics: None) -> Figures:

@@ -106,6 +106,10 @@ class Evaluation(Section):
     )
     batch_tokens: int = Field(8192, ge=1, description="tokens per scoring batch, including padding")
     generation_batch_size: int = Field(32, ge=1, description="prompts per generation batch; on a GPU, 256 by default")
+    static_cache: bool = later(
+        False,
+        description="generate with a cache of fixed size; on a GPU, each step is then the replay of a CUDA graph",
+    )
     max_new_tokens: int = Field(256, ge=1, description="maximum tokens in a generated answer")
     test_splits: dict[Name, BenchmarkSplit] = Field(
         {}, description="the benchmarks' own splits, by task, and tasks of the harness; default none"

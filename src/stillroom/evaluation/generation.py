@@ -13,6 +13,7 @@ from torch import Tensor
 from stillroom.config import Evaluation
 from stillroom.data.chat_templates import encode_prompts, turn_ends
 from stillroom.data.tasks import Example, task_of
+from stillroom.evaluation.decoding import Decoder, Fixed, Growing
 from stillroom.models.forward import padded
 from stillroom.progress import Progress, silent
 
@@ -91,7 +92,10 @@ def continuations(
         for first in range(0, len(order), size):
             batch = order[first : first + size]
             ids, mask = padded([encodings[n] for n in batch], "left", model.device)
-            rows = _continued(model, tokenizer, ids, mask, settings.max_new_tokens, stops, stop)
+            limit = settings.max_new_tokens
+            fixed = settings.static_cache
+            decoder = Fixed(model, ids, mask, limit) if fixed else Growing(model, tokenizer, ids, mask, stops)
+            rows = _continued(decoder, tokenizer, len(batch), limit, stops, stop)
             for n, row in zip(batch, rows, strict=True):
                 ended = torch.isin(row, torch.tensor(stops, device=row.device)).nonzero()
                 row = row[: ended[0, 0]] if len(ended) else row
@@ -112,41 +116,20 @@ def _stops(model: transformers.PreTrainedModel, tokenizer: Any) -> list[int]:
 
 
 def _continued(
-    model: transformers.PreTrainedModel,
-    tokenizer: Any,
-    ids: Int[Tensor, "B T"],
-    mask: Int[Tensor, "B T"],
-    limit: int,
-    stops: list[int],
-    texts: Sequence[str],
+    decoder: Decoder, tokenizer: Any, count: int, limit: int, stops: list[int], texts: Sequence[str]
 ) -> list[Int[Tensor, "_"]]:
-    """What follows each row of left-padded ids, at most `limit` tokens; one that has ended leaves the batch."""
-    start, cache = ids.shape[1], transformers.DynamicCache(config=model.config)
-    found, rows = [ids[0]] * len(ids), torch.arange(len(ids))
-    ending = torch.tensor(stops, device=ids.device)
+    """What follows each of `count` prompts, at most `limit` tokens, or whatever came after its end."""
+    found, rows = [torch.empty(0, dtype=torch.int64)] * count, torch.arange(count)
     for made in range(0, limit, _STRETCH):
-        greedy = transformers.GenerationConfig(
-            do_sample=False,
-            max_new_tokens=min(_STRETCH, limit - made),
-            eos_token_id=stops,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        )
-        model.generation_config = greedy  # a model's own penalties must not count
-        ids = model.generate(ids, attention_mask=mask, generation_config=greedy, cache=cache)
-        mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+        ids = decoder.more(min(_STRETCH, limit - made))
         for n, row in zip(rows.tolist(), ids, strict=True):
-            found[n] = row[start:]
-        ended = torch.isin(ids[:, start:], ending).any(1).cpu()
-        ended |= torch.tensor(
-            [_begins(continuation, texts) is not None for continuation in tokenizer.batch_decode(ids[:, start:])]
-        )
+            found[n] = row
+        ended = torch.isin(ids, torch.tensor(stops, device=ids.device)).any(1).cpu()
+        ended |= torch.tensor([_begins(made_text, texts) is not None for made_text in tokenizer.batch_decode(ids)])
         if ended.all():
             break
-        if ended.any():
-            kept = (~ended).nonzero()[:, 0]
-            rows, kept = rows[kept], kept.to(ids.device)
-            ids, mask = ids[kept], mask[kept]
-            cache.batch_select_indices(kept)
+        if ended.any() and decoder.keep(~ended):
+            rows = rows[~ended]
     return found
 
 

@@ -25,6 +25,7 @@ from stillroom.data.tasks import Example, task_of
 from stillroom.data.vocabulary import largest_id
 from stillroom.errors import UserError
 from stillroom.evaluation.baselines import Baseline
+from stillroom.evaluation.decoding import fixed_cache
 from stillroom.evaluation.harness_tasks import Harness, harness_files
 from stillroom.files import exclusive, remove_leftovers
 from stillroom.folders import ResultsFolder
@@ -72,6 +73,8 @@ class Sources:
         if not self.study.signals.imported:
             models.insert(0, (self.teacher_ref, True))
         for ref, captured in models:
+            if self.study.evaluation.static_cache:
+                fixed_cache(load_config(ref), self.study.corpus.max_length + self.study.evaluation.max_new_tokens)
             if (model := try_miniature(load_config(ref))) is not None:
                 (check_capture if captured else check_model)(model, PROBE)
         self._supported = True

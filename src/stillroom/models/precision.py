@@ -7,6 +7,7 @@ import gc
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -33,6 +34,11 @@ def native_bfloat16(device: torch.device | None = None) -> bool:
         return device.type != "cpu" or platform.machine() == "arm64"  # Apple's processors have them
     flags = {word for line in described.splitlines() if line.startswith(("flags", "Features")) for word in line.split()}
     return bool(flags & {"avx512_bf16", "amx_bf16", "bf16", "svebf16"})
+
+
+def is_sharded(value: Any) -> bool:
+    """Whether a tensor is a DTensor, by what that alone has: its module takes a second to import."""
+    return isinstance(value, torch.Tensor) and hasattr(value, "full_tensor")
 
 
 def resolve_precision(study: Study) -> Study:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from stillroom.models.forward import blocks_of
-from stillroom.models.precision import release_memory
+from stillroom.models.precision import is_sharded, release_memory
 from stillroom.training.distillation_student import DistillationStudent
 
 T = TypeVar("T")
@@ -112,7 +112,7 @@ def gathered(values: Any, here: bool = True) -> Any:
     """
 
     def whole(value: Any) -> Any:
-        if not _is_sharded(value):
+        if not is_sharded(value):
             return value
         tensor = value.full_tensor()
         return tensor.cpu() if here else None
@@ -122,7 +122,7 @@ def gathered(values: Any, here: bool = True) -> Any:
 
 def part_of(value: Tensor, like: Tensor) -> Tensor:
     """A whole tensor's part in this process, sharded as `like` is; itself where that is whole."""
-    if not _is_sharded(like):
+    if not is_sharded(like):
         return value
     from torch.distributed.tensor import distribute_tensor
 
@@ -133,13 +133,8 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
 def whole_norm(tensors: Sequence[Tensor]) -> Tensor:
     """The norm of all tensors together, sharded or not."""
     norm: Any = torch.nn.utils.get_total_norm(tensors)
-    whole: Tensor = norm.full_tensor() if _is_sharded(norm) else norm
+    whole: Tensor = norm.full_tensor() if is_sharded(norm) else norm
     return whole
-
-
-def _is_sharded(value: Any) -> bool:
-    """Whether it is a DTensor, by what that alone has: its module takes a second to import."""
-    return isinstance(value, Tensor) and hasattr(value, "full_tensor")
 
 
 @torch.no_grad()

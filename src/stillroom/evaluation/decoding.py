@@ -1,0 +1,158 @@
+"""Greedy decoding of one batch of prompts, step by step, with a cache that grows or one of a fixed size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import transformers
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from stillroom.errors import UserError
+from stillroom.models.precision import is_sharded
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """Prompts of a batch and what has been made after each of them."""
+
+    def more(self, count: int) -> Int[Tensor, "B N"]:
+        """Make so many tokens more for each; returns all that were made."""
+
+    def keep(self, wanted: Bool[Tensor, "B"]) -> bool:
+        """Leave the other rows out from now on, if that pays; returns whether they are."""
+
+
+class Growing:
+    """Transformers' own `generate`, a piece at a time, with a cache that grows and rows that leave it."""
+
+    def __init__(
+        self,
+        model: transformers.PreTrainedModel,
+        tokenizer: Any,
+        ids: Int[Tensor, "B T"],
+        mask: Int[Tensor, "B T"],
+        stops: Sequence[int],
+    ) -> None:
+        """Prompts padded on the left. A row ends at one of `stops`; the model's generation config is replaced."""
+        self._model, self._ids, self._mask, self._start = model, ids, mask, ids.shape[1]
+        self._cache = transformers.DynamicCache(config=model.config)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self._greedy = {"do_sample": False, "eos_token_id": list(stops), "pad_token_id": pad}
+
+    def more(self, count: int) -> Int[Tensor, "B N"]:
+        """Make so many tokens more for each, or until all rows have ended; returns all that were made."""
+        greedy = transformers.GenerationConfig(**self._greedy, max_new_tokens=count)
+        self._model.generation_config = greedy  # a model's own penalties must not count
+        self._ids = self._model.generate(
+            self._ids, attention_mask=self._mask, generation_config=greedy, cache=self._cache
+        )
+        self._mask = torch.nn.functional.pad(self._mask, (0, self._ids.shape[1] - self._mask.shape[1]), value=1)
+        return self._ids[:, self._start :]
+
+    def keep(self, wanted: Bool[Tensor, "B"]) -> bool:
+        """The other rows leave the batch and its cache."""
+        kept = wanted.nonzero()[:, 0].to(self._ids.device)
+        self._ids, self._mask = self._ids[kept], self._mask[kept]
+        self._cache.batch_select_indices(kept)
+        return True
+
+
+def fixed_cache(config: Any, room: int) -> transformers.Cache:
+    """A cache with room for so many tokens in every layer. `UserError` names a layer that has no such cache.
+
+    A sliding window as wide as the room hides nothing, and its layer is as any other. Transformers' own cache of a
+    narrower one counts on the host, which the replay of a recorded step does not.
+    """
+    kinds = transformers.cache_utils
+    layers = transformers.StaticCache(config=config, max_cache_len=room).layers
+    for number, layer in enumerate(layers, start=1):
+        whole = type(layer) in (kinds.StaticLayer, kinds.StaticSlidingWindowLayer) and layer.max_cache_len == room
+        if not whole:
+            raise UserError(
+                f"evaluation.static_cache: layer {number} of {config.model_type} does not attend to all of {room} "
+                "tokens; leave it out"
+            )
+    return transformers.Cache(layers=[kinds.StaticLayer(max_cache_len=room) for _ in layers])
+
+
+class Fixed:
+    """Steps that all compute the same shapes in the same memory, with a cache that has room for every token.
+
+    On a GPU one step is recorded as a CUDA graph and replayed: to launch its hundreds of kernels one by one takes
+    longer than to run them. A row that has ended may stay; its further tokens mean nothing.
+    """
+
+    def __init__(
+        self, model: transformers.PreTrainedModel, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"], limit: int
+    ) -> None:
+        """Prompts padded on the left; `limit`: the most tokens to make. `UserError` if a layer has no such cache."""
+        self._cache = fixed_cache(model.config, ids.shape[1] + limit)
+        self._model, self._step, self._count = model, None, 0
+        self._mask = torch.nn.functional.pad(mask, (0, limit), value=1)  # causality hides what is not there yet
+        self._token, self._position = ids, (mask.cumsum(1) - 1).clamp(min=0)
+        self._made, self._place = ids.new_zeros(len(ids), limit), ids.new_zeros(len(ids), 1)
+
+    _step: Callable[[], None] | None
+
+    def more(self, count: int) -> Int[Tensor, "B N"]:
+        """Make so many tokens more for each; returns all that were made."""
+        for _ in range(count):
+            if self._count == 0:
+                self._read_prompts()
+            elif self._step is None:
+                self._next()  # not recorded: libraries set themselves up in a first run
+                self._step = self._recorded()
+            else:
+                self._step()
+            self._count += 1
+        return self._made[:, : self._count]
+
+    def keep(self, wanted: Bool[Tensor, "B"]) -> bool:
+        """The other rows leave once half of them can: the next step must be recorded again."""
+        if 2 * int(wanted.sum()) > len(wanted):
+            return False
+        kept = wanted.nonzero()[:, 0].to(self._made.device)
+        self._cache.reorder_cache(kept)
+        for name in ("_mask", "_token", "_position", "_made", "_place"):
+            setattr(self, name, getattr(self, name)[kept])
+        self._step = None
+        return True
+
+    def _read_prompts(self) -> None:
+        token = self._likeliest()
+        self._token, self._position = token, self._position[:, -1:] + 1
+        self._made[:, :1] = token
+        self._place += 1
+
+    def _next(self) -> None:
+        """One token for each row; nothing is asked of the device, and no tensor that stays is replaced."""
+        self._token.copy_(self._likeliest())
+        self._made.scatter_(1, self._place, self._token)
+        self._position += 1
+        self._place += 1
+
+    def _likeliest(self) -> Int[Tensor, "B 1"]:
+        logits = self._model(
+            input_ids=self._token,
+            attention_mask=self._mask,
+            position_ids=self._position,
+            cache=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        return torch.as_tensor(logits[:, -1:].argmax(-1))
+
+    def _recorded(self) -> Callable[[], None]:
+        """A step as a CUDA graph; as it is, on a CPU and where weights are spread over devices or processes."""
+        weights = list(self._model.parameters())
+        if {weight.device.type for weight in weights} != {"cuda"} or len({weight.device for weight in weights}) > 1:
+            return self._next
+        if any(is_sharded(weight) for weight in weights):
+            return self._next
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._next()
+        return graph.replay

@@ -1,0 +1,137 @@
+"""Decoding with a cache of fixed size makes the tokens that Transformers' own `generate` makes, recorded or not."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
+from transformers.utils import import_utils
+
+from setups import EVALUATION
+from stillroom.config import Evaluation, fingerprint
+from stillroom.errors import UserError
+from stillroom.evaluation.decoding import Fixed, Growing, fixed_cache
+from stillroom.evaluation.generation import continuations, generate
+
+SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+CONFIGS = {
+    "llama": transformers.LlamaConfig(num_key_value_heads=2, initializer_range=0.3, **SIZES),
+    "mistral": transformers.MistralConfig(num_key_value_heads=2, initializer_range=0.3, sliding_window=21, **SIZES),
+    "gemma2": transformers.Gemma2Config(
+        num_key_value_heads=2, head_dim=8, initializer_range=0.3, sliding_window=30, **SIZES
+    ),
+    "qwen3": transformers.Qwen3Config(num_key_value_heads=2, head_dim=8, initializer_range=0.3, **SIZES),
+    "gpt2": transformers.GPT2Config(vocab_size=96, n_embd=32, n_layer=3, n_head=4, initializer_range=0.3),
+    "gpt_neox": transformers.GPTNeoXConfig(initializer_range=0.3, **SIZES),
+    "opt": transformers.OPTConfig(ffn_dim=64, init_std=0.3, **{k: v for k, v in SIZES.items() if k[0] != "i"}),
+}
+
+
+class Recording(TorchDispatchMode):
+    """What a CUDA graph is: the operations of one run, to be done again on the same memory with no Python between."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten._local_scalar_dense.default, "the host waits for a number"
+        made = function(*args, **(kwargs or {}))
+        self.operations.append((function, args, kwargs or {}, made))
+        return made
+
+    def replay(self):
+        """Do it again."""
+        for function, args, kwargs, made in self.operations:
+            again = function(*args, **kwargs)
+            for place, value in zip(tree_leaves(made), tree_leaves(again), strict=True):
+                if isinstance(place, torch.Tensor) and place.data_ptr() != value.data_ptr():
+                    place.copy_(value)
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Steps are recorded as on a GPU; returns how many operations each recording has."""
+    sizes = []
+
+    def record(decoder):
+        recording = Recording()
+        before = [tensor.clone() for tensor in _state(decoder)]
+        with monkeypatch.context() as patch, recording:
+            patch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
+            decoder._next()
+        for tensor, value in zip(_state(decoder), before, strict=True):  # a graph computes nothing while it is recorded
+            tensor.copy_(value)
+        sizes.append(len(recording.operations))
+        return recording.replay
+
+    monkeypatch.setattr(Fixed, "_recorded", record)
+    return sizes
+
+
+def _state(decoder):
+    kept = [decoder._token, decoder._position, decoder._made, decoder._place]
+    return kept + [t for layer in decoder._cache.layers for t in (layer.keys, layer.values, layer.cumulative_length)]
+
+
+@torch.no_grad()
+def both(name, limit, count):
+    """The tokens that either decoder makes after three prompts of different lengths."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).eval()
+    ids, mask = torch.randint(3, 90, (3, 9)), torch.ones(3, 9, dtype=torch.int64)
+    mask[0, :6], mask[2, :1] = 0, 0
+    tokenizer = type("Tokenizer", (), {"pad_token_id": 0, "eos_token_id": 1})
+    growing, fixed = Growing(model, tokenizer, ids, mask, [1000]), Fixed(model, ids, mask, limit)
+    for made in range(0, limit, count):
+        expected, found = (decoder.more(min(count, limit - made)) for decoder in (growing, fixed))
+    assert expected.shape == found.shape == (3, limit)
+    return expected, found
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("count", [5, 1])
+def test_a_fixed_cache_makes_the_same_tokens(name, count):
+    """Prompts of different lengths, several architectures, looked at often or seldom."""
+    expected, found = both(name, 12, count)
+    assert torch.equal(found, expected)
+    assert len(expected.unique()) > 4
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_step_can_be_recorded_and_replayed(name, recorded):
+    """As a CUDA graph is: no number comes to the host, nothing but fixed memory changes from step to step."""
+    expected, found = both(name, 12, 4)
+    assert torch.equal(found, expected)
+    assert len(recorded) == 1
+
+
+def test_texts_are_the_same_while_rows_end_and_leave(model, tokenizer, examples, recorded, monkeypatch):
+    """Rows that have ended stay until half of them can go; then the step is recorded again."""
+    monkeypatch.setattr("stillroom.evaluation.generation._STRETCH", 2)
+    prompts = [e for e in examples.train if not e.choices][:9]
+    free = generate(model, tokenizer, prompts, Evaluation(max_new_tokens=40))
+    stops = tuple(text[place : place + 2] for place, text in enumerate(free[:7]))
+    expected = continuations(model, tokenizer, prompts, Evaluation(max_new_tokens=40), stops)
+    settings = Evaluation(max_new_tokens=40, static_cache=True)
+    assert continuations(model, tokenizer, prompts, settings, stops) == expected
+    assert len({len(text) for text, _ in expected}) > 2
+    assert len(recorded) > 1
+
+
+def test_layers_that_see_a_window_are_refused_by_name():
+    """Their cache counts tokens on the host: a recorded step would go on writing to one place."""
+    config = transformers.Gemma2Config(num_key_value_heads=2, head_dim=8, sliding_window=20, **SIZES)
+    with pytest.raises(UserError, match=r"evaluation\.static_cache: layer 1 of gemma2 does not attend to all of 21"):
+        fixed_cache(config, 21)
+
+
+def test_studies_without_it_keep_their_fingerprints():
+    """A field that came later is not named at its default."""
+    assert "static_cache" not in EVALUATION.model_dump()
+    assert fingerprint(EVALUATION) != fingerprint(EVALUATION.model_copy(update={"static_cache": True}))
