@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillroom.config import Corpus, TaskColumns, TaskData
+from stillroom.data import json_lists
 from stillroom.data import rows as rows_module
 from stillroom.data.corpus import _rank, build_corpus
 from stillroom.data.rows import load_rows, source_digest
@@ -101,6 +102,16 @@ def test_a_folder_gives_a_split_by_its_file_or_as_datasets_saved_it(tmp_path):
         ("a.json", '[{"question": ' + "9" * 5000 + "}]", "a.json, row 1: a number has too many digits"),
         ("a.json", "[" + '{"a":' * 100000, "a.json, row 1: nested too deeply"),
         ("a.json", "[]", "a.json has no rows"),
+        ("a.json", '{"data": []}', "a.json has no rows"),
+        ("a.json", "{}", "a.json: expected a list of objects"),
+        ("a.json", "3", "a.json: expected a list of objects"),
+        ("a.json", "", "a.json: not valid JSON: Expecting value"),
+        ("a.json", '{"a": [{"question": 1}], "b": []}', "a.json: expected a list of objects"),
+        ("a.json", '{"a": [{"question": 1}], 3: 4}', "a.json: not valid JSON: Expecting property name"),
+        ("a.json", '{"a": [{"question": 1}]', "a.json: not valid JSON: Expecting ',' delimiter"),
+        ("a.json", '{"a" [{"question": 1}]}', "a.json: not valid JSON: Expecting ':' delimiter"),
+        ("a.json", '{"a": [{"question": 1}, 2]}', "a.json, row 2: expected an object, not '2'"),
+        ("a.json", '{"a": [{"question": 1}]} 2', "a.json: not valid JSON: there is more after the object's end"),
         ("a.jsonl.gz", "no gzip", "a.jsonl.gz cannot be read: Not a gzipped file"),
         ("a.jsonl.zst", "no zstd", "a.jsonl.zst cannot be read"),
         ("a.parquet", "no parquet", "a.parquet cannot be loaded"),
@@ -126,20 +137,28 @@ VALUES = st.recursive(
     piece=st.integers(1, 24),
     indent=st.sampled_from([None, 1]),
     escaped=st.booleans(),
+    around=st.none() | st.lists(st.tuples(st.text(max_size=3), VALUES), max_size=4),
+    place=st.integers(0, 4),
 )
-def test_a_list_read_in_pieces_is_what_it_is_as_a_whole(tmp_path_factory, rows, piece, indent, escaped):
-    """Wherever the pieces part it: in a number, a name, an escape, a surrogate pair."""
-    text = json.dumps(rows, indent=indent, ensure_ascii=escaped)
+def test_a_list_read_in_pieces_is_what_it_is_as_a_whole(tmp_path_factory, rows, piece, indent, escaped, around, place):
+    """Wherever the pieces part it: in a number, a name, an escape, a surrogate pair. Alone, or among other members."""
+    whole = rows
+    if around is not None:
+        members = [(f"{n}{name}", value) for n, (name, value) in enumerate(around) if not isinstance(value, list)]
+        whole = dict([*members[:place], ("data", rows), *members[place:]])
+    text = json.dumps(whole, indent=indent, ensure_ascii=escaped)
     path = tmp_path_factory.mktemp("pieces") / "a.json"
     path.write_text(text, "utf-8", errors="replace", newline="")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows_module, "_PIECE", piece)
+        for module in (rows_module, json_lists):
+            patch.setattr(module, "PIECE", piece)
         found = list(rows_module._read_json(path))
-    assert repr(found) == repr(json.loads(path.read_text("utf-8")))
+    expected = json.loads(path.read_text("utf-8"))
+    assert repr(found) == repr(expected if around is None else expected["data"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.jsonl.zst", "a.parquet", "saved"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "inside.json", "a.csv", "a.jsonl.zst", "a.parquet", "saved"])
 def test_what_is_held_of_a_large_source_is_what_is_asked_for(tmp_path, name):
     """Of 10 MB half at most, and the examples are those that a sort of all rows chooses."""
     from datasets import Dataset
@@ -154,7 +173,8 @@ def test_what_is_held_of_a_large_source_is_what_is_asked_for(tmp_path, name):
     elif name == "saved":
         Dataset.from_list(rows).save_to_disk(tmp_path / name)
     else:
-        text = json.dumps(rows).encode() if name == "a.json" else text
+        text = json.dumps(rows).encode() if name.endswith(".json") else text
+        text = b'{"version": 1, "data": ' + text + b"}" if name == "inside.json" else text
         (tmp_path / name).write_bytes(pa.compress(text, "zstd", asbytes=True) if name.endswith("zst") else text)
     task, data = task_and_data(tmp_path / name)
     every = sorted((task.build(row) for row in rows), key=lambda e: _rank(e.example_id, "sample0"))

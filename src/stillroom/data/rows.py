@@ -8,10 +8,8 @@ import gzip
 import io
 import json
 import lzma
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stillroom.config import TaskData
+from stillroom.data.json_lists import PIECE, json_rows
 from stillroom.data.tasks import Task
 from stillroom.errors import UserError
 from stillroom.files import file_sha256
@@ -51,11 +50,6 @@ _NOT_READ = {
 
 
 CHANGED = "changed while it was read; run the command again when it is complete"
-_PIECE = 2**16
-"""Characters of a list that are read at a time."""
-_LONGEST_LITERAL = 16
-"""Characters that the end of a piece can leave of a number, a name or an escape, with which no error is certain."""
-_BLANK = re.compile(r"[ \t\n\r]*")
 _AT_ONCE = 256
 """Rows of a column file that are held at a time."""
 
@@ -162,11 +156,6 @@ def _lines(path: Path) -> Iterator[str]:
     return _text(path, iter)
 
 
-def _pieces(path: Path) -> Iterator[str]:
-    """A text file's characters, `_PIECE` of them at a time."""
-    return _text(path, lambda text: iter(partial(text.read, _PIECE), ""))
-
-
 def _text(path: Path, parts: Callable[[IO[str]], Iterator[str]]) -> Iterator[str]:
     """Parts of a text file, whatever it is compressed with, without a byte order mark."""
     opener = _OPENERS.get(path.suffix.lower(), lambda plain: plain.open("rb"))
@@ -204,55 +193,7 @@ def _json(text: str, where: str) -> Any:
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    """A list of objects, alone or as the one list in an object, which is then read whole."""
-    text = _pieces(path)
-    start = next((piece for piece in text if piece.strip()), "")
-    if start.lstrip().startswith("["):
-        elements = _elements(start.lstrip()[1:], text, path)
-    else:
-        whole = _json(start + "".join(text), str(path))
-        lists = [value for value in whole.values() if isinstance(value, list)] if isinstance(whole, dict) else []
-        if len(lists) != 1:
-            raise UserError(f"{path}: expected a list of objects; one object per line is a `.jsonl` file")
-        elements = iter(lists[0])
-    for number, row in enumerate(elements, 1):
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, row {number}: expected an object, not {str(row)[:60]!r}")
-        yield row
-
-
-def _elements(text: str, more: Iterator[str], path: Path) -> Iterator[Any]:
-    """The elements of a JSON list after its bracket: what is held is the longest of them, and a piece or two."""
-    decoder, number, place = json.JSONDecoder(), 1, 0
-    while True:
-        place = _BLANK.match(text, place).end()  # type: ignore[union-attr]  # matches nothing, too
-        try:
-            if text[place : place + 1] == "]" and number == 1:
-                end = place
-            else:
-                element, end = decoder.raw_decode(text, place)
-                end = _BLANK.match(text, end).end()  # type: ignore[union-attr]
-                if text[end : end + 1] not in (",", "]"):
-                    raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
-                yield element
-                number += 1
-        except json.JSONDecodeError as error:
-            rest = text[place:]
-            added = "".join(islice(more, 1 + len(rest) // _PIECE))
-            ended = error.pos < len(text) - _LONGEST_LITERAL and not error.msg.startswith("Unterminated string")
-            if not added or ended:
-                raise UserError(f"{path}, row {number}: not valid JSON: {error.msg}") from None
-            text, place = rest + added, 0
-            continue
-        except RecursionError:
-            raise UserError(f"{path}, row {number}: nested too deeply to be read; remove it") from None
-        except ValueError:  # Python's limit, which is no fault of the JSON
-            raise UserError(f"{path}, row {number}: a number has too many digits; write it as text") from None
-        if text[end] == "]":
-            if text[end + 1 :].strip() or any(piece.strip() for piece in more):
-                raise UserError(f"{path}: not valid JSON: there is more after the list's end")
-            return
-        place = end + 1
+    return json_rows(_text(path, lambda text: iter(partial(text.read, PIECE), "")), path)
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
