@@ -8,6 +8,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Ray lowers its workers' priority to 15, at which they stand still beside the other tests' processes
+os.environ.setdefault("RAY_worker_niceness", "0")
 # models this small gain nothing from a second thread, and lose much where other processes want the cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
