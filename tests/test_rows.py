@@ -11,7 +11,7 @@ import tracemalloc
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from stillroom.config import Corpus, TaskColumns, TaskData
@@ -131,7 +131,8 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
+@example(rows=[], piece=1, indent=None, escaped=True, around=[("", 1.5), ("", -2.5e-300)], place=2)
 @given(
     rows=st.lists(st.dictionaries(st.text(max_size=3), VALUES, max_size=3), max_size=5),
     piece=st.integers(1, 24),

@@ -16,6 +16,8 @@ PIECE = 2**16
 _LONGEST_LITERAL = 16
 """Characters that the end of a piece can leave of a number, a name or an escape, with which no error is certain."""
 _BLANK = re.compile(r"[ \t\n\r]*")
+_ENDS = " \t\n\r,:]}"
+"""What can follow a value."""
 _DECODER = json.JSONDecoder()
 _NO_LIST = "expected a list of objects; one object per line is a `.jsonl` file"
 
@@ -101,12 +103,13 @@ class _Reader:
         return mark
 
     def _value(self, where: str) -> Any:
-        """What begins here, whole: as much is read as it takes, and one character that ends a number."""
+        """What begins here, whole: as much is read as it takes, and what shows its end."""
         while True:
             self.peek()
             try:
                 value, end = _DECODER.raw_decode(self._text, self._place)
-                if end < len(self._text) or not self._read_more():
+                left = len(self._text) - end  # without a mark after it, `1` may be the beginning of `1.5e3`
+                if left > _LONGEST_LITERAL or (left and self._text[end] in _ENDS) or not self._read_more():
                     self._place = end
                     return value
             except json.JSONDecodeError as error:
