@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -71,6 +73,7 @@ def recorded(monkeypatch):
         return recording.replay
 
     monkeypatch.setattr(Fixed, "_recorded", record)
+    monkeypatch.setattr("stillroom.evaluation.decoding._can_be_recorded", lambda model: True)
     return sizes
 
 
@@ -135,3 +138,19 @@ def test_studies_without_it_keep_their_fingerprints():
     """A field that came later is not named at its default."""
     assert "static_cache" not in EVALUATION.model_dump()
     assert fingerprint(EVALUATION) != fingerprint(EVALUATION.model_copy(update={"static_cache": True}))
+
+
+@torch.no_grad()
+def test_a_decoder_leaves_with_its_last_reference():
+    """A cache of gigabytes must not wait for the garbage collector while the next batch makes its own."""
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS["llama"])).eval()
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    decoder = Fixed(model, ids, ids, 4)
+    decoder.more(4)
+    gone = weakref.ref(decoder)
+    gc.disable()
+    try:
+        del decoder
+        assert gone() is None
+    finally:
+        gc.enable()

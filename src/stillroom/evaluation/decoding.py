@@ -90,23 +90,23 @@ class Fixed:
     ) -> None:
         """Prompts padded on the left; `limit`: the most tokens to make. `UserError` if a layer has no such cache."""
         self._cache = fixed_cache(model.config, ids.shape[1] + limit)
-        self._model, self._step, self._count = model, None, 0
+        self._model, self._count = model, 0
+        self._replay: Callable[[], None] | None = None
+        self._can_be_recorded = _can_be_recorded(model)
         self._mask = torch.nn.functional.pad(mask, (0, limit), value=1)  # causality hides what is not there yet
         self._token, self._position = ids, (mask.cumsum(1) - 1).clamp(min=0)
         self._made, self._place = ids.new_zeros(len(ids), limit), ids.new_zeros(len(ids), 1)
-
-    _step: Callable[[], None] | None
 
     def more(self, count: int) -> Int[Tensor, "B N"]:
         """Make so many tokens more for each; returns all that were made."""
         for _ in range(count):
             if self._count == 0:
                 self._read_prompts()
-            elif self._step is None:
-                self._next()  # not recorded: libraries set themselves up in a first run
-                self._step = self._recorded()
+            elif self._replay is not None:
+                self._replay()
             else:
-                self._step()
+                self._next()  # not recorded: libraries set themselves up in a first run
+                self._replay = self._recorded() if self._can_be_recorded else None
             self._count += 1
         return self._made[:, : self._count]
 
@@ -118,7 +118,7 @@ class Fixed:
         self._cache.reorder_cache(kept)
         for name in ("_mask", "_token", "_position", "_made", "_place"):
             setattr(self, name, getattr(self, name)[kept])
-        self._step = None
+        self._replay = None
         return True
 
     def _read_prompts(self) -> None:
@@ -146,13 +146,18 @@ class Fixed:
         return torch.as_tensor(logits[:, -1:].argmax(-1))
 
     def _recorded(self) -> Callable[[], None]:
-        """A step as a CUDA graph; as it is, on a CPU and where weights are spread over devices or processes."""
-        weights = list(self._model.parameters())
-        if {weight.device.type for weight in weights} != {"cuda"} or len({weight.device for weight in weights}) > 1:
-            return self._next
-        if any(is_sharded(weight) for weight in weights):
-            return self._next
+        """A step as a CUDA graph."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._next()
         return graph.replay
+
+
+def _can_be_recorded(model: transformers.PreTrainedModel) -> bool:
+    """Whether all weights are on one GPU, none shared out over processes."""
+    weights = list(model.parameters())
+    return (
+        {w.device.type for w in weights} == {"cuda"}
+        and len({w.device for w in weights}) == 1
+        and not any(map(is_sharded, weights))
+    )
