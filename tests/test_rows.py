@@ -101,6 +101,8 @@ def test_a_folder_gives_a_split_by_its_file_or_as_datasets_saved_it(tmp_path):
         ("a.json", '[{"question": 1}] 2', "a.json: not valid JSON: there is more after the list's end"),
         ("a.json", '[{"question": ' + "9" * 5000 + "}]", "a.json, row 1: a number has too many digits"),
         ("a.json", "[" + '{"a":' * 100000, "a.json, row 1: nested too deeply"),
+        ("a.json", '[{"question": 1}q]', "a.json, row 1: not valid JSON: Expecting ',' delimiter"),
+        ("a.json", '{"m"": 1, "d": []}', "a.json: not valid JSON: Expecting ':' delimiter"),
         ("a.json", "[]", "a.json has no rows"),
         ("a.json", '{"data": []}', "a.json has no rows"),
         ("a.json", "{}", "a.json: expected a list of objects"),

@@ -125,5 +125,6 @@ class _Reader:
         """Whether there was more; as much again as is held, so that a long value is not decoded too often."""
         rest = self._text[self._place :]
         added = "".join(islice(self._more, 1 + len(rest) // PIECE))
-        self._text, self._place = rest + added, 0
+        if added:  # else a place in the text still counts
+            self._text, self._place = rest + added, 0
         return bool(added)
