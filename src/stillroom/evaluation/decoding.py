@@ -89,6 +89,8 @@ class Fixed:
         self, model: transformers.PreTrainedModel, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"], limit: int
     ) -> None:
         """Prompts padded on the left; `limit`: the most tokens to make. `UserError` if a layer has no such cache."""
+        if not getattr(model, "_can_compile_fullgraph", False):  # its windows or states are not in its configuration
+            raise UserError(f"evaluation.static_cache: {type(model).__name__} does not support it; leave it out")
         self._cache = fixed_cache(model.config, ids.shape[1] + limit)
         self._model, self._count = model, 0
         self._replay: Callable[[], None] | None = None
