@@ -134,6 +134,22 @@ def test_layers_that_see_a_window_are_refused_by_name():
         fixed_cache(config, 21)
 
 
+def test_a_model_whose_windows_its_configuration_hides_is_refused():
+    """GPT-Neo's local layers are in no field that the cache asks, and its texts were wrong."""
+    config = transformers.GPTNeoConfig(
+        vocab_size=96,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        window_size=6,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    with pytest.raises(UserError, match=r"evaluation\.static_cache: GPTNeoForCausalLM does not support it"):
+        Fixed(model, ids, ids, 4)
+
+
 def test_studies_without_it_keep_their_fingerprints():
     """A field that came later is not named at its default."""
     assert "static_cache" not in EVALUATION.model_dump()

@@ -352,7 +352,7 @@ def _draw(canvas: Any, figure: Figure, panel: Panel, corner: tuple[float, float]
     whole = canvas.get_size_inches()
     axis = canvas.add_axes((0, 0, 1, 1))
     panel(axis)
-    left, below = min(0.6 * wide, _left(figure)), (32 if axis.get_xlabel() else 18) / 72
+    left, below = min(wide - 1.4, _left(figure)), (32 if axis.get_xlabel() else 18) / 72
     above = (16 if axis.get_title() else 5) / 72
     size = (0.97 * wide - left, figure.height - below - above)
     axis.set_position((*((corner[0] + left, corner[1] + below) / whole), *(size / whole)))

@@ -238,6 +238,7 @@ class Workspace(Sources):
     def baselines(self) -> dict[str, dict[str, Any]]:
         """Metrics of the teacher and the student before training; tasks on which the teacher is no better."""
         if due := [baseline for baseline in self.measured_baselines if baseline.read() is None]:
+            self.require_supported()
             for role in BASELINE_LABELS:
                 self._measure(role, [baseline for baseline in due if baseline.role == role])
                 release_memory()  # of one model, before the next is loaded
@@ -322,7 +323,8 @@ class Workspace(Sources):
         chosen = [p for p in self.plans() if p.trial.group.name == group and p.trial.seed == seed]
         if not chosen:
             raise UserError(f"seed {seed} is not in the study; it has {list(self.study.sweep.seeds)}")
-        known = finished(chosen[0])
+        if not (known := finished(chosen[0])):
+            self.require_supported()
         count, by = self.study.sweep.processes, None
         if count > 1:
             by = partial(train_sharded, count=count, threads=max(1, cores() // count))
