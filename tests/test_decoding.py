@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -19,6 +20,9 @@ from stillroom.config import Evaluation, fingerprint
 from stillroom.errors import UserError
 from stillroom.evaluation.decoding import Fixed, Growing, fixed_cache
 from stillroom.evaluation.generation import continuations, generate
+from stillroom.experiment.sources import Sources
+from stillroom.studies import load_study
+from studies import study_file
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 CONFIGS = {
@@ -148,6 +152,77 @@ def test_a_model_whose_windows_its_configuration_hides_is_refused():
     ids = torch.ones(1, 3, dtype=torch.int64)
     with pytest.raises(UserError, match=r"evaluation\.static_cache: GPTNeoForCausalLM does not support it"):
         Fixed(model, ids, ids, 4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_dynamic_rope_is_refused_before_it_is_recorded(name):
+    """It measures the text on the host at every step, of all layers or of one kind."""
+    dynamic = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    config = (
+        transformers.LlamaConfig(rope_parameters=dynamic, **SIZES)
+        if name == "llama"
+        else transformers.Gemma3TextConfig(
+            rope_parameters={"full_attention": dynamic, "sliding_attention": {**dynamic, "rope_type": "default"}},
+            layer_types=["full_attention"] * 3,
+            head_dim=8,
+            num_key_value_heads=2,
+            **SIZES,
+        )
+    )
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    with pytest.raises(UserError, match="static_cache: dynamic RoPE scaling measures the text at every step"):
+        Fixed(AutoModelForCausalLM.from_config(config).eval(), ids, ids, 4)
+
+
+@pytest.mark.parametrize("inner", [RuntimeError("operation not permitted when stream is capturing"), None])
+@torch.no_grad()
+def test_a_step_that_cannot_be_recorded_says_so(inner, monkeypatch):
+    """In words, with the first cause and not the recording's own end; a lack of memory stays one."""
+    inner = inner or torch.OutOfMemoryError("CUDA out of memory")
+
+    @contextmanager
+    def recording(*args, **settings):
+        assert settings["capture_error_mode"] == "thread_local"
+        try:
+            yield
+        finally:
+            raise RuntimeError("capture failed due to a previous error")
+
+    def step():
+        raise inner
+
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS["llama"])).eval()
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    decoder = Fixed(model, ids, ids, 4)
+    monkeypatch.setattr(decoder, "_next", step)
+    if isinstance(inner, torch.OutOfMemoryError):
+        with pytest.raises(torch.OutOfMemoryError):
+            decoder._recorded()
+    else:
+        message = r"LlamaForCausalLM can be recorded as a CUDA graph \(operation not permitted .*\); leave it out"
+        with pytest.raises(UserError, match=message):
+            decoder._recorded()
+
+
+def test_a_study_is_refused_by_its_longest_prompt(tmp_path, teacher_ref, tokenizer):
+    """A window narrower than a prompt and its answer is named before anything is captured; a wider one is fine."""
+    sizes = {**SIZES, "vocab_size": len(tokenizer)}
+    student = transformers.MistralConfig(num_key_value_heads=2, sliding_window=90, **sizes)
+    AutoModelForCausalLM.from_config(student).save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    study = study_file(tmp_path, teacher_ref.model, str(tmp_path / "student"))
+
+    def examples_of(max_new_tokens):
+        given = ["evaluation.static_cache=true", f"evaluation.max_new_tokens={max_new_tokens}"]
+        return Sources(load_study(study, given)).examples
+
+    assert any(not e.choices for e in examples_of(8).validation)
+    with pytest.raises(UserError, match=r"static_cache: layer 1 of mistral does not attend to all of \d+ tokens"):
+        examples_of(88)
 
 
 def test_studies_without_it_keep_their_fingerprints():

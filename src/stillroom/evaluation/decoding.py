@@ -10,7 +10,7 @@ import transformers
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from stillroom.errors import UserError
+from stillroom.errors import UserError, first_line
 from stillroom.models.precision import is_sharded
 
 
@@ -78,6 +78,22 @@ def fixed_cache(config: Any, room: int) -> transformers.Cache:
     return transformers.Cache(layers=[kinds.StaticLayer(max_cache_len=room) for _ in layers])
 
 
+def require_static_cache(model: transformers.PreTrainedModel) -> None:
+    """`UserError` for an architecture that a cache of fixed size, or the recording of a step, does not suit."""
+    if not getattr(model, "_can_compile_fullgraph", False):  # its windows or states are not in its configuration
+        raise UserError(f"evaluation.static_cache: {type(model).__name__} does not support it; leave it out")
+    if any("dynamic" in kind for kind in _rope_types(model.config)):
+        raise UserError(
+            "evaluation.static_cache: dynamic RoPE scaling measures the text at every step; leave static_cache out"
+        )
+
+
+def _rope_types(config: Any) -> set[str]:
+    """Names of the rotary embeddings' scaling: one for all layers, or one for each kind of layer."""
+    given = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return {str(kind.get("rope_type")) for kind in (given, *given.values()) if isinstance(kind, dict)}
+
+
 class Fixed:
     """Steps that all compute the same shapes in the same memory, with a cache that has room for every token.
 
@@ -88,9 +104,8 @@ class Fixed:
     def __init__(
         self, model: transformers.PreTrainedModel, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"], limit: int
     ) -> None:
-        """Prompts padded on the left; `limit`: the most tokens to make. `UserError` if a layer has no such cache."""
-        if not getattr(model, "_can_compile_fullgraph", False):  # its windows or states are not in its configuration
-            raise UserError(f"evaluation.static_cache: {type(model).__name__} does not support it; leave it out")
+        """Prompts padded on the left; `limit`: the most tokens to make. `UserError` if the model has no such cache."""
+        require_static_cache(model)
         self._cache = fixed_cache(model.config, ids.shape[1] + limit)
         self._model, self._count = model, 0
         self._replay: Callable[[], None] | None = None
@@ -148,10 +163,22 @@ class Fixed:
         return torch.as_tensor(logits[:, -1:].argmax(-1))
 
     def _recorded(self) -> Callable[[], None]:
-        """A step as a CUDA graph."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._next()
+        """A step as a CUDA graph; other threads may go on using the device. `UserError` if the model forbids it."""
+        graph, device = torch.cuda.CUDAGraph(), self._token.device
+        try:
+            with (
+                torch.cuda.device(device),
+                torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
+            ):
+                self._next()
+        except RuntimeError as error:  # such as a number that the step asks of the device
+            cause = error.__context__ or error  # the end of the recording raises too
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            raise UserError(
+                f"evaluation.static_cache: no step of {type(self._model).__name__} can be recorded as a CUDA graph "
+                f"({first_line(cause)}); leave it out"
+            ) from error
         return graph.replay
 
 

@@ -25,7 +25,7 @@ from stillroom.data.tasks import Example, task_of
 from stillroom.data.vocabulary import largest_id
 from stillroom.errors import UserError
 from stillroom.evaluation.baselines import Baseline
-from stillroom.evaluation.decoding import fixed_cache
+from stillroom.evaluation.decoding import fixed_cache, require_static_cache
 from stillroom.evaluation.harness_tasks import Harness, harness_files
 from stillroom.files import exclusive, remove_leftovers
 from stillroom.folders import ResultsFolder
@@ -73,10 +73,10 @@ class Sources:
         if not self.study.signals.imported:
             models.insert(0, (self.teacher_ref, True))
         for ref, captured in models:
-            if self.study.evaluation.static_cache:
-                fixed_cache(load_config(ref), self.study.corpus.max_length + self.study.evaluation.max_new_tokens)
             if (model := try_miniature(load_config(ref))) is not None:
                 (check_capture if captured else check_model)(model, PROBE)
+                if self.study.evaluation.static_cache:
+                    require_static_cache(model)
         self._supported = True
 
     @property
@@ -156,7 +156,10 @@ class Sources:
                     self._require_embedded([*examples.all, *examples.test])
                     save_corpus(examples, folder, digest)
         generated = [example for example in examples.validation if task_of(example).kind == "generation"]
-        self._require_room(examples.all if self.study.signals.teacher_answers else generated, longest)
+        answered = examples.all if self.study.signals.teacher_answers else generated
+        self._require_room(answered, longest)
+        if self.study.evaluation.static_cache:
+            self._require_fixed_caches([*answered, *(e for e in examples.test if task_of(e).kind == "generation")])
         return examples
 
     def _require_embedded(self, examples: Sequence[Example]) -> None:
@@ -168,12 +171,19 @@ class Sources:
 
     def _require_room(self, examples: Sequence[Example], room: int) -> None:
         """`UserError` unless after every prompt both models can still read what they generate."""
-        found = max((len(encoded) for t in self.tokenizers for encoded in encode_prompts(t, examples)), default=0)
+        found = max(_longest_prompt(tokenizer, examples) for tokenizer in self.tokenizers)
         if found > room:
             raise UserError(
                 f"evaluation.max_new_tokens={self.study.evaluation.max_new_tokens}: with a prompt of {found} tokens "
                 f"that is more than the {self._context} a model reads; lower it or corpus.max_length"
             )
+
+    def _require_fixed_caches(self, examples: Sequence[Example]) -> None:
+        """`UserError` naming a layer of a model that has no cache of fixed size for the longest prompt's answer."""
+        for ref, tokenizer in zip((self.teacher_ref, self.student_ref), self.tokenizers, strict=True):
+            if ref is self.student_ref or not self.study.signals.imported:
+                room = _longest_prompt(tokenizer, examples) + self.study.evaluation.max_new_tokens
+                fixed_cache(load_config(ref), room)
 
     @cached_property
     def _context(self) -> int:
@@ -212,6 +222,11 @@ class Sources:
     def fine_tuning_examples(self) -> Examples:
         """The corpus as the teacher is fine-tuned on it: without label noise."""
         return replace(self.examples, train=without_label_noise(self.examples.train))
+
+
+def _longest_prompt(tokenizer: Any, examples: Sequence[Example]) -> int:
+    """The most tokens that a prompt has."""
+    return max(map(len, encode_prompts(tokenizer, examples)), default=0)
 
 
 def _known_corpus(folder: Path, digest: str) -> Examples | None:

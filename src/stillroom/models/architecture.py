@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from stillroom.errors import UserError
+from stillroom.errors import UserError, first_line
 from stillroom.models.forward import Taps, forward, last_hidden_state
 from stillroom.models.output_head import output_logits
 
@@ -46,7 +46,7 @@ def check_model(model: transformers.PreTrainedModel, ids: Tensor) -> Tensor:
         raise
     except Exception as error:  # whatever an architecture's own code raises, the user is to read it as a line
         raise UserError(
-            f"{name}: a plain forward pass fails ({type(error).__name__}: {_first_line(error)}); "
+            f"{name}: a plain forward pass fails ({type(error).__name__}: {first_line(error)}); "
             "this architecture is not supported"
         ) from error
     if not torch.isfinite(hidden).all():
@@ -85,7 +85,7 @@ def check_capture(model: transformers.PreTrainedModel, ids: Tensor) -> None:
         raise
     except Exception as error:  # as in check_model
         raise UserError(
-            f"{CANNOT.format(name)} ({type(error).__name__}: {_first_line(error)}); this architecture is not supported"
+            f"{CANNOT.format(name)} ({type(error).__name__}: {first_line(error)}); this architecture is not supported"
         ) from error
     finally:
         model.set_attn_implementation(native)
@@ -108,10 +108,6 @@ def _without_new_hooks(model: transformers.PreTrainedModel) -> Iterator[None]:
             for number in set(module._forward_hooks) - hooks:
                 del module._forward_hooks[number]
             vars(module).pop("_output_capturing_hooks_installed", None)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0][:200]
 
 
 def _require_close(
@@ -163,7 +159,7 @@ def miniature(config: Any) -> transformers.PreTrainedModel:
             with torch.no_grad():
                 model(input_ids=PROBE, use_cache=False)
         except Exception as error:  # any architecture's own constructor and forward pass
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            reason = first_line(error)
         else:
             return model
     raise UserError(f"{config.model_type}: no small model of this architecture can be built ({reason})")

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from stillroom.config import BenchmarkSplit, ModelRef, Study
 from stillroom.data.encoding import encode
 from stillroom.data.vocabulary import compare_vocabularies
-from stillroom.errors import UserError
+from stillroom.errors import UserError, first_line
 from stillroom.evaluation.harness_tasks import Harness
 from stillroom.experiment.resources import cores, trial_resources
 from stillroom.models.builtin_pair import materialise
@@ -173,7 +173,7 @@ def _weights(role: str, ref: ModelRef) -> Finding:
     except GatedRepoError:
         return Finding(subject, False, "gated: accept the licence on the hub, then set HF_TOKEN or run `hf auth login`")
     except Exception as error:  # no network, offline mode, no such model: the hub's library has a class for each
-        says = f"neither in the cache nor available from the hub here ({_first_line(error)}); use a local directory"
+        says = f"neither in the cache nor available from the hub here ({first_line(error)}); use a local directory"
         return Finding(subject, False, says)
 
 
@@ -399,12 +399,8 @@ def _tried(action: Callable[[], Any]) -> tuple[bool, str]:
     try:
         action()
     except Exception as error:  # whatever a service's library raises, the user is to read it as a line
-        return False, _first_line(error)
+        return False, first_line(error)
     return True, ""
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _size(value: float) -> str:
