@@ -254,6 +254,22 @@ def test_a_generation_stops_at_every_eos_that_the_model_names(student_ref, token
     assert made
 
 
+@pytest.mark.parametrize("stretch", [16, 1])
+def test_a_text_ends_at_a_stop_that_is_a_special_token(model, tokenizer, examples, stretch, monkeypatch):
+    """`<|im_end|>` as a stop: an answer's text leaves special tokens out, so what followed it stayed in."""
+    prompts, settings = [e for e in examples.train if not e.choices][:6], Evaluation(max_new_tokens=14)
+    free = [encode(tokenizer, text).ids.tolist() for text in generate(model, tokenizer, prompts, settings)]
+    ending = next(i for i in free[0][3:] if i not in free[0][:3] and tokenizer.convert_ids_to_tokens(i).startswith("▁"))
+    marked, stop = copy.deepcopy(tokenizer), tokenizer.convert_ids_to_tokens(ending)
+    marked.add_special_tokens({"additional_special_tokens": [stop]})
+    monkeypatch.setattr("stillroom.evaluation.generation._STRETCH", stretch)
+    cut = continuations(model, marked, prompts, settings, (stop,))
+    plain = copy.deepcopy(tokenizer)
+    plain.eos_token = stop  # which ends a text in any case
+    assert cut == continuations(model, plain, prompts, settings, ())
+    assert cut[0][1]
+
+
 def test_an_answer_without_a_token_of_its_own_is_refused(model, sentencepiece):
     """It scored 0.0, as if certain, and won: a tokenizer that strips leaves nothing of an empty choice."""
     example = Example("animals", "Name one:", " dog", (" dog", "", " fox"), 0)

@@ -87,7 +87,8 @@ def continuations(
     texts = [("", False)] * len(examples)
     size = prompts_at_once(settings, model.device.type)
     before = model.generation_config
-    stops = list(dict.fromkeys([*_stops(model, tokenizer), *turn_ends(tokenizer, examples)]))
+    stops = [*_stops(model, tokenizer), *turn_ends(tokenizer, examples), *_special_ids(tokenizer, stop)]
+    stops = list(dict.fromkeys(stops))
     try:
         for first in range(0, len(order), size):
             batch = order[first : first + size]
@@ -113,6 +114,12 @@ def _stops(model: transformers.PreTrainedModel, tokenizer: Any) -> list[int]:
     named = getattr(model.generation_config, "eos_token_id", None)
     several = named if isinstance(named, list) else [named]
     return list(dict.fromkeys([tokenizer.eos_token_id, *(i for i in several if i is not None)]))
+
+
+def _special_ids(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """Ids of those texts that are special tokens: they are not in the text of an answer, which could be cut there."""
+    special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return [special[text] for text in texts if text in special]
 
 
 def _continued(
