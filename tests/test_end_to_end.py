@@ -24,6 +24,7 @@ from stillroom.config import ModelRef
 from stillroom.data.tasks import TASKS
 from stillroom.errors import UserError
 from stillroom.evaluation.metrics import by_column
+from stillroom.experiment.reporting import is_planned
 from stillroom.experiment.workspace import Workspace
 from stillroom.files import read_json, write_json
 from stillroom.models.hub import load_model
@@ -393,6 +394,14 @@ def test_a_report_plans_again_only_what_has_changed(tmp_path, finished_study, mo
     facts["study"]["paths"] = paths.model_dump(mode="json")
     write_json(file, facts)
     assert again() == 0
+    for stage in ("teacher", "evaluation"):
+        dtypes = {**facts["study"][stage], "dtype": "bfloat16"}
+        write_json(file, {**facts, "study": {**facts["study"], stage: dtypes}})
+        given = getattr(finished_study.study, stage)
+        assert is_planned(finished_study.study.model_copy(update={"paths": paths})) is False
+        automatic = {"paths": paths, stage: given.model_copy(update={"dtype": "auto"})}
+        assert is_planned(finished_study.study.model_copy(update=automatic))  # whatever it is on this machine
+    write_json(file, facts)
     assert again(analysis=finished_study.study.analysis.model_copy(update={"alpha": 0.01})) == 1
     write_json(file, {**facts, "snapshot": "offline_teacher_data_earlier"})
     assert again() == 1

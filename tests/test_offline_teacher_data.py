@@ -22,6 +22,7 @@ from stillroom.config import ModelRef, Signals
 from stillroom.data.encoding import encode
 from stillroom.errors import UserError
 from stillroom.files import read_json, write_json
+from stillroom.folders import snapshots_of
 from stillroom.models.hub import load_model, load_tokenizer
 from stillroom.models.output_head import load_output_head
 from stillroom.offline_teacher_data import (
@@ -32,7 +33,6 @@ from stillroom.offline_teacher_data import (
     made_from,
     require_matching,
     require_verified,
-    snapshots_of,
     verify_saved_data,
 )
 from stillroom.offline_teacher_data.capturing import _Writers

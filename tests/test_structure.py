@@ -157,11 +157,20 @@ def test_help_loads_nothing_slow():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "module", ["offline_teacher_data", "preflight.planning", "experiment.workspace", "afterwards.inspection"]
+    "module",
+    [
+        "offline_teacher_data",
+        "preflight.planning",
+        "experiment.workspace",
+        "afterwards.inspection",
+        "experiment.reporting",
+        "analysis.report",
+    ],
 )
 def test_what_loads_no_model_imports_no_modelling_code(module):
     """`plan`, `verify`, `archive` and `report` do not wait seconds for what only a model needs."""
-    slow = ("transformers.modeling_utils", "torch._dynamo", "torch.distributed.tensor", "matplotlib", "mlflow", "ray")
+    slow = ["transformers.modeling_utils", "torch._dynamo", "torch.distributed.tensor", "mlflow", "ray"]
+    slow += ["torch", "transformers"] if "report" in module else ["matplotlib"]
     code = f"import sys, stillroom.{module}; print([m for m in {slow} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

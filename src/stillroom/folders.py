@@ -144,3 +144,10 @@ class TrialFolder:
     def checkpoint(self, epoch: int) -> Path:
         """Folder of an epoch's checkpoint."""
         return self.path / f"checkpoint_{epoch}"
+
+
+def snapshots_of(store: Path) -> list[Path]:
+    """What stands beside a store under its name and a date, oldest first."""
+    store = store.resolve()  # no pattern: the name is the user's
+    found = store.parent.iterdir() if store.parent.is_dir() else ()
+    return sorted(p for p in found if p.is_dir() and p.name.startswith(f"{store.name}_"))

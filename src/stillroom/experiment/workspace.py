@@ -17,7 +17,6 @@ import torch
 
 from stillroom import offline_teacher_data as otd
 from stillroom.analysis.frame import worse_or_equal, write_summary
-from stillroom.analysis.reading import read_planned
 from stillroom.config import BASELINE_LABELS, Group, ModelRef, fingerprint
 from stillroom.data.chat_templates import chat_template_hash
 from stillroom.data.corpus import examples_digest
@@ -27,12 +26,14 @@ from stillroom.evaluation.generation import teacher_answers
 from stillroom.experiment.jobs import CapturePlan, TrialPlan, finished, run_capture, run_trial
 from stillroom.experiment.local_sweep import sweep as sweep_here
 from stillroom.experiment.ray_sweep import capture_on_workers, sweep
+from stillroom.experiment.reporting import is_planned, report_planned
 from stillroom.experiment.resources import cores
 from stillroom.experiment.sharded_trial import train_sharded
 from stillroom.experiment.sources import Sources
 from stillroom.experiment.tracker import Tracker
 from stillroom.experiment.watching import SweepWatch
 from stillroom.files import exclusive, read_json, remove_tree, write_json
+from stillroom.folders import snapshots_of
 from stillroom.models.architecture import PROBE, check_capture, try_miniature
 from stillroom.models.hub import absolute, load_config, load_model, model_identity
 from stillroom.models.output_head import load_output_head
@@ -218,7 +219,7 @@ class Workspace(Sources):
 
     def _archived(self, origin: dict[str, Any]) -> Path | None:
         """The newest snapshot beside the store with this origin."""
-        for path in reversed(otd.snapshots_of(self.store_path)):
+        for path in reversed(snapshots_of(self.store_path)):
             if (path / MANIFEST).is_file() and SignalStore.open(path).manifest["made_from"] == origin:
                 return path
         return None
@@ -372,25 +373,12 @@ class Workspace(Sources):
         Its trials are planned again only if the study, or its newest archive, is another than when they were planned
         last. If models or teacher data are unavailable then, reports the last planned study and warns.
         """
-        from stillroom.analysis.report import write_report
-
-        if not self._is_planned():
+        if not is_planned(self.study):
             try:
                 self.plans()
             except UserError as error:
                 logging.getLogger("stillroom").warning("warning: reported as planned last, since: %s", error)
-        path = write_report(self.results)
-        self.tracker.log_report(path)
-        return path
-
-    def _is_planned(self) -> bool:
-        """Whether the last plan was made for this study and its newest archive."""
-        try:
-            planned = read_planned(self.results)
-        except UserError:
-            return False
-        newest = [path.name for path in otd.snapshots_of(self.store_path)[-1:]]
-        return [planned["snapshot"]] == newest and planned["study"] == self.study.model_dump(mode="json")
+        return report_planned(self.study)
 
     @cached_property
     def tracker(self) -> Tracker:

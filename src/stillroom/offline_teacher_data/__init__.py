@@ -6,7 +6,7 @@ capture → store/part-*.parquet, manifest.json → verify_saved_data → verifi
 from stillroom.offline_teacher_data.capturing import capture, capture_slice, made_from
 from stillroom.offline_teacher_data.cells import _to_numpy_array, _to_py
 from stillroom.offline_teacher_data.importing import import_signals, write_requests
-from stillroom.offline_teacher_data.snapshots import archive, snapshots_of
+from stillroom.offline_teacher_data.snapshots import archive
 from stillroom.offline_teacher_data.verification import (
     require_matching,
     require_record,
@@ -27,7 +27,6 @@ __all__ = [
     "require_record",
     "require_verified",
     "seal",
-    "snapshots_of",
     "verify_saved_data",
     "write_requests",
 ]

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from stillroom.files import atomic_path, file_sha256
+from stillroom.folders import snapshots_of
 from stillroom.offline_teacher_data.store import (
     HEAD,
     MANIFEST,
@@ -42,13 +43,6 @@ def archive(path: Path | str) -> Path:
             _link_or_copy(path / name, building / name)
         shutil.copytree(path / "tokenizer", building / "tokenizer")
     return seal(target)
-
-
-def snapshots_of(path: Path) -> list[Path]:
-    """What stands beside a store under its name and a date, oldest first."""
-    path = path.resolve()  # no pattern: the name is the user's
-    found = path.parent.iterdir() if path.parent.is_dir() else ()
-    return sorted(p for p in found if p.is_dir() and p.name.startswith(f"{path.name}_"))
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
