@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,18 +57,17 @@ def _linear(module: Any) -> bool:
 
 
 def has_adapters(model: transformers.PreTrainedModel) -> bool:
-    """Whether a model carries LoRA layers."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    """Whether a model carries LoRA layers; without them, peft need not be imported, which takes seconds."""
+    layers = sys.modules.get("peft.tuners.tuners_utils")
+    return layers is not None and any(isinstance(module, layers.BaseTunerLayer) for module in model.modules())
 
 
 def without_adapters(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
     """The model itself, or, if it carries LoRA layers, a copy with them merged into its weights."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     if not has_adapters(model):
         return model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     merged = copy.deepcopy(model)
     for name, module in list(merged.named_modules()):
         if isinstance(module, BaseTunerLayer):
