@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from peft import PeftModel
@@ -11,7 +13,7 @@ from conftest import STUDENT_SHAPE, write_model
 from setups import numbers, run
 from stillroom.config import Lora, ModelRef, Student
 from stillroom.errors import UserError
-from stillroom.models.adapters import ADAPTER, lora_adapter, write_peft_folder
+from stillroom.models.adapters import ADAPTER, lora_adapter, without_adapters, write_peft_folder
 from stillroom.models.hub import load_model
 
 
@@ -70,3 +72,11 @@ def test_a_student_without_lora_is_the_student_it_was():
     assert Student(model="x", lora={}).model_dump()["lora"] == {"rank": 16, "alpha": 32, "targets": "all-linear"}
     with pytest.raises(ValidationError):
         Student(model="x", lora={"rank": 0})
+
+
+def test_a_model_without_them_needs_no_peft(model, monkeypatch):
+    """To import it takes over a second where bitsandbytes is installed, which every trial had waited for."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert without_adapters(model) is model

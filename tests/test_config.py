@@ -175,7 +175,7 @@ def test_a_file_without_bounds_is_refused_at_once(tmp_path, text, message):
     began = time.process_time()
     with pytest.raises(UserError) as error:
         load_study(str(path))
-    assert time.process_time() - began < 1
+    assert time.process_time() - began < 5  # a hang takes hours
     assert message in str(error.value)
     assert len(str(error.value)) < 5000
 
