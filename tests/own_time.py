@@ -6,6 +6,7 @@ The files that take longest start first, so that at the end no process waits for
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -42,6 +43,12 @@ def pytest_collection_modifyitems(items):
     """With `--no-loadscope-reorder`, the processes take up files in this order."""
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+
+def pytest_collection_finish():
+    """What is imported stays; the garbage collector took a fifth of the tests' time to look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import resource
@@ -55,6 +56,7 @@ def start(log, function, *arguments, limit=None, environ=None):
 def _run(log, function, arguments, limit, environ):
     import torch
 
+    gc.freeze()  # what was imported beforehand need not be looked through again
     with log.open("ab", 0) as handle:
         os.dup2(handle.fileno(), 1)
         os.dup2(handle.fileno(), 2)

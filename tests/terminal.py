@@ -21,7 +21,7 @@ import stillroom
 from processes import command, start
 
 SOURCES = str(Path(stillroom.__file__).parents[1])
-STILLROOM = [sys.executable, "-c", "from stillroom.cli import main; main()"]
+STILLROOM = [sys.executable, "-c", "from stillroom.cli import program; program()"]
 ROWS = 40
 
 _TOKEN = re.compile(

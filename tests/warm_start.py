@@ -6,6 +6,7 @@ modules again: a page may change them on the way.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -88,6 +89,8 @@ def subprocesses(address):
 def _serve(address):
     for slow in _SLOW:
         importlib.import_module(slow)
+    gc.collect()
+    gc.freeze()  # a fork need not look through it again
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)

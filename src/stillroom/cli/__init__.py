@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import math
+import os
 import shlex
 import signal
 import sys
@@ -11,7 +13,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import Any, NoReturn
 
 import typer
@@ -19,7 +21,7 @@ import typer
 from stillroom.cli import before  # isort: skip - each registers its commands, in the order that --help lists them
 from stillroom.cli import stages  # isort: skip
 from stillroom.cli import after  # isort: skip
-from stillroom.cli.options import BARS, app
+from stillroom.cli.options import BARS, SELDOM, app
 from stillroom.credentials import redact
 
 INTERRUPTED = 130
@@ -30,13 +32,37 @@ _AGAIN_SECONDS = 60
 """How long after Ctrl-C another is taken for impatience: what is being ended would break off in the middle."""
 
 
+def program() -> None:
+    """`stillroom`: `main`, after which the process ends at once.
+
+    For the interpreter to take apart what was imported takes up to a second and saves nothing.
+    """
+    ended = {"code": 1}
+    atexit.register(_end_at_once, ended)  # registered first, so called last: after what other libraries have to finish
+    try:
+        main()
+        ended["code"] = 0
+    except SystemExit as stop:
+        ended["code"] = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        raise
+
+
+def _end_at_once(ended: dict[str, int]) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        # nobody may read it any more; it may be closed, or not there at all
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(ended["code"])
+
+
 def main() -> None:
-    """Entry point: a user's mistake ends with one message and exit code 2, Ctrl-C with 130, a fault of ours with 1.
+    """A command: a user's mistake ends with one message and exit code 2, Ctrl-C with 130, a fault of ours with 1.
 
     What is printed at the end names no credential.
     """
     from stillroom.errors import UserError
 
+    gc.set_threshold(*SELDOM)
     warnings.simplefilter("ignore", FutureWarning)  # other packages' notices to their own developers
     signal.signal(signal.SIGINT, _Interruption())
     try:
@@ -86,4 +112,4 @@ def _leave(code: Any) -> NoReturn:
     sys.exit(code)
 
 
-__all__ = ["after", "app", "before", "main", "stages"]
+__all__ = ["after", "app", "before", "main", "program", "stages"]

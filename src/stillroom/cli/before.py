@@ -8,7 +8,19 @@ from typing import Annotated
 
 import typer
 
-from stillroom.cli.options import BARS, BEFORE, JsonOption, SetOption, StudyArgument, app, finish, following, say, warn
+from stillroom.cli.options import (
+    BARS,
+    BEFORE,
+    JsonOption,
+    SetOption,
+    StudyArgument,
+    app,
+    collect_as_usual,
+    finish,
+    following,
+    say,
+    warn,
+)
 
 
 @app.command(rich_help_panel=BEFORE)
@@ -74,6 +86,8 @@ def plan(
     planned = plan_study(loaded, guess_this_cpu=not measure)
     if measure:
         from stillroom.preflight.measuring import measure_study
+
+        collect_as_usual()
 
         planned["measured"] = measure_study(loaded, BARS)
     for text in (*planned["warnings"], *planned["design"]["warnings"]):

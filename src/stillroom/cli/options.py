@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shlex
 from pathlib import Path
@@ -28,6 +29,9 @@ app = typer.Typer(
 
 BARS = ProgressBars()
 """Progress of the one command that this process runs."""
+
+SELDOM, _USUAL = (100_000, 20, 100), gc.get_threshold()
+"""How often Python looks for garbage: seldom while libraries are imported, whose million objects all stay."""
 
 BEFORE, STAGES, AFTER = "Preparation", "Pipeline stages", "Results"
 """Headings under which `--help` lists the commands."""
@@ -79,7 +83,13 @@ def open_workspace(study: str, overrides: list[str] | None) -> Workspace:
     from stillroom.experiment.workspace import Workspace
     from stillroom.studies import load_study
 
+    collect_as_usual()
     return Workspace(load_study(study, overrides or []), BARS)
+
+
+def collect_as_usual() -> None:
+    """Look for garbage often, from now on: it may hold a model's memory."""
+    gc.set_threshold(*_USUAL)
 
 
 def say(text: str) -> None:

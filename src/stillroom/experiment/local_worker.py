@@ -82,7 +82,8 @@ class Ready:
         """Returns at once; `environment` is added to this process's own."""
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self.connection, theirs = Pipe()
-        code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve({theirs.fileno()})"
+        path = f"import gc, sys; gc.disable(); sys.path[:] = {sys.path!r}"
+        code = f"{path}; from {__name__} import serve; serve({theirs.fileno()})"
         self.process = subprocess.Popen(
             [sys.executable, "-c", code],
             env={**os.environ, **environment},
@@ -204,6 +205,7 @@ def serve(descriptor: int) -> None:
     _import_modelling_code()
     gc.collect()
     gc.freeze()  # the pages of what is imported stay shared, since no collection in a fork writes to them
+    gc.enable()  # the imports went faster without
     with suppress(EOFError, OSError):
         while True:
             asked = control.recv()

@@ -386,9 +386,11 @@ def _launcher(study: Study) -> Finding:
         fine, says = _tried(lambda: found.update(describe_machine(study.sweep)))
         subject, remedy = "local sweep", ""
     else:
+        from stillroom.experiment.ray_processes import end_ray
         from stillroom.experiment.ray_sweep import describe_cluster
 
         fine, says = _tried(lambda: found.update(describe_cluster(study.sweep)))
+        end_ray()  # now, while the corpus is drawn: it takes more than a second
         subject, remedy = "ray", "; `stillroom train` runs one trial at a time without Ray"
     listed = ", ".join(f"{name} {value:g}" for name, value in found.items())
     return Finding(subject, fine, listed if fine else says + remedy)

@@ -1,0 +1,70 @@
+"""The program as a process: it ends at once, but with the right code, and not before what is to be finished."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+_CALL = "from stillroom.cli import program; program()"
+_LAST = """
+import atexit, threading, time
+from stillroom import cli
+
+class Late:
+    def __del__(self):
+        print("taken apart")
+
+kept = Late()
+
+def main():
+    threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+    atexit.register(print, "library")
+    print("command")
+    raise SystemExit(CODE)
+
+cli.main = main
+cli.program()
+"""
+
+
+def _run(code, *arguments):
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "out", "err"),
+    [
+        (["--version"], 0, "stillroom 0.1.0\n", ""),
+        (["plan", "nowhere.yaml"], 2, "", "error: no study 'nowhere.yaml'"),
+        (["plan"], 2, "", "Missing argument"),
+    ],
+)
+def test_its_exit_code_and_output_are_those_of_the_command(arguments, code, out, err):
+    """Of a pipe too, which is written to when it is full or flushed."""
+    done = _run(_CALL, *arguments)
+    assert (done.returncode, done.stdout) == (code, out)
+    assert err in done.stderr
+
+
+@pytest.mark.parametrize(("given", "code"), [("0", 0), ("None", 0), ("2", 2), ("130", 130), ("'words'", 1)])
+def test_threads_and_libraries_finish_and_nothing_is_taken_apart(given, code):
+    """A library writes at the end what it still holds; objects are not destroyed one by one, which takes a second."""
+    done = _run(_LAST.replace("CODE", given))
+    assert (done.returncode, done.stdout) == (code, "command\nthread\nlibrary\n")
+
+
+def test_an_internal_error_is_no_success():
+    """What escapes a command ends the process as an error of Python's does."""
+    done = _run(_LAST.replace("raise SystemExit(CODE)", "raise RuntimeError('escaped')"))
+    assert done.returncode == 1
+    assert "RuntimeError: escaped" in done.stderr
+
+
+def test_a_reader_that_has_gone_is_no_traceback():
+    """`stillroom --help | true`."""
+    call = f"{sys.executable} -c {_CALL!r} --help | true"
+    done = subprocess.run(["bash", "-c", call], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr
+    assert "BrokenPipeError" not in done.stderr
