@@ -6,11 +6,10 @@ import sys
 
 import pytest
 import torch
-from peft import PeftModel
 from pydantic import ValidationError
 
-from conftest import STUDENT_SHAPE, write_model
 from setups import numbers, run
+from small_things import STUDENT_SHAPE, write_model
 from stillroom.config import Lora, ModelRef, Student
 from stillroom.errors import UserError
 from stillroom.models.adapters import ADAPTER, lora_adapter, without_adapters, write_peft_folder
@@ -23,6 +22,8 @@ def test_peft_reads_from_an_export_what_the_checkpoint_has_merged(tmp_path, stud
     lora = Lora(rank=4, alpha=8, targets=("q_proj", "down_proj"))
     run(tmp_path / "trial", student_ref, store, few, "hidden", adapter=lora_adapter(lora), epochs=1)
     checkpoint = tmp_path / "trial" / "checkpoint_1"
+    from peft import PeftModel
+
     write_peft_folder(checkpoint / ADAPTER, tmp_path / "adapter", student_ref.model, None)
     base, whole = load_model(student_ref), load_model(ModelRef(model=str(checkpoint)))
     ids = torch.arange(3, 40)[None]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from conftest import SHARED, real_tokenizer, texts
+from small_things import SHARED, real_tokenizer, texts
 from stillroom.data import vocabulary
 from stillroom.data.alignment import Segments, align, align_encodings, coverage
 from stillroom.data.encoding import encode, ending_tokens, supervised_predictions

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import make_store
 from setups import ALL, Setup, changed
+from small_things import make_store
 from stillroom.config import ModelRef
 from stillroom.errors import UserError
 from stillroom.models.attention_capture import recompute_layers

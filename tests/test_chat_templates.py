@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from chats import CHATS, DROPPING, GEMMA, LLAMA3, LONG, MISTRAL, MISTRAL_SPACED, THINKING, ZEPHYR
-from conftest import make_store, real_tokenizer
 from setups import ALL, Setup, changed
+from small_things import make_store, real_tokenizer
 from stillroom.config import Corpus, TaskColumns, TaskData
 from stillroom.data.alignment import align_encodings
 from stillroom.data.chat_templates import encode_examples, encode_prompts, render, settled

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import reference
-from conftest import make_store
 from setups import ALL, Setup, changed, dense
+from small_things import make_store
 from stillroom.config import Group
 from stillroom.errors import UserError
 from stillroom.studies import load_study

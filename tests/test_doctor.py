@@ -25,7 +25,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from conftest import STUDENT_SHAPE
+from small_things import STUDENT_SHAPE
 from stillroom.cli import app
 from stillroom.cli.printing import print_findings
 from stillroom.config import ModelRef, fingerprint

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import MistralConfig, MistralForCausalLM
 
 import reference
-from conftest import STUDENT_SHAPE, TEACHER_SHAPE, real_tokenizer, write_model
 from recompute_report import check_report
 from setups import dense
+from small_things import STUDENT_SHAPE, TEACHER_SHAPE, real_tokenizer, write_model
 from stillroom.afterwards.export import export_trial
 from stillroom.analysis.escaping import markdown_plain
 from stillroom.analysis.results import StudyResults

@@ -12,8 +12,8 @@ import torch
 from tokenizers import processors
 from transformers import AutoModelForCausalLM
 
-from conftest import SHARED, STUDENT_SHAPE, real_tokenizer, write_model
 from setups import EVALUATION
+from small_things import SHARED, STUDENT_SHAPE, real_tokenizer, write_model
 from stillroom.analysis.frame import worse_or_equal
 from stillroom.config import Evaluation, ModelRef, TaskData, fingerprint
 from stillroom.data.chat_templates import encode_prompts

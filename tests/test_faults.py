@@ -11,10 +11,10 @@ import time
 import pandas as pd
 import pytest
 
-from conftest import STUDENT_SHAPE, write_model
 from damage import flip_byte
 from processes import command, command_with_its_tracker_elsewhere, descendants, start, stillroom, wait_for
 from setups import numbers
+from small_things import STUDENT_SHAPE, write_model
 from stillroom.files import read_json
 from stillroom.offline_teacher_data.store import SignalStore
 from studies import study_file

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import make_store
 from setups import EVALUATION, TRAINING, Setup, changed, dense, reference_means
+from small_things import make_store
 from stillroom.afterwards.inspection import describe_example
 from stillroom.config import Group, Objective
 from stillroom.errors import UserError

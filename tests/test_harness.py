@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 import harness_agreement
-from conftest import SHARED
+from small_things import SHARED
 from stillroom.config import GROUPS, ModelRef, Objective, Training
 from stillroom.data.corpus import build_corpus
 from stillroom.evaluation.scoring import evaluate

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import pages
-from conftest import STUDENT_SHAPE, TEACHER_SHAPE, write_model
+from small_things import STUDENT_SHAPE, TEACHER_SHAPE, write_model
 from stillroom.afterwards.export import export_trial
 from stillroom.cli import app
 from stillroom.config import ModelRef

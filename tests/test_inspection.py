@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import pages
-from conftest import STUDENT_SHAPE, make_store, real_tokenizer, write_model
+from small_things import STUDENT_SHAPE, make_store, real_tokenizer, write_model
 from stillroom.afterwards.fonts import escaped, fonts_for
 from stillroom.afterwards.inspection import (
     attention_figure,

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import reference
-from conftest import make_store
 from setups import EVALUATION, TRAINING, Setup, changed, dense
+from small_things import make_store
 from stillroom.config import Group, Objective
 from stillroom.errors import UserError
 from stillroom.models.forward import Taps, forward

@@ -15,9 +15,9 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from conftest import STUDENT_SHAPE, write_model
 from processes import descendants, stillroom, wait_for
 from setups import numbers
+from small_things import STUDENT_SHAPE, write_model
 from stillroom.config import ModelRef, Sweep
 from stillroom.errors import UserError
 from stillroom.experiment import local_sweep

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from conftest import make_store
 from processes import start
 from ratios import PeakMemory
+from small_things import make_store
 from stillroom.config import GROUPS, Corpus, Evaluation, Objective, TaskData, Training
 from stillroom.data.corpus import build_corpus
 from stillroom.files import read_json, write_json

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from conftest import TEACHER_SHAPE, write_model
 from mistakes import MISTAKES
+from small_things import TEACHER_SHAPE, write_model
 from studies import study_file
 
 

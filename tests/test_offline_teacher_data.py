@@ -16,8 +16,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
-from conftest import make_store, texts
 from damage import damaged, flip_byte, set_values
+from small_things import make_store, texts
 from stillroom.config import ModelRef, Signals
 from stillroom.data.encoding import encode
 from stillroom.errors import UserError

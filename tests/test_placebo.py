@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import reference
-from conftest import STUDENT_SHAPE, make_store, write_model
 from setups import EVALUATION, TRAINING, Setup, changed, dense
+from small_things import STUDENT_SHAPE, make_store, write_model
 from stillroom.config import GROUPS, Group, Objective
 from stillroom.errors import UserError
 from stillroom.offline_teacher_data.store import SignalStore

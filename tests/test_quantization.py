@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from conftest import write_model
+from small_things import write_model
 from stillroom.config import ModelRef, Signals
 from stillroom.errors import UserError
 from stillroom.experiment.sources import Sources

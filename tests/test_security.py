@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from conftest import STUDENT_SHAPE, write_model
 from processes import command_with_its_tracker_elsewhere, start, stillroom
+from small_things import STUDENT_SHAPE, write_model
 from stillroom.config import ModelRef
 from stillroom.credentials import redact
 from stillroom.errors import UserError

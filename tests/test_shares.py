@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from conftest import STUDENT_SHAPE, write_model
 from setups import EVALUATION, TRAINING, Setup, changed, numbers
+from small_things import STUDENT_SHAPE, write_model
 from stillroom.analysis.frame import summary_row
 from stillroom.config import GROUPS, Group, Objective, Training
 from stillroom.errors import UserError

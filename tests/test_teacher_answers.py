@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import reference
-from conftest import write_model
 from setups import EVALUATION, TRAINING, Setup, changed, dense
+from small_things import write_model
 from stillroom.config import GROUPS, Group, Objective, Signals
 from stillroom.config.objective import TaskLoss
 from stillroom.data.encoding import encode

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import reference
-from conftest import STUDENT_SHAPE, make_store, write_model
 from setups import ALL, Setup, changed, dense, reference_means
+from small_things import STUDENT_SHAPE, make_store, write_model
 from stillroom.signals.next_token import top_k
 from stillroom.terms.divergences import DIVERGENCES, steepest
 from stillroom.terms.next_token import map_outcomes, teacher_to_student_ids

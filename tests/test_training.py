@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from conftest import STUDENT_SHAPE, make_store, write_model
 from setups import ALL, EVALUATION, TIMES, TRAINING, numbers, run
+from small_things import STUDENT_SHAPE, make_store, write_model
 from stillroom.config import GROUPS, Group, Lora, ModelRef, Objective
 from stillroom.data.tasks import TASKS
 from stillroom.errors import UserError

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import pages
-from conftest import STUDENT_SHAPE, TEACHER_SHAPE, write_model
+from small_things import STUDENT_SHAPE, TEACHER_SHAPE, write_model
 from stillroom.files import read_json
 
 pytestmark = pytest.mark.slow

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import reference
-from conftest import STUDENT_SHAPE, make_store, write_model
 from setups import EVALUATION, TRAINING, Setup, changed, dense
+from small_things import STUDENT_SHAPE, make_store, write_model
 from stillroom.config import Group, Objective
 from stillroom.errors import UserError
 from stillroom.models.forward import Taps, forward

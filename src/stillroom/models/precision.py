@@ -6,6 +6,7 @@ import copy
 import gc
 import platform
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,9 @@ def scored_by_parts(saved: Precision, dtype: Precision, device: str) -> bool:
     return device == "cuda" and dtype == "float32" and saved != "float32"
 
 
+@cache
 def products(dtype: torch.dtype, device: torch.device) -> float:
-    """Billions of floating-point operations a second in a matrix product: the best of a few short tries."""
+    """Billions of floating-point operations a second in a matrix product: the best of a few short tries, made once."""
     size, best = 384, 0.0
     left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     for _ in range(4):
