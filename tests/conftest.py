@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,3 +26,5 @@ def pytest_configure(config):
     """The process that only hands tests to others need not wait for PyTorch."""
     if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
         config.pluginmanager.import_plugin("small_things")
+    else:
+        gc.enable()  # which `own_time` does once tests are collected, but none are here

@@ -76,7 +76,7 @@ def test_a_student_without_lora_is_the_student_it_was():
 
 
 def test_a_model_without_them_needs_no_peft(model, monkeypatch):
-    """To import it takes over a second where bitsandbytes is installed, which every trial had waited for."""
+    """Importing it takes over a second where bitsandbytes is installed; every trial waited for that."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "peft"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "peft", None)

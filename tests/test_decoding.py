@@ -18,6 +18,7 @@ from transformers.utils import import_utils
 from setups import EVALUATION
 from stillroom.config import Evaluation, fingerprint
 from stillroom.errors import UserError
+from stillroom.evaluation import decoding
 from stillroom.evaluation.decoding import Fixed, Growing, fixed_cache
 from stillroom.evaluation.generation import continuations, generate
 from stillroom.experiment.sources import Sources
@@ -189,11 +190,16 @@ def test_a_step_that_cannot_be_recorded_says_so(inner, monkeypatch):
             raise RuntimeError("capture failed due to a previous error")
 
     def step():
-        raise inner
+        try:
+            raise KeyError("dealt with")
+        except KeyError:
+            raise inner from None
 
     monkeypatch.setattr(torch.cuda, "graph", recording)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
+    monkeypatch.setattr(decoding, "_recording_stream", lambda device: device)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS["llama"])).eval()
     ids = torch.ones(1, 3, dtype=torch.int64)

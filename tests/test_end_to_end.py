@@ -24,7 +24,7 @@ from stillroom.config import ModelRef
 from stillroom.data.tasks import TASKS
 from stillroom.errors import UserError
 from stillroom.evaluation.metrics import by_column
-from stillroom.experiment.reporting import is_planned
+from stillroom.experiment.reporting import as_planned
 from stillroom.experiment.workspace import Workspace
 from stillroom.files import read_json, write_json
 from stillroom.models.hub import load_model
@@ -398,9 +398,13 @@ def test_a_report_plans_again_only_what_has_changed(tmp_path, finished_study, mo
         dtypes = {**facts["study"][stage], "dtype": "bfloat16"}
         write_json(file, {**facts, "study": {**facts["study"], stage: dtypes}})
         given = getattr(finished_study.study, stage)
-        assert is_planned(finished_study.study.model_copy(update={"paths": paths})) is False
+        assert as_planned(finished_study.study.model_copy(update={"paths": paths})) is None
         automatic = {"paths": paths, stage: given.model_copy(update={"dtype": "auto"})}
-        assert is_planned(finished_study.study.model_copy(update=automatic))  # whatever it is on this machine
+        found = as_planned(finished_study.study.model_copy(update=automatic))  # whatever it is on this machine
+        assert getattr(found, stage).dtype == "bfloat16", "a tracker is told what was used"
+        dtypes["dtype"] = "float16"  # which `auto` never is
+        write_json(file, {**facts, "study": {**facts["study"], stage: dtypes}})
+        assert as_planned(finished_study.study.model_copy(update=automatic)) is None
     write_json(file, facts)
     assert again(analysis=finished_study.study.analysis.model_copy(update={"alpha": 0.01})) == 1
     write_json(file, {**facts, "snapshot": "offline_teacher_data_earlier"})

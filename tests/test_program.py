@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import subprocess
 import sys
 
@@ -29,8 +31,11 @@ cli.program()
 """
 
 
-def _run(code, *arguments):
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+def _run(code, *arguments, shell=None):
+    """Output is kept until there is much of it, or the process ends."""
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = ["bash", "-c", shell] if shell else [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=buffered)
 
 
 @pytest.mark.parametrize(
@@ -62,9 +67,15 @@ def test_an_internal_error_is_no_success():
     assert "RuntimeError: escaped" in done.stderr
 
 
-def test_a_reader_that_has_gone_is_no_traceback():
-    """`stillroom --help | true`."""
-    call = f"{sys.executable} -c {_CALL!r} --help | true"
-    done = subprocess.run(["bash", "-c", call], capture_output=True, text=True, check=False)
-    assert "Traceback" not in done.stderr
-    assert "BrokenPipeError" not in done.stderr
+@pytest.mark.parametrize(("target", "code"), [("| sleep 0", 0), ("> /dev/full", 1)])
+def test_what_cannot_be_written_at_the_end_is_an_error_but_for_a_reader_that_has_gone(target, code):
+    """`stillroom fields | head -1` is well; a table that did not fit on the disk is not."""
+    slow = _LAST.replace("raise SystemExit(CODE)", "time.sleep(1)")
+    done = _run(None, shell=f"{sys.executable} -c {shlex.quote(slow)} {target}; exit ${{PIPESTATUS[0]}}")
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+def test_ctrl_c_that_comes_late_has_its_own_code():
+    """Pressed while bars or Ray are being ended."""
+    done = _run(_LAST.replace("raise SystemExit(CODE)", "raise KeyboardInterrupt"))
+    assert done.returncode == 130

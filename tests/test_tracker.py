@@ -198,13 +198,15 @@ def test_weights_and_biases_offline_has_every_number_of_a_trial_once(two_trials,
     monkeypatch.setenv("WANDB_MODE", "offline")
     study, folders = two_trials
     logged_twice(study.model_copy(update={"trackers": ("wandb",)}), tmp_path, folders)
-    runs = {}
+    runs, kept = {}, []
     for file in tmp_path.glob("wandb/offline-run-*/*.wandb"):
         run, numbers = None, {}
         for data in _records(file.read_bytes()):
             record = Record.FromString(data)
             if record.HasField("run"):
                 run = record.run
+            if record.HasField("artifact"):
+                kept += [(entry.path, entry.size) for entry in record.artifact.manifest.contents]
             if record.HasField("history"):
                 items = {item.key or item.nested_key[0]: float(item.value_json) for item in record.history.item}
                 numbers |= {(record.history.step.num, k): v for k, v in items.items() if not k.startswith("_")}
@@ -216,6 +218,7 @@ def test_weights_and_biases_offline_has_every_number_of_a_trial_once(two_trials,
         assert (run.project, run.run_group) == (study.name, result["config"]["distill_type"])
         wanted = {(step, name): value for step, row in history(result).items() for name, value in row.items()}
         assert numbers == pytest.approx(wanted)
+    assert kept == [("report.html", (tmp_path / "report.html").stat().st_size)]
     (tmp_path / "report.html").write_text("<p>Another.</p>\n")
     Tracker(study.model_copy(update={"trackers": ("wandb",)}), tmp_path).log_report(tmp_path / "report.html")
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 3, "a new report takes the old one's place"

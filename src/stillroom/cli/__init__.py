@@ -13,7 +13,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from typing import Any, NoReturn
 
 import typer
@@ -35,7 +35,7 @@ _AGAIN_SECONDS = 60
 def program() -> None:
     """`stillroom`: `main`, after which the process ends at once.
 
-    For the interpreter to take apart what was imported takes up to a second and saves nothing.
+    Taking apart what was imported takes up to a second and saves nothing.
     """
     ended = {"code": 1}
     atexit.register(_end_at_once, ended)  # registered first, so called last: after what other libraries have to finish
@@ -45,13 +45,19 @@ def program() -> None:
     except SystemExit as stop:
         ended["code"] = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         raise
+    except KeyboardInterrupt:  # while bars or Ray were being ended
+        ended["code"] = INTERRUPTED
+        raise
 
 
 def _end_at_once(ended: dict[str, int]) -> None:
     for stream in (sys.stdout, sys.stderr):
-        # nobody may read it any more; it may be closed, or not there at all
-        with suppress(OSError, ValueError, AttributeError):
+        try:
             stream.flush()
+        except (BrokenPipeError, ValueError, AttributeError):
+            pass  # nobody reads it any more, it is closed, or there is none
+        except OSError:  # a full disk
+            ended["code"] = ended["code"] or 1
     os._exit(ended["code"])
 
 

@@ -88,7 +88,6 @@ def plan(
         from stillroom.preflight.measuring import measure_study
 
         collect_as_usual()
-
         planned["measured"] = measure_study(loaded, BARS)
     for text in (*planned["warnings"], *planned["design"]["warnings"]):
         warn(text)

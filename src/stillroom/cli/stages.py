@@ -227,15 +227,15 @@ def report(
     Example: stillroom report small
     """
     from stillroom.analysis.report import write_report
-    from stillroom.experiment.reporting import is_planned, report_planned
+    from stillroom.experiment.reporting import as_planned, report_planned
     from stillroom.folders import ResultsFolder
     from stillroom.studies import load_study
 
     folder = Path(study)
     if ResultsFolder(folder).planned.is_file():
         write_report(folder)
-    elif is_planned(loaded := load_study(study, set_ or [])):  # then nothing of it needs PyTorch
-        folder = report_planned(loaded).parent
+    elif (planned := as_planned(load_study(study, set_ or []))) is not None:  # then nothing of it needs PyTorch
+        folder = report_planned(planned).parent
     else:
         workspace = open_workspace(study, set_)
         workspace.report()

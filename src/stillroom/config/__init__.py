@@ -301,6 +301,24 @@ class Study(Section):
         """Whether a group reads inner values of the student's attention."""
         return any({"attention", "values"} & set(group.terms) for group in self.groups)
 
+    def with_dtypes(self, chosen: Precision) -> Study:
+        """The study with this dtype in place of each `auto`."""
+
+        def training(given: Training) -> Training:
+            return given.model_copy(update={"precision": chosen}) if given.precision == "auto" else given
+
+        teacher, evaluation = self.teacher, self.evaluation
+        fine_tune = teacher.fine_tune.model_copy(update={"training": training(teacher.fine_tune.training)})
+        dtype = chosen if teacher.dtype == "auto" else teacher.dtype
+        scored = chosen if evaluation.dtype == "auto" else evaluation.dtype
+        return self.model_copy(
+            update={
+                "teacher": teacher.model_copy(update={"dtype": dtype, "fine_tune": fine_tune}),
+                "training": training(self.training),
+                "evaluation": evaluation.model_copy(update={"dtype": scored}),
+            }
+        )
+
     def group(self, name: str) -> Group:
         """The group of that name; `UserError` if the study has none."""
         for group in self.groups:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -79,7 +80,7 @@ def fixed_cache(config: Any, room: int) -> transformers.Cache:
 
 
 def require_static_cache(model: transformers.PreTrainedModel) -> None:
-    """`UserError` for an architecture that a cache of fixed size, or the recording of a step, does not suit."""
+    """`UserError` if the architecture cannot use a cache of fixed size, or its steps cannot be recorded."""
     if not getattr(model, "_can_compile_fullgraph", False):  # its windows or states are not in its configuration
         raise UserError(f"evaluation.static_cache: {type(model).__name__} does not support it; leave it out")
     if any("dynamic" in kind for kind in _rope_types(model.config)):
@@ -164,15 +165,20 @@ class Fixed:
 
     def _recorded(self) -> Callable[[], None]:
         """A step as a CUDA graph; other threads may go on using the device. `UserError` if the model forbids it."""
-        graph, device = torch.cuda.CUDAGraph(), self._token.device
+        graph, device, causes = torch.cuda.CUDAGraph(), self._token.device, []
         try:
             with (
                 torch.cuda.device(device),
-                torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"),
+                torch.cuda.stream(torch.cuda.current_stream(device)),  # which a failed recording does not go back to
+                torch.cuda.graph(graph, stream=_recording_stream(device), capture_error_mode="thread_local"),
             ):
-                self._next()
-        except RuntimeError as error:  # such as a number that the step asks of the device
-            cause = error.__context__ or error  # the end of the recording raises too
+                try:
+                    self._next()
+                except RuntimeError as error:  # such as a number that the step asks of the device
+                    causes.append(error)
+                    raise
+        except RuntimeError as error:  # the end of a failed recording raises too
+            cause = (causes or [error])[0]
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
             raise UserError(
@@ -180,6 +186,12 @@ class Fixed:
                 f"({first_line(cause)}); leave it out"
             ) from error
         return graph.replay
+
+
+@cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings on a device: libraries keep a workspace for each."""
+    return torch.cuda.Stream(device)
 
 
 def _can_be_recorded(model: transformers.PreTrainedModel) -> bool:

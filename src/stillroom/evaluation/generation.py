@@ -117,7 +117,7 @@ def _stops(model: transformers.PreTrainedModel, tokenizer: Any) -> list[int]:
 
 
 def _special_ids(tokenizer: Any, texts: Sequence[str]) -> list[int]:
-    """Ids of those texts that are special tokens: they are not in the text of an answer, which could be cut there."""
+    """Ids of those texts that are special tokens: a decoded answer leaves them out, so it cannot be cut there."""
     special = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return [special[text] for text in texts if text in special]
 

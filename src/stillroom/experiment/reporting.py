@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from stillroom.analysis.reading import read_planned
-from stillroom.config import Study
+from stillroom.config import Precision, Study
 from stillroom.errors import UserError
 from stillroom.experiment.tracker import Tracker
 from stillroom.folders import snapshots_of
 
+_AUTO: tuple[Precision, ...] = ("bfloat16", "float32")
+"""What a dtype of `auto` can stand for (`resolve_precision`)."""
 
-def is_planned(study: Study) -> bool:
-    """Whether the trials were planned for this study and its newest archive; a dtype of `auto` is what it was then."""
+
+def as_planned(study: Study) -> Study | None:
+    """The study, with the dtypes that `auto` stood for when its trials were planned.
+
+    None where they were planned for another study, or for an archive that is not the newest any more.
+    """
     try:
         planned = read_planned(study.paths.results)
     except UserError:
-        return False
-    newest = [path.name for path in snapshots_of(study.paths.store_path)[-1:]]
-    return [planned["snapshot"]] == newest and _same(study.model_dump(mode="json"), planned["study"])
-
-
-def _same(given: Any, planned: Any) -> bool:
-    if isinstance(given, dict) and isinstance(planned, dict):
-        return given.keys() == planned.keys() and all(_same(value, planned[name]) for name, value in given.items())
-    if isinstance(given, list) and isinstance(planned, list):
-        return len(given) == len(planned) and all(map(_same, given, planned))
-    return given in ("auto", planned)
+        return None
+    if [planned["snapshot"]] != [path.name for path in snapshots_of(study.paths.store_path)[-1:]]:
+        return None
+    candidates = map(study.with_dtypes, _AUTO)
+    return next((c for c in candidates if c.model_dump(mode="json") == planned["study"]), None)
 
 
 def report_planned(study: Study) -> Path:

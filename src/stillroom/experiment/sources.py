@@ -159,7 +159,8 @@ class Sources:
         answered = examples.all if self.study.signals.teacher_answers else generated
         self._require_room(answered, longest)
         if self.study.evaluation.static_cache:
-            self._require_fixed_caches([*answered, *(e for e in examples.test if task_of(e).kind == "generation")])
+            generated += [example for example in examples.test if task_of(example).kind == "generation"]
+            self._require_fixed_caches([*answered, *generated], generated)
         return examples
 
     def _require_embedded(self, examples: Sequence[Example]) -> None:
@@ -178,10 +179,11 @@ class Sources:
                 f"that is more than the {self._context} a model reads; lower it or corpus.max_length"
             )
 
-    def _require_fixed_caches(self, examples: Sequence[Example]) -> None:
-        """`UserError` naming a layer of a model that has no cache of fixed size for the longest prompt's answer."""
-        for ref, tokenizer in zip((self.teacher_ref, self.student_ref), self.tokenizers, strict=True):
-            if ref is self.student_ref or not self.study.signals.imported:
+    def _require_fixed_caches(self, teachers: Sequence[Example], students: Sequence[Example]) -> None:
+        """`UserError` naming a layer that has no cache of fixed size for the longest prompt its model answers."""
+        asked = ((self.teacher_ref, [] if self.study.signals.imported else teachers), (self.student_ref, students))
+        for (ref, examples), tokenizer in zip(asked, self.tokenizers, strict=True):
+            if examples:
                 room = _longest_prompt(tokenizer, examples) + self.study.evaluation.max_new_tokens
                 fixed_cache(load_config(ref), room)
 

@@ -74,7 +74,8 @@ class WandbRuns:
 
     def log_report(self, path: Path) -> None:
         """The study's run: its settings, the snapshot, and the report as an artefact; again where the report is new."""
-        planned = read_json(path) if (path := ResultsFolder(self.results).planned).is_file() else {}
+        plan = ResultsFolder(self.results).planned
+        planned = read_json(plan) if plan.is_file() else {}
         snapshot = {"name": planned.get("snapshot"), "fingerprint": planned.get("fingerprint")}
         config = {**self.study.model_dump(mode="json"), "snapshot": snapshot}
         with self._run(self.study.name, "study", config, file_sha256(path)) as run:

@@ -26,7 +26,7 @@ from stillroom.evaluation.generation import teacher_answers
 from stillroom.experiment.jobs import CapturePlan, TrialPlan, finished, run_capture, run_trial
 from stillroom.experiment.local_sweep import sweep as sweep_here
 from stillroom.experiment.ray_sweep import capture_on_workers, sweep
-from stillroom.experiment.reporting import is_planned, report_planned
+from stillroom.experiment.reporting import as_planned, report_planned
 from stillroom.experiment.resources import cores
 from stillroom.experiment.sharded_trial import train_sharded
 from stillroom.experiment.sources import Sources
@@ -373,7 +373,7 @@ class Workspace(Sources):
         Its trials are planned again only if the study, or its newest archive, is another than when they were planned
         last. If models or teacher data are unavailable then, reports the last planned study and warns.
         """
-        if not is_planned(self.study):
+        if as_planned(self.study) is None:
             try:
                 self.plans()
             except UserError as error:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 
-from stillroom.config import Precision, Study, Training
+from stillroom.config import Precision, Study
 from stillroom.models.adapters import without_adapters
 from stillroom.models.split_products import split_products
 
@@ -44,22 +44,7 @@ def is_sharded(value: Any) -> bool:
 
 def resolve_precision(study: Study) -> Study:
     """The study with a dtype for each `auto`: bfloat16 where this machine multiplies it natively, else float32."""
-    chosen: Precision = "bfloat16" if native_bfloat16() else "float32"
-
-    def training(given: Training) -> Training:
-        return given.model_copy(update={"precision": chosen}) if given.precision == "auto" else given
-
-    teacher, evaluation = study.teacher, study.evaluation
-    fine_tune = teacher.fine_tune.model_copy(update={"training": training(teacher.fine_tune.training)})
-    dtype = chosen if teacher.dtype == "auto" else teacher.dtype
-    scored = chosen if evaluation.dtype == "auto" else evaluation.dtype
-    return study.model_copy(
-        update={
-            "teacher": teacher.model_copy(update={"dtype": dtype, "fine_tune": fine_tune}),
-            "training": training(study.training),
-            "evaluation": evaluation.model_copy(update={"dtype": scored}),
-        }
-    )
+    return study.with_dtypes("bfloat16" if native_bfloat16() else "float32")
 
 
 def default_device() -> torch.device:

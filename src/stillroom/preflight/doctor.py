@@ -390,7 +390,8 @@ def _launcher(study: Study) -> Finding:
         from stillroom.experiment.ray_sweep import describe_cluster
 
         fine, says = _tried(lambda: found.update(describe_cluster(study.sweep)))
-        end_ray()  # now, while the corpus is drawn: it takes more than a second
+        if fine:
+            fine, says = _tried(end_ray)  # now, while the corpus is drawn: it takes more than a second
         subject, remedy = "ray", "; `stillroom train` runs one trial at a time without Ray"
     listed = ", ".join(f"{name} {value:g}" for name, value in found.items())
     return Finding(subject, fine, listed if fine else says + remedy)
