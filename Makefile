@@ -9,6 +9,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+SELDOM := '/(tests?|rllib|serve|llm|sklearn|nltk|chardet|databricks|debugpy|playwright|pip|lexers)/|transformers/models/|lm_eval/tasks/'
+
 .PHONY: install quickstart quick test lint docs wheel cover check clean
 
 install: .venv/installed
@@ -16,8 +18,8 @@ install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt "$$(grep '^torch' constraints.txt)" -e '.[dev]'
-	# on all cores, where pip uses one; some packages have templates that are no Python
-	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
+	# on all cores, where pip uses one; without what is seldom imported; some packages have templates that are no Python
+	$(BIN)/python -m compileall -qq -j 0 -x $(SELDOM) .venv/lib || true
 	touch $@
 
 quickstart: install

@@ -153,7 +153,7 @@ def numbers(result):
 @pytest.fixture
 def study(tmp_path, teacher_ref, student_ref):
     """A study file: a trial for each node and one that waits, with epochs enough for one to be seen and killed."""
-    training = {"epochs": 8, "precision": "float32", "gradient_interval": 2}
+    training = {"epochs": 6, "precision": "float32", "gradient_interval": 2}
     sweep = {"seeds": [0, 1, 2], "cpus_per_trial": 1, "retries": 0}
     (tmp_path / "results").mkdir()
     pair = (teacher_ref.model, student_ref.model)

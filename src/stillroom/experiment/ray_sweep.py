@@ -134,6 +134,7 @@ def _ray(address: str | None) -> Iterator[None]:
     """
     os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C leaves at once; finished epochs are on disk
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # an idle process a core, which no trial can use
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # our own progress replaces Ray's tables
     for name, value in _WORKER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
