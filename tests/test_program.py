@@ -42,7 +42,6 @@ def _run(code, *arguments, shell=None):
     ("arguments", "code", "out", "err"),
     [
         (["--version"], 0, "stillroom 0.1.0\n", ""),
-        (["plan", "nowhere.yaml"], 2, "", "error: no study 'nowhere.yaml'"),
         (["plan"], 2, "", "Missing argument"),
     ],
 )
@@ -53,7 +52,7 @@ def test_its_exit_code_and_output_are_those_of_the_command(arguments, code, out,
     assert err in done.stderr
 
 
-@pytest.mark.parametrize(("given", "code"), [("0", 0), ("None", 0), ("2", 2), ("130", 130), ("'words'", 1)])
+@pytest.mark.parametrize(("given", "code"), [("None", 0), ("2", 2), ("'words'", 1)])
 def test_threads_and_libraries_finish_and_nothing_is_taken_apart(given, code):
     """A library writes at the end what it still holds; objects are not destroyed one by one, which takes a second."""
     done = _run(_LAST.replace("CODE", given))
@@ -70,7 +69,7 @@ def test_an_internal_error_is_no_success():
 @pytest.mark.parametrize(("target", "code"), [("| sleep 0", 0), ("> /dev/full", 1)])
 def test_what_cannot_be_written_at_the_end_is_an_error_but_for_a_reader_that_has_gone(target, code):
     """`stillroom fields | head -1` is well; a table that did not fit on the disk is not."""
-    slow = _LAST.replace("raise SystemExit(CODE)", "time.sleep(1)")
+    slow = _LAST.replace("raise SystemExit(CODE)", "time.sleep(0.3)")
     done = _run(None, shell=f"{sys.executable} -c {shlex.quote(slow)} {target}; exit ${{PIPESTATUS[0]}}")
     assert (done.returncode, done.stderr) == (code, "")
 

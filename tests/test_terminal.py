@@ -190,7 +190,7 @@ def _bars():
         bars("capturing the teacher's signals, share 12/16, examples", done * 12345, 37035)
         note = "9 of 28 trials done, 4 running, 1 failed; a_long_name_of_a_group seed 10, epoch 10: accuracy 62.5 %"
         bars("training students, epochs", done, 3, note)
-        time.sleep(0.3)
+        time.sleep(0.15)
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120])
