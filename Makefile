@@ -6,12 +6,13 @@
 # make wheel       a wheel in dist/, installed into a clean environment, a small study run from there
 # make cover       the tests, with the lines and branches that they reach
 # make check       what CI runs: format, lint, types, docs, wheel, tests
+# make release     the same, and the whole embedded study
 PYTHON ?= python3
 BIN := .venv/bin
 
 SELDOM := '/(tests?|rllib|serve|llm|sklearn|nltk|chardet|databricks|debugpy|playwright|pip|lexers)/|transformers/models/|lm_eval/tasks/'
 
-.PHONY: install quickstart quick test lint docs wheel cover check clean
+.PHONY: install quickstart quick test lint docs wheel cover check release clean
 
 install: .venv/installed
 
@@ -40,7 +41,7 @@ lint: install
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# every stage of the embedded study, with two trials of an epoch; the tests run the whole study
+# every stage of the embedded study, with two trials of an epoch; `make release` runs it whole
 SMOKE := --set 'groups=[task_only, combined]' --set 'sweep.seeds=[0]' --set training.epochs=1 --set training.warmup_steps=0 \
 	--set teacher.fine_tune.training.epochs=1 --set signals.minimum_coverage=0 --set evaluation.max_new_tokens=8 \
 	$(foreach task,sentiment quiz arithmetic,--set corpus.tasks.$(task).examples=60 \
@@ -63,6 +64,8 @@ cover: install
 	$(BIN)/python -m pytest --cov --cov-report=term
 
 check: test lint docs wheel
+
+release: check quickstart
 
 clean:
 	rm -rf results offline_teacher_data* build dist site
