@@ -145,8 +145,7 @@ def store(tmp_path_factory, teacher_ref, examples):
 @pytest.fixture(scope="session")
 def finished_study(tmp_path_factory, teacher_ref, student_ref):
     """A study of two groups, one seed, trained without Ray to a report; for looking at, not for changing."""
-    from stillroom.experiment.workspace import Workspace
-    from stillroom.studies import load_study
+    from studies import reported
 
     folder = tmp_path_factory.mktemp("study")
     tasks = {name: {"dataset": "builtin", "examples": 30} for name in ("sentiment", "quiz", "arithmetic")}
@@ -163,15 +162,7 @@ def finished_study(tmp_path_factory, teacher_ref, student_ref):
         "paths": {"store": str(folder / "offline_teacher_data"), "results": str(folder / "results")},
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(study))
-    workspace = Workspace(load_study(str(folder / "tiny.yaml")))
-    workspace.baselines()
-    workspace.capture()
-    workspace.verify()
-    workspace.archive()
-    for group in ("task_only", "combined"):
-        workspace.train_one(group, 0)
-    workspace.report()
-    return workspace
+    return reported(str(folder / "tiny.yaml"), "task_only", "combined")
 
 
 @pytest.fixture

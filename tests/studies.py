@@ -29,12 +29,26 @@ def study_file(tmp_path, teacher_dir, student_dir, **changes):
     return str(path)
 
 
-def run(path, *overrides):
-    """Every stage, as `stillroom run` does."""
+def prepared(path, *overrides):
+    """The stages before the trials."""
     workspace = Workspace(load_study(path, overrides))
     workspace.baselines()
     workspace.capture()
     workspace.verify()
     workspace.archive()
-    errors = workspace.sweep()
-    return workspace, errors
+    return workspace
+
+
+def run(path, *overrides):
+    """Every stage, as `stillroom run` does."""
+    workspace = prepared(path, *overrides)
+    return workspace, workspace.sweep()
+
+
+def reported(path, *groups):
+    """Every stage without a launcher: a trial of each group in this process, and the report."""
+    workspace = prepared(path)
+    for group in groups:
+        workspace.train_one(group, 0)
+    workspace.report()
+    return workspace

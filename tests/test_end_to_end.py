@@ -31,7 +31,7 @@ from stillroom.models.hub import load_model
 from stillroom.offline_teacher_data.shards import Slice
 from stillroom.offline_teacher_data.store import SignalStore
 from stillroom.studies import load_study
-from studies import run, study_file
+from studies import reported, run, study_file
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_sweeps")]
 
@@ -148,14 +148,7 @@ def test_no_task_name_is_forbidden(tmp_path, teacher_ref, student_ref, capsys):
         evaluation={"max_new_tokens": 8, "test_splits": dict.fromkeys(("all", "x_flexible"), test)},
         analysis={"primary": [["combined", "task_only"]], "secondary": [], "simple_tasks": ["all"], "hard_tasks": []},
     )
-    workspace = Workspace(load_study(path))
-    workspace.baselines()
-    workspace.capture()
-    workspace.verify()
-    workspace.archive()
-    for group in ("task_only", "combined"):
-        workspace.train_one(group, 0)
-    page = workspace.report()
+    page = reported(path, "task_only", "combined").folder.report
     assert check_report(page.parent, bootstrap=False)
     print_answers(page.parent)
     assert "combined" in capsys.readouterr().out
