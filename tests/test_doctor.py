@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -437,3 +438,17 @@ def test_a_machine_without_a_gpu_has_no_line_about_one(study):
     """Nothing is tried, and nothing is said."""
     if not torch.cuda.is_available():
         assert not list(doctor._gpu(study, {}))
+
+
+def test_a_service_that_cannot_be_used_is_one_line_with_its_remedy(monkeypatch):
+    """However long the path in it is; and where Ray cannot be imported, nothing of it has to be ended."""
+    told = f"{'/a/long/folder' * 30} cannot be written; set paths.results"
+
+    def refuse():
+        raise UserError(f"{told}\nmore")
+
+    assert doctor._tried(refuse) == (False, told)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    found = doctor._launcher(load_study("quickstart", ["sweep.launcher=ray"]))
+    assert not found.fine
+    assert "`stillroom train` runs one trial at a time without Ray" in found.says

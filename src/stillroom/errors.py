@@ -8,5 +8,5 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of any library says, short enough for a message; its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """What an error of any library says, as a line for a message; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

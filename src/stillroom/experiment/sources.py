@@ -159,8 +159,8 @@ class Sources:
         answered = examples.all if self.study.signals.teacher_answers else generated
         self._require_room(answered, longest)
         if self.study.evaluation.static_cache:
-            generated += [example for example in examples.test if task_of(example).kind == "generation"]
-            self._require_fixed_caches([*answered, *generated], generated)
+            tested = [example for example in examples.test if task_of(example).kind == "generation"]
+            self._require_fixed_caches([*answered, *tested], [*generated, *tested])
         return examples
 
     def _require_embedded(self, examples: Sequence[Example]) -> None:

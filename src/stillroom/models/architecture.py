@@ -46,7 +46,7 @@ def check_model(model: transformers.PreTrainedModel, ids: Tensor) -> Tensor:
         raise
     except Exception as error:  # whatever an architecture's own code raises, the user is to read it as a line
         raise UserError(
-            f"{name}: a plain forward pass fails ({type(error).__name__}: {first_line(error)}); "
+            f"{name}: a plain forward pass fails ({type(error).__name__}: {first_line(error)[:200]}); "
             "this architecture is not supported"
         ) from error
     if not torch.isfinite(hidden).all():
@@ -84,8 +84,9 @@ def check_capture(model: transformers.PreTrainedModel, ids: Tensor) -> None:
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # as in check_model
+        said = first_line(error)[:200]
         raise UserError(
-            f"{CANNOT.format(name)} ({type(error).__name__}: {first_line(error)}); this architecture is not supported"
+            f"{CANNOT.format(name)} ({type(error).__name__}: {said}); this architecture is not supported"
         ) from error
     finally:
         model.set_attn_implementation(native)
@@ -159,7 +160,7 @@ def miniature(config: Any) -> transformers.PreTrainedModel:
             with torch.no_grad():
                 model(input_ids=PROBE, use_cache=False)
         except Exception as error:  # any architecture's own constructor and forward pass
-            reason = first_line(error)
+            reason = first_line(error)[:200]
         else:
             return model
     raise UserError(f"{config.model_type}: no small model of this architecture can be built ({reason})")
