@@ -10,11 +10,9 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 import transformers
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
-from transformers.utils import import_utils
 
+from pretend_gpu import pretend_gpu
 from setups import EVALUATION
 from stillroom.config import Evaluation, fingerprint
 from stillroom.errors import UserError
@@ -39,61 +37,22 @@ CONFIGS = {
 }
 
 
-class Recording(TorchDispatchMode):
-    """What a CUDA graph is: the operations of one run, to be done again on the same memory with no Python between."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        assert function is not torch.ops.aten._local_scalar_dense.default, "the host waits for a number"
-        made = function(*args, **(kwargs or {}))
-        self.operations.append((function, args, kwargs or {}, made))
-        return made
-
-    def replay(self):
-        """Do it again."""
-        for function, args, kwargs, made in self.operations:
-            again = function(*args, **kwargs)
-            for place, value in zip(tree_leaves(made), tree_leaves(again), strict=True):
-                if isinstance(place, torch.Tensor) and place.data_ptr() != value.data_ptr():
-                    place.copy_(value)
-
-
 @pytest.fixture
-def recorded(monkeypatch):
-    """Steps are recorded as on a GPU; returns how many operations each recording has."""
-    sizes = []
-
-    def record(decoder):
-        recording = Recording()
-        before = [tensor.clone() for tensor in _state(decoder)]
-        with monkeypatch.context() as patch, recording:
-            patch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
-            decoder._next()
-        for tensor, value in zip(_state(decoder), before, strict=True):  # a graph computes nothing while it is recorded
-            tensor.copy_(value)
-        sizes.append(len(recording.operations))
-        return recording.replay
-
-    monkeypatch.setattr(Fixed, "_recorded", record)
-    monkeypatch.setattr("stillroom.evaluation.decoding._can_be_recorded", lambda model: True)
-    return sizes
-
-
-def _state(decoder):
-    kept = [decoder._token, decoder._position, decoder._made, decoder._place]
-    return kept + [t for layer in decoder._cache.layers for t in (layer.keys, layer.values, layer.cumulative_length)]
+def gpu():
+    """On which steps are recorded."""
+    with pretend_gpu() as gpu:
+        yield gpu
+    decoding._recording_stream.cache_clear()
 
 
 @torch.no_grad()
-def both(name, limit, count):
+def both(name, limit, count, device="cpu"):
     """The tokens that either decoder makes after three prompts of different lengths."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).eval()
-    ids, mask = torch.randint(3, 90, (3, 9)), torch.ones(3, 9, dtype=torch.int64)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).eval().to(device)
+    ids, mask = torch.randint(3, 90, (3, 9)).to(device), torch.ones(3, 9, dtype=torch.int64)
     mask[0, :6], mask[2, :1] = 0, 0
+    mask = mask.to(device)
     tokenizer = type("Tokenizer", (), {"pad_token_id": 0, "eos_token_id": 1})
     growing, fixed = Growing(model, tokenizer, ids, mask, [1000]), Fixed(model, ids, mask, limit)
     for made in range(0, limit, count):
@@ -112,16 +71,17 @@ def test_a_fixed_cache_makes_the_same_tokens(name, count):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_step_can_be_recorded_and_replayed(name, recorded):
-    """As a CUDA graph is: no number comes to the host, nothing but fixed memory changes from step to step."""
-    expected, found = both(name, 12, 4)
+def test_a_step_can_be_recorded_and_replayed(name, gpu):
+    """As a CUDA graph: no number comes to the host, nothing but fixed memory changes from step to step."""
+    expected, found = both(name, 12, 4, "cuda")
     assert torch.equal(found, expected)
-    assert len(recorded) == 1
+    assert gpu.recordings == 1
 
 
-def test_texts_are_the_same_while_rows_end_and_leave(model, tokenizer, examples, recorded, monkeypatch):
+def test_texts_are_the_same_while_rows_end_and_leave(model, tokenizer, examples, gpu, monkeypatch):
     """Rows that have ended stay until half of them can go; then the step is recorded again."""
     monkeypatch.setattr("stillroom.evaluation.generation._STRETCH", 2)
+    model = copy.deepcopy(model).to("cuda")
     prompts = [e for e in examples.train if not e.choices][:9]
     free = generate(model, tokenizer, prompts, Evaluation(max_new_tokens=40))
     stops = tuple(text[place : place + 2] for place, text in enumerate(free[:7]))
@@ -129,7 +89,7 @@ def test_texts_are_the_same_while_rows_end_and_leave(model, tokenizer, examples,
     settings = Evaluation(max_new_tokens=40, static_cache=True)
     assert continuations(model, tokenizer, prompts, settings, stops) == expected
     assert len({len(text) for text, _ in expected}) > 2
-    assert len(recorded) > 1
+    assert gpu.recordings > 1
 
 
 def test_layers_that_see_a_window_are_refused_by_name():

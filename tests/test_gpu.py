@@ -10,8 +10,15 @@ import pytest
 import torch
 
 import gpu
+from pretend_gpu import pretend_gpu
 from processes import start
+from stillroom.config import Evaluation
+from stillroom.data.encoding import encode_many
+from stillroom.evaluation.generation import continuations, generate
 from stillroom.files import read_json
+from stillroom.models.hub import load_model, load_tokenizer
+from stillroom.models.sizes import heads, width
+from stillroom.signals import Layout, compute_signals
 from studies import study_file
 
 A_CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -54,6 +61,40 @@ def test_a_gpu_computes_what_a_cpu_computes(tmp_path):
         gpu.main(["--tiny", "--stages", "correct", "--output", str(tmp_path / "gpu.json")])
     found = read_json(tmp_path / "gpu.json", "stages")["stages"]["correct"]
     assert ended.value.code == 0, found.get("error")
+
+
+@pytest.mark.slow
+def test_every_branch_for_a_gpu_computes_what_a_cpu_computes(tmp_path):
+    """On a pretended GPU: nothing mixes devices, and the host waits nowhere in a training step."""
+    stages = [stage for stage in gpu.STAGES if stage not in ("ceilings", "sharing")]  # sizes of a GPU; more processes
+    with pretend_gpu(), pytest.raises(SystemExit) as ended:
+        gpu.main(["--tiny", "--stages", ",".join(stages), "--output", str(tmp_path / "gpu.json")])
+    found = read_json(tmp_path / "gpu.json", "stages")["stages"]
+    assert ended.value.code == 0, [figures.get("error") for figures in found.values()]
+    assert found["correct"]["waits for the device in two combined steps"] == {}
+
+
+def test_a_teacher_over_two_gpus_computes_what_it_does_on_one(teacher_ref, examples):
+    """Its signals, and its answers while rows end: what is cached of a layer lies where the layer does."""
+    prompts = [example for example in examples.train if not example.choices][:5]
+    found = []
+    for count in (1, 2):
+        with pretend_gpu(count):
+            model, tokenizer = load_model(teacher_ref, device="auto"), load_tokenizer(teacher_ref)
+            places = {parameter.device.index for parameter in model.parameters()}
+            assert places == set(range(count))
+            free = generate(model, tokenizer, prompts, Evaluation(max_new_tokens=24))
+            stops = tuple(text[place : place + 2] for place, text in enumerate(free))
+            ended = continuations(model, tokenizer, prompts, Evaluation(max_new_tokens=24), stops)
+            encodings = encode_many(tokenizer, [example.text for example in prompts])
+            layout = Layout(8, width(model.config), heads(model.config), "float32", "int32")
+            signals = compute_signals(model, encodings, layout, torch.float32)
+            found.append((free, ended, signals))
+    one, two = found
+    assert one[:2] == two[:2]
+    assert len({len(text) for text, _ in one[1]}) > 1
+    for alone, spread in zip(one[2], two[2], strict=True):
+        assert all(torch.equal(alone[name], spread[name]) for name in alone)
 
 
 @pytest.mark.slow

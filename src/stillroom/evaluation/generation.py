@@ -98,7 +98,7 @@ def continuations(
             decoder = Fixed(model, ids, mask, limit) if fixed else Growing(model, tokenizer, ids, mask, stops)
             rows = _continued(decoder, tokenizer, len(batch), limit, stops, stop)
             for n, row in zip(batch, rows, strict=True):
-                ended = torch.isin(row, torch.tensor(stops, device=row.device)).nonzero()
+                ended = torch.isin(row, torch.tensor(stops)).nonzero()
                 row = row[: ended[0, 0]] if len(ended) else row
                 text = tokenizer.decode(row, skip_special_tokens=True)
                 place = _begins(text, stop)
@@ -128,10 +128,10 @@ def _continued(
     """What follows each of `count` prompts, at most `limit` tokens, or whatever came after its end."""
     found, rows = [torch.empty(0, dtype=torch.int64)] * count, torch.arange(count)
     for made in range(0, limit, _STRETCH):
-        ids = decoder.more(min(_STRETCH, limit - made))
+        ids = decoder.more(min(_STRETCH, limit - made)).cpu()  # much is asked of them: wait for a GPU once
         for n, row in zip(rows.tolist(), ids, strict=True):
             found[n] = row
-        ended = torch.isin(ids, torch.tensor(stops, device=ids.device)).any(1).cpu()
+        ended = torch.isin(ids, torch.tensor(stops)).any(1)
         ended |= torch.tensor([_begins(made_text, texts) is not None for made_text in tokenizer.batch_decode(ids)])
         if ended.all():
             break

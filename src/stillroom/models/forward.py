@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -124,8 +126,35 @@ def _base(model: transformers.PreTrainedModel) -> Any:
 
 def last_hidden_state(model: transformers.PreTrainedModel, ids: Int[Tensor, "B T"]) -> Tensor:
     """The final layer's hidden state after the final norm, (B, T, D), of sequences padded on the right."""
-    hidden: Tensor = _base(model)(input_ids=ids, use_cache=False).last_hidden_state
+    with _one_text_per_row():
+        hidden: Tensor = _base(model)(input_ids=ids, use_cache=False).last_hidden_state
     return hidden
+
+
+_OURS = ContextVar("stillroom_pass", default=False)
+"""Whether a forward pass of this thread is ours."""
+
+
+@contextmanager
+def _one_text_per_row() -> Iterator[None]:
+    """Tell Transformers that no row holds several texts, which it would ask a GPU in every pass, and wait.
+
+    Passes that are not ours find it as it was.
+    """
+    masks: Any = sys.modules.get("transformers.masking_utils")
+    search = getattr(masks, "find_packed_sequence_indices", None)
+    if search is not None and not hasattr(search, "stillroom"):
+
+        def found(position_ids: Tensor) -> Tensor | None:
+            return None if _OURS.get() else search(position_ids)
+
+        found.stillroom = True  # type: ignore[attr-defined]
+        masks.find_packed_sequence_indices = found
+    ours = _OURS.set(True)
+    try:
+        yield
+    finally:
+        _OURS.reset(ours)
 
 
 def padded(
