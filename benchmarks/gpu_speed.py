@@ -29,7 +29,8 @@ from stillroom.evaluation.generation import generate
 from stillroom.evaluation.scoring import answer_scores
 from stillroom.models import compiled
 from stillroom.models.hub import load_model
-from stillroom.models.precision import DTYPES, release_memory, scoring_copy
+from stillroom.models.precision import DTYPES, release_memory
+from stillroom.models.split_products import scoring_copy
 from stillroom.offline_teacher_data.recomputation import recompute, sample_ids
 from stillroom.signals import compute_signals
 from stillroom.training.batches import Prefetched

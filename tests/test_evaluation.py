@@ -9,6 +9,7 @@ from itertools import islice
 
 import pytest
 import torch
+import transformers
 from tokenizers import processors
 from transformers import AutoModelForCausalLM
 
@@ -26,8 +27,8 @@ from stillroom.evaluation.generation import continuations, generate, prompts_at_
 from stillroom.evaluation.scoring import _prediction, answer_scores, evaluate
 from stillroom.models.forward import padded
 from stillroom.models.hub import load_model
-from stillroom.models.precision import DTYPES, scored_by_parts, scoring_copy
-from stillroom.models.split_products import SplitLinear, split_products
+from stillroom.models.precision import DTYPES, scored_by_parts
+from stillroom.models.split_products import SplitLinear, can_be_split, scoring_copy, split_products
 
 
 def log_likelihood(ref, tokenizer, prompt, answer):
@@ -181,6 +182,7 @@ def test_a_product_of_parts_is_as_near_to_the_truth_as_one_in_float32(dtype, bia
         ours, plain = SplitLinear(linear, dtype)(x), linear(x)
         rounded = torch.nn.functional.linear(x.to(dtype).float(), linear.weight, linear.bias)
     assert ours.dtype == torch.float32
+    assert SplitLinear(linear, dtype)(x[:, :0]).shape == (3, 0, 64)  # such as an expert that no token chose
     assert off(ours) < 2 * off(plain)
     assert not off(rounded) < 200 * off(ours)  # nor a number, where float16 overflows
 
@@ -200,6 +202,35 @@ def test_students_scored_by_parts_answer_as_in_float32(student_ref, tokenizer, e
     assert found["answer_nll"].to_numpy() == pytest.approx(reference["answer_nll"].to_numpy(), abs=2e-5)
     assert [scored_by_parts(saved, "float32", device) for device in ("cuda", "cpu")] == [True, False]
     assert not scored_by_parts("float32", "float32", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("kind", "can"),
+    [
+        (transformers.LlamaConfig, True),
+        (transformers.Gemma2Config, True),
+        (transformers.GPT2Config, True),  # linear layers of its own kind, which stay as they are
+        (transformers.PhimoeConfig, True),  # a router with a forward pass of its own
+        (transformers.Llama4TextConfig, True),
+        (transformers.MambaConfig, False),  # it multiplies by its layers' weights itself
+        (transformers.JambaConfig, False),
+        (transformers.Gemma3nTextConfig, False),  # no miniature to try it on
+    ],
+)
+def test_a_student_is_scored_by_parts_only_where_its_architecture_allows(kind, can):
+    """Else the first evaluation of a trial on a GPU broke off, with an error of PyTorch's."""
+    assert [can_be_split(kind(), dtype) for dtype in (torch.bfloat16, torch.float16)] == [can, can]
+
+
+def test_a_layer_that_rounds_to_its_weights_is_not_scored_by_parts(monkeypatch):
+    """As hy_v4's does: off by more than float32's rounding, and without an error."""
+
+    class Rounding(SplitLinear):
+        def forward(self, x):
+            return super().forward(x.to(self.weight.dtype))
+
+    monkeypatch.setattr("stillroom.models.split_products.SplitLinear", Rounding)
+    assert not can_be_split(transformers.LlamaConfig(), torch.bfloat16)
 
 
 @pytest.mark.parametrize("saved", ["bfloat16", "float16", "float32"])

@@ -54,7 +54,7 @@ class Growing:
         return self._ids[:, self._start :]
 
     def keep(self, wanted: Bool[Tensor, "B"]) -> bool:
-        """The other rows leave the batch and its cache, whose layers may be on several GPUs: so indices are on the CPU."""
+        """The other rows leave the batch and its cache, whose layers may be on several GPUs: indices are the CPU's."""
         kept = wanted.nonzero()[:, 0].cpu()
         self._ids, self._mask = self._ids[kept], self._mask[kept]
         self._cache.batch_select_indices(kept)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import platform
 import time
@@ -11,11 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from stillroom.config import Precision, Study
-from stillroom.models.adapters import without_adapters
-from stillroom.models.split_products import split_products
 
 DTYPES: dict[Precision, torch.dtype] = {
     "float32": torch.float32,
@@ -57,24 +53,6 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def scoring_copy(
-    model: transformers.PreTrainedModel, saved: Precision, dtype: Precision
-) -> transformers.PreTrainedModel:
-    """The model as its checkpoint, `saved` in one dtype, is loaded in another; without rounding, the model itself.
-
-    In float32 on a GPU, products of weights saved in 16 bits are `split_products`.
-    Parameters alone are cast, on the way: buffers such as rotary frequencies lose their meaning in 16 bits.
-    """
-    model = without_adapters(model)
-    if saved == dtype == "float32":
-        return model.eval()
-    cast = {
-        id(p): torch.nn.Parameter(p.detach().to(DTYPES[saved]).to(DTYPES[dtype]), False) for p in model.parameters()
-    }
-    copied = copy.deepcopy(model, cast).eval()  # deepcopy takes what is copied already from the dictionary
-    return split_products(copied, DTYPES[saved]) if scored_by_parts(saved, dtype, model.device.type) else copied
 
 
 def scored_by_parts(saved: Precision, dtype: Precision, device: str) -> bool:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 import transformers
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from stillroom.config import Precision
+from stillroom.models.adapters import without_adapters
+from stillroom.models.architecture import PROBE, relative_error, try_miniature
+from stillroom.models.precision import DTYPES, scored_by_parts
 
 PARTS = {torch.float16: 2, torch.bfloat16: 3}
 """Into how many numbers of the weights' dtype a float32 is cut: 22 bits of it are kept, or all 24."""
@@ -40,7 +46,7 @@ class SplitLinear(nn.Module):
         result: Tensor = _product(torch.cat(pieces), self.weight).unflatten(0, (len(pieces), -1)).sum(0)
         result = result if scale is None else result * scale
         result = result if self.bias is None else result + self.bias
-        shaped: Tensor = result.view(*x.shape[:-1], -1)
+        shaped: Tensor = result.view(*x.shape[:-1], len(self.weight))
         return shaped
 
 
@@ -53,12 +59,54 @@ def _product(left: Float[Tensor, "n d"], weight: Float[Tensor, "D d"]) -> Float[
 
 
 def split_products(model: transformers.PreTrainedModel, dtype: torch.dtype) -> transformers.PreTrainedModel:
-    """The float32 model with every linear layer a `SplitLinear`, in place; its weights are numbers of `dtype`."""
+    """The float32 model with every linear layer a `SplitLinear`, in place; its weights are numbers of `dtype`.
+
+    A layer with a forward pass of its own, such as a router, stays as it is.
+    """
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear):
+        if type(module) is nn.Linear:
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, SplitLinear(module, dtype))
-    head: Any = model.get_output_embeddings()
-    if isinstance(head, nn.Linear):
-        raise TypeError(f"{type(model).__name__} keeps its output head elsewhere")
     return model
+
+
+def can_be_split(config: Any, dtype: torch.dtype) -> bool:
+    """Whether an architecture computes with `split_products` what it computes in float32: tried on a miniature.
+
+    Some look at their layers' weights themselves, and break off or round what they read to the weights' dtype.
+    """
+    model = try_miniature(config)
+    if model is None:
+        return False
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    try:
+        with torch.no_grad():
+            expected = model(input_ids=PROBE, use_cache=False).logits
+            found = split_products(model, dtype)(input_ids=PROBE, use_cache=False).logits
+    except Exception:  # whatever an architecture's own code raises
+        return False
+    return relative_error(found, expected) <= _ROUNDING
+
+
+_ROUNDING = 1e-4
+"""What float32 products of another order may differ by after two layers; one rounded to 16 bits is far beyond it."""
+
+
+def scoring_copy(
+    model: transformers.PreTrainedModel, saved: Precision, dtype: Precision
+) -> transformers.PreTrainedModel:
+    """The model as its checkpoint, `saved` in one dtype, is loaded in another; without rounding, the model itself.
+
+    In float32 on a GPU, products of weights saved in 16 bits are `split_products`, where the architecture allows.
+    Parameters alone are cast, on the way: buffers such as rotary frequencies lose their meaning in 16 bits.
+    """
+    model = without_adapters(model)
+    if saved == dtype == "float32":
+        return model.eval()
+    cast = {
+        id(p): torch.nn.Parameter(p.detach().to(DTYPES[saved]).to(DTYPES[dtype]), False) for p in model.parameters()
+    }
+    copied = copy.deepcopy(model, cast).eval()  # deepcopy takes what is copied already from the dictionary
+    by_parts = scored_by_parts(saved, dtype, model.device.type) and can_be_split(model.config, DTYPES[saved])
+    return split_products(copied, DTYPES[saved]) if by_parts else copied

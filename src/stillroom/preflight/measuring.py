@@ -27,7 +27,8 @@ from stillroom.evaluation.scoring import evaluate
 from stillroom.experiment.sources import Sources
 from stillroom.models.adapters import lora_adapter
 from stillroom.models.hub import load_model
-from stillroom.models.precision import default_device, release_memory, scoring_copy
+from stillroom.models.precision import default_device, release_memory
+from stillroom.models.split_products import scoring_copy
 from stillroom.offline_teacher_data import capture, made_from, verify_saved_data
 from stillroom.offline_teacher_data.shards import plan_shards, token_batches
 from stillroom.progress import NamedProgress, Progress, silent

@@ -33,8 +33,9 @@ from stillroom.folders import TrialFolder
 from stillroom.models.architecture import check_capture, check_model
 from stillroom.models.compiled import ROUNDED, compile_layers
 from stillroom.models.hub import load_model, load_tokenizer
-from stillroom.models.precision import default_device, scoring_copy
+from stillroom.models.precision import default_device
 from stillroom.models.sizes import context_length
+from stillroom.models.split_products import scoring_copy
 from stillroom.offline_teacher_data.store import SignalStore
 from stillroom.offline_teacher_data.verification import require_verified
 from stillroom.progress import Progress, silent
