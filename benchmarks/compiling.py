@@ -55,7 +55,7 @@ def main(given: Sequence[str] | None = None) -> None:
         return time.process_time() - started
 
     began = time.perf_counter()
-    compiled.compile_layers(other, TAPS)
+    compiled.compile_layers(other, TAPS, other.device)
     found, expected = passes(other), passes(plain)
     first = time.perf_counter() - began
     rounds = [(seconds(lambda: passes(plain)), seconds(lambda: passes(other))) for _ in range(options.rounds)]

@@ -28,7 +28,7 @@ import gpu_correct
 import gpu_speed
 from gpu_inputs import Inputs, prepare
 from stillroom.files import write_json
-from stillroom.models.precision import release_memory, resolve_precision
+from stillroom.models.precision import allow_determinism, release_memory, resolve_precision
 from stillroom.provenance import hardware, package_versions, utc_now
 from stillroom.studies import load_study
 
@@ -116,6 +116,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     asked = options(arguments)
+    allow_determinism()  # what `correct` asks for after much has been computed
     with tempfile.TemporaryDirectory() as temporary:
         work = asked.work or Path(temporary) / "work"
         work.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from stillroom.config import GROUPS, Objective
 from stillroom.data.corpus import Examples
 from stillroom.data.encoding import encode_many
 from stillroom.data.tasks import Example
-from stillroom.evaluation.generation import generate
+from stillroom.evaluation.generation import generate, prompts_at_once
 from stillroom.evaluation.scoring import answer_scores
 from stillroom.models import compiled
 from stillroom.models.hub import load_model
@@ -161,10 +161,10 @@ def steps(inputs: Inputs, figures: Figures) -> None:
     figures["combined / plain fine-tuning, time (target 1.1)"] = figures["combined: ms per step"] / (1000 * plain)
     measured = seconds_of(lambda: runner.measure([batches[0]]), 2)
     figures["combined: ms per measurement of the gradient"] = 1000 * measured
-    _compiled_steps(bench, ready, inputs.tiny, figures)
+    _compiled_steps(bench, ready, inputs, figures)
 
 
-def _compiled_steps(bench: Bench, ready: Sequence[Callable[[], Batch]], tiny: bool, figures: Figures) -> None:
+def _compiled_steps(bench: Bench, ready: Sequence[Callable[[], Batch]], inputs: Inputs, figures: Figures) -> None:
     """The same steps of `combined` with compiled layers, and what that changes in the loss of the first."""
     runner, batch = bench.runner("combined"), ready[0]().to(bench.student.model.device)
 
@@ -172,9 +172,9 @@ def _compiled_steps(bench: Bench, ready: Sequence[Callable[[], Batch]], tiny: bo
         return float(runner.losses(batch, runner.objective.weights, batch.counts)[0])
 
     before = loss()
-    if tiny:
+    if inputs.tiny:
         compiled.BACKEND = "aot_eager"  # its graphs alone: machine code takes minutes
-    compiled.compile_layers(bench.student.model, bench.student.taps)
+    compiled.compile_layers(bench.student.model, bench.student.taps, inputs.device)
     figures["combined, compiled: seconds of the first pass"] = seconds_of(loss, 1, False)
     figures["combined, compiled: relative difference of the loss"] = abs(loss() - before) / before
     seconds_of(lambda: bench.ours("combined", ready), 1, False)  # every length once
@@ -200,6 +200,8 @@ def evaluation(inputs: Inputs, figures: Figures) -> None:
             continue  # minutes on a CPU
         torch.set_float32_matmul_precision(products)
         scored, found = scoring_copy(model, saved, dtype), list[list[float]]()  # type: ignore[arg-type]
+        if name == "TF32":  # else products are of 16-bit parts
+            scored = scoring_copy(model, saved, saved).float()
         seconds = seconds_of(
             lambda: found.extend(answer_scores(scored, tokenizer, choosing, settings.batch_tokens)[0]),  # noqa: B023
             1,
@@ -216,7 +218,7 @@ def evaluation(inputs: Inputs, figures: Figures) -> None:
     scored = scoring_copy(model, saved, settings.dtype)
     prompts, texts = [e for e in held_out if e.choices is None], {}
     limit = settings.max_new_tokens if inputs.tiny else 64
-    for size in (2, 4) if inputs.tiny else (32, 128, 512):
+    for size in (2, 4) if inputs.tiny else (32, 128, 256):
         asked = prompts[: max(size, 4)]
         one = settings.model_copy(update={"generation_batch_size": size, "max_new_tokens": limit})
         with PeakMemory() as peak:
@@ -314,7 +316,7 @@ def study(inputs: Inputs, figures: Figures) -> None:
     def evaluating(part: Sequence[Example]) -> float:
         read = sum(map(len, encode_many(tokenizer, [example.text for example in part])))
         written = sum(example.choices is None for example in part)
-        rounds = math.ceil(written / settings.evaluation.generation_batch_size)
+        rounds = math.ceil(written / prompts_at_once(settings.evaluation, inputs.device.type))
         return read / rate + rounds * settings.evaluation.max_new_tokens * decoding
 
     other = tried["seconds by part"]["everything else"]

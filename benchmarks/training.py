@@ -49,6 +49,7 @@ class Bench:
         self.tokenizer, self.store, self.study = tokenizer, store, study
         rate = study.training.learning_rate
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=rate, fused=True)
+        self._terms: dict[str, tuple[NextTokenTerms, Sequence[Term]]] = {}
 
     def batches(self, group: str, examples: Sequence[Example], count: int) -> list[Callable[[], Batch]]:
         """How to make the first batches of an epoch; the same examples for every group. `task_only` reads no store."""
@@ -67,9 +68,11 @@ class Bench:
         return head, terms_of(objective, self.store, model.config)
 
     def runner(self, group: str) -> StepRunner:
-        """What makes a group's optimizer steps."""
+        """What makes a group's optimizer steps; its terms are made once, as a trial makes them."""
         objective = TRIED[group].objective(Objective())
-        return StepRunner(self.student, *self.terms(objective), objective, self.study.training, self.scaler())
+        if group not in self._terms:
+            self._terms[group] = self.terms(objective)
+        return StepRunner(self.student, *self._terms[group], objective, self.study.training, self.scaler())
 
     def scaler(self) -> torch.amp.GradScaler:
         """Of the loss, where the study trains in float16."""

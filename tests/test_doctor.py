@@ -17,7 +17,9 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     Gemma2Config,
+    GPTNeoConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     Phi3Config,
     Qwen2Config,
@@ -26,6 +28,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
+from pretend_gpu import pretend_gpu
 from small_things import STUDENT_SHAPE
 from stillroom.cli import app
 from stillroom.cli.printing import print_findings
@@ -33,7 +36,8 @@ from stillroom.config import ModelRef, fingerprint
 from stillroom.errors import UserError
 from stillroom.experiment.workspace import Workspace
 from stillroom.models import architecture
-from stillroom.models.precision import native_bfloat16
+from stillroom.models.architecture import miniature
+from stillroom.models.precision import native_bfloat16, resolve_precision
 from stillroom.preflight import accelerator, doctor
 from stillroom.preflight.planning import plan_study
 from stillroom.studies import load_study
@@ -202,6 +206,19 @@ def test_native_bfloat16_is_told_by_the_processors_instructions(flags, native, m
     """Deterministic, so that a study resumes as what it began: a measurement could fall either way."""
     monkeypatch.setattr("pathlib.Path.read_text", lambda *a, **k: flags)
     assert native_bfloat16(torch.device("cpu")) == native
+
+
+def test_auto_is_the_dtype_of_the_device_that_trains(monkeypatch):
+    """Trials on CPUs beside a GPU: bfloat16 there takes many times as long, where the processor has no units for it."""
+    fields = ("teacher.dtype", "training.precision", "evaluation.dtype", "teacher.fine_tune.training.precision")
+    study = load_study("small", [f"{field}=auto" for field in fields])
+    monkeypatch.setattr("pathlib.Path.read_text", lambda *a, **k: "flags : fpu avx2 f16c")
+    for gpus, of_trials in ((1, "bfloat16"), (0, "float32")):
+        asked = study.model_copy(update={"sweep": study.sweep.model_copy(update={"gpus_per_trial": gpus})})
+        with pretend_gpu():
+            found = resolve_precision(asked)
+        assert found.teacher.dtype == found.teacher.fine_tune.training.precision == "bfloat16"
+        assert found.training.precision == found.evaluation.dtype == of_trials
 
 
 def test_a_design_that_can_give_no_verdict_is_seen_before_it_is_run(study, no_services, capsys):
@@ -391,28 +408,53 @@ def test_the_embedded_study_is_sound_on_this_machine(monkeypatch, tmp_path):
 
 
 def test_a_gpu_is_tried_and_each_failure_is_a_line(study, monkeypatch):
-    """Memory, kernels, a capture and a step. This CPU replaces the card, and fakes for what only one can say."""
-    here, plan = torch.device("cpu"), {"memory_bytes": {"trial": 1000}}
+    """Driver, memory, kernels, a capture and a step, on a pretended GPU."""
+    plan = {"memory_bytes": {"trial": 1000}}
     study = study.model_copy(update={"evaluation": study.evaluation.model_copy(update={"dtype": "float32"})})
-    kernels, rehearse = accelerator.run_kernels, accelerator.rehearse
-    monkeypatch.setattr(doctor, "default_device", lambda: SimpleNamespace(type="cuda"))
-    monkeypatch.setattr(accelerator, "driver", lambda _: "a card")
-    monkeypatch.setattr(accelerator, "allocate", lambda _, needed: None)
-    monkeypatch.setattr(accelerator, "run_kernels", lambda _, dtypes: kernels(here, dtypes))
-    monkeypatch.setattr(accelerator, "rehearse", lambda config, _, dtype: rehearse(config, here, dtype))
-    found = {finding.subject: finding for finding in doctor._gpu(study, plan)}
-    assert list(found) == ["GPU driver", "GPU memory", "GPU kernels", "teacher on the GPU", "student on the GPU"]
-    assert all(finding.fine for finding in found.values()), found
-    assert found["GPU driver"].says == "a card"
-    assert found["student on the GPU"].says == "two layers captured and trained in float32"
+
+    def found(**changes):
+        with pretend_gpu():
+            return {finding.subject: finding for finding in doctor._gpu(study.model_copy(update=changes), plan)}
+
+    lines = found()
+    assert list(lines) == ["GPU driver", "GPU memory", "GPU kernels", "teacher on the GPU", "student on the GPU"]
+    assert all(finding.fine for finding in lines.values()), lines
+    assert "Pretended (sm_90)" in lines["GPU driver"].says
+    assert lines["teacher on the GPU"].says == "two layers captured and trained in float32"
+    assert lines["student on the GPU"].says == "two layers captured and trained in float32"
+    on_cpus = study.sweep.model_copy(update={"gpus_per_trial": 0})
+    imported = study.signals.model_copy(update={"imported": "somewhere"})
+    assert [name for name in found(sweep=on_cpus, signals=imported) if name.endswith("on the GPU")] == []
 
     def refused(*_):
         raise UserError("bfloat16: no kernel image is available; set another dtype")
 
     monkeypatch.setattr(accelerator, "run_kernels", refused)
-    told = line(list(doctor._gpu(study, plan)), "GPU kernels")
+    told = found()["GPU kernels"]
     assert not told.fine
     assert told.says == "bfloat16: no kernel image is available; set another dtype"
+
+
+@pytest.mark.parametrize(
+    ("kind", "captured", "works"),
+    [(GPTNeoConfig, False, True), (GPTNeoConfig, True, False), (MambaConfig, False, True)],
+)
+def test_a_student_is_tried_on_the_gpu_for_what_the_study_asks_of_it(kind, captured, works):
+    """A student whose attention no group reads was refused for it, on GPUs alone."""
+    with pretend_gpu():
+        model = miniature(kind())
+        if works:
+            accelerator.rehearse(model, torch.device("cuda"), "float32", captured)
+        else:
+            with pytest.raises(UserError, match="attention maps cannot be captured"):
+                accelerator.rehearse(model, torch.device("cuda"), "float32", captured)
+
+
+def test_a_step_that_changes_no_weight_is_told(monkeypatch):
+    """Weight decay would hide it: it moves weights whose gradient is zero."""
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
+    with pytest.raises(UserError, match="a training step in float32 changes no weight"):
+        accelerator.rehearse(miniature(LlamaConfig()), torch.device("cpu"), "float32", True)
 
 
 def test_memory_that_others_hold_and_a_build_without_the_cards_kernels_are_told(monkeypatch):

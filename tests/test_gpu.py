@@ -12,13 +12,19 @@ import torch
 import gpu
 from pretend_gpu import pretend_gpu
 from processes import start
+from small_things import make_store
 from stillroom.config import Evaluation
+from stillroom.data.corpus import Examples
 from stillroom.data.encoding import encode_many
+from stillroom.data.tasks import Example
 from stillroom.evaluation.generation import continuations, generate
+from stillroom.experiment.workspace import Workspace
 from stillroom.files import read_json
 from stillroom.models.hub import load_model, load_tokenizer
 from stillroom.models.sizes import heads, width
+from stillroom.offline_teacher_data import capturing
 from stillroom.signals import Layout, compute_signals
+from stillroom.studies import load_study
 from studies import study_file
 
 A_CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -108,6 +114,26 @@ def test_every_line_of_the_gpu_check_runs_at_a_tiny_size(tmp_path):
     assert list(record["stages"]) == stages
     assert record["stages"]["study"]["hours of the study"] > 0
     assert not record["failed"]
+
+
+def test_determinism_is_prepared_before_anything_is_computed(tmp_path, teacher_ref, student_ref, monkeypatch):
+    """cuBLAS looks at its variable once: set by the trial, it came too late in a process that had captured."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    for on in (False, True):
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG")
+        file = study_file(tmp_path, teacher_ref.model, student_ref.model)
+        Workspace(load_study(file, [f"training.deterministic={on}"]))
+        assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == on
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ""
+
+
+def test_the_teachers_check_does_not_grow_with_the_longest_text(tmp_path, teacher_ref, tokenizer, monkeypatch):
+    """Its own path keeps every layer's maps: at 4,096 tokens of a teacher of 7B, 34 GB."""
+    seen = []
+    monkeypatch.setattr(capturing, "check_capture", lambda model, ids: seen.append(ids.shape))
+    long = Example("text", "word " * 400, " end")
+    make_store(tmp_path / "store", teacher_ref, Examples([long], [], {}), top_k=4)
+    assert seen == [(1, 256)]
 
 
 def test_a_stage_that_fails_leaves_its_error_and_the_next_one_runs(tmp_path, monkeypatch):

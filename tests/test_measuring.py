@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from pretend_gpu import pretend_gpu
 from stillroom.cli import app
 from stillroom.config import Group
+from stillroom.preflight import measuring
 from stillroom.preflight.measuring import _drawn, _largest, rate_of
 from stillroom.studies import load_study
 from studies import study_file
@@ -62,3 +66,21 @@ def test_a_measured_plan_gives_time_for_every_stage_and_leaves_nothing_behind(
     shown = CliRunner().invoke(app, ["plan", study, "--measure"])
     assert "Time on this machine, measured" in shown.stdout
     assert "estimated" in shown.stdout
+
+
+def test_a_gpus_steps_are_timed_when_they_are_done(monkeypatch, tmp_path):
+    """A step is told of while it is still queued: what was timed was the step before it, the first one included."""
+    seen = []
+
+    def trained(*_, progress, **__):
+        for done in range(1, 4):
+            progress(done, 3)
+
+    sources = SimpleNamespace(study=load_study("quickstart"), student_ref=None, tokenizers=[None, None])
+    monkeypatch.setattr(measuring, "train", trained)
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: seen.append("timed") or len(seen))
+    monkeypatch.setattr(measuring, "encode_examples", lambda *_, **__: [[0]] * 3 * sources.study.training.batch_size)
+    with pretend_gpu():
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("done"))
+        measuring._stepped(sources, None, [None], tmp_path, lambda *_: None)
+    assert seen == ["done", "timed"] * 3

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.spawn import start_processes
 
+from pretend_gpu import pretend_gpu
 from setups import TIMES
 from stillroom.config import Group, Lora
 from stillroom.errors import UserError
@@ -139,6 +140,12 @@ def _parts(rank, student_ref, meeting, said):
     fill(whole, student)
     assert all(torch.equal(tensor, before[name]) for name, tensor in whole.state_dict().items())
     said.put((held, sum(parameter.numel() for parameter in whole.parameters())))
+
+
+def test_more_gpus_than_there_are_is_one_line(plan):
+    """Not what CUDA says of a device that it does not have."""
+    with pretend_gpu(2), pytest.raises(UserError, match="gpus_per_trial: 3 asked for, 2 found here"):
+        train_sharded(plan, print, count=3, threads=1)
 
 
 def test_each_process_holds_its_part_of_the_weights_alone(tmp_path, student_ref):

@@ -301,20 +301,20 @@ class Study(Section):
         """Whether a group reads inner values of the student's attention."""
         return any({"attention", "values"} & set(group.terms) for group in self.groups)
 
-    def with_dtypes(self, chosen: Precision) -> Study:
-        """The study with this dtype in place of each `auto`."""
+    def with_dtypes(self, teachers: Precision, students: Precision) -> Study:
+        """The study with these dtypes in place of each `auto`: of what is done to the teacher, and to students."""
 
-        def training(given: Training) -> Training:
+        def training(given: Training, chosen: Precision) -> Training:
             return given.model_copy(update={"precision": chosen}) if given.precision == "auto" else given
 
         teacher, evaluation = self.teacher, self.evaluation
-        fine_tune = teacher.fine_tune.model_copy(update={"training": training(teacher.fine_tune.training)})
-        dtype = chosen if teacher.dtype == "auto" else teacher.dtype
-        scored = chosen if evaluation.dtype == "auto" else evaluation.dtype
+        fine_tune = teacher.fine_tune.model_copy(update={"training": training(teacher.fine_tune.training, teachers)})
+        dtype = teachers if teacher.dtype == "auto" else teacher.dtype
+        scored = students if evaluation.dtype == "auto" else evaluation.dtype
         return self.model_copy(
             update={
                 "teacher": teacher.model_copy(update={"dtype": dtype, "fine_tune": fine_tune}),
-                "training": training(self.training),
+                "training": training(self.training, students),
                 "evaluation": evaluation.model_copy(update={"dtype": scored}),
             }
         )

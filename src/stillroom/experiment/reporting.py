@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product, starmap
 from pathlib import Path
 
 from stillroom.analysis.reading import read_planned
@@ -25,7 +26,7 @@ def as_planned(study: Study) -> Study | None:
         return None
     if [planned["snapshot"]] != [path.name for path in snapshots_of(study.paths.store_path)[-1:]]:
         return None
-    candidates = map(study.with_dtypes, _AUTO)
+    candidates = starmap(study.with_dtypes, product(_AUTO, repeat=2))
     return next((c for c in candidates if c.model_dump(mode="json") == planned["study"]), None)
 
 

@@ -52,8 +52,11 @@ def train_sharded(
 ) -> dict[str, Any]:
     """Train a trial in `count` processes, one per GPU where there are GPUs; returns its result.
 
-    Raises what a process has raised: a `UserError` as one, anything else as `RuntimeError`.
+    Raises what a process has raised: a `UserError` as one, anything else as `RuntimeError`; and `UserError` where
+    there are GPUs, but too few.
     """
+    if 0 < (gpus := torch.cuda.device_count()) < count:
+        raise UserError(f"sweep.gpus_per_trial: {count} asked for, {gpus} found here")
     with tempfile.TemporaryDirectory(prefix="stillroom") as folder:
         meeting = str(Path(folder) / "rendezvous")
         # a fork has imported everything already; but it cannot use a GPU that this process has looked at

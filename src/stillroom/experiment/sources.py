@@ -39,7 +39,7 @@ from stillroom.models.hub import (
     require_quantization,
     tokenizer_hash,
 )
-from stillroom.models.precision import resolve_precision
+from stillroom.models.precision import allow_determinism, resolve_precision
 from stillroom.models.sizes import context_length
 from stillroom.progress import NamedProgress, silent
 from stillroom.provenance import Meter
@@ -58,6 +58,8 @@ class Sources:
     def __post_init__(self) -> None:
         """What `auto` stands for on this machine is part of the study's identity."""
         self.study = resolve_precision(self.study)
+        if self.study.training.deterministic or self.study.teacher.fine_tune.training.deterministic:
+            allow_determinism()  # before anything is computed
 
     def require_supported(self) -> None:
         """Try both architectures once, small and at random: to be called before anything is trained or captured.

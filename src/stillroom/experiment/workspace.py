@@ -68,6 +68,7 @@ class Workspace(Sources):
                 origin,
                 partial(self.progress, "fine-tuning the teacher, steps"),
             )
+        release_memory()  # of the student's size and more: its layers may refer to each other in a circle
         self._record("fine-tune", {"teacher": self.teacher_identity})
         return ref
 

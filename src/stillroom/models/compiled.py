@@ -15,13 +15,14 @@ BACKEND = "inductor"
 """PyTorch's own compiler."""
 
 
-def compile_layers(model: transformers.PreTrainedModel, taps: Taps) -> None:
+def compile_layers(model: transformers.PreTrainedModel, taps: Taps, device: torch.device) -> None:
     """Compile each layer that leaves nothing behind; compiling happens when it first runs, and again for a new shape.
 
-    Identical layers share the compiled code. `UserError` where this machine cannot compile for the model's device.
+    Identical layers share the compiled code. `UserError` where this machine cannot compile for the device, on which
+    the model need not be yet.
     """
     try:
-        torch.compile(lambda x: 2 * x + 1, backend=BACKEND)(torch.ones(8, device=model.device))
+        torch.compile(lambda x: 2 * x + 1, backend=BACKEND)(torch.ones(8, device=device))
     except Exception as error:  # a compiler that is missing shows itself in many ways
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(f"training.compile: this machine cannot compile: {reason}; leave it out") from error

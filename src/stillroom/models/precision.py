@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import platform
 import time
 from functools import cache
@@ -39,8 +40,22 @@ def is_sharded(value: Any) -> bool:
 
 
 def resolve_precision(study: Study) -> Study:
-    """The study with a dtype for each `auto`: bfloat16 where this machine multiplies it natively, else float32."""
-    return study.with_dtypes("bfloat16" if native_bfloat16() else "float32")
+    """The study with a dtype for each `auto`: bfloat16 where the device multiplies it natively, else float32.
+
+    The teacher's device is this machine's first GPU; so is the students', unless `sweep.gpus_per_trial` is 0.
+    """
+    here = default_device()
+    there = here if study.sweep.gpus_per_trial else torch.device("cpu")
+    return study.with_dtypes(_native(here), _native(there))
+
+
+def _native(device: torch.device) -> Precision:
+    return "bfloat16" if native_bfloat16(device) else "float32"
+
+
+def allow_determinism() -> None:
+    """Give cuBLAS the workspace of fixed size that deterministic products need; it looks when it is first used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def default_device() -> torch.device:
@@ -63,7 +78,7 @@ def scored_by_parts(saved: Precision, dtype: Precision, device: str) -> bool:
 @cache
 def products(dtype: torch.dtype, device: torch.device) -> float:
     """Billions of floating-point operations a second in a matrix product: the best of a few short tries, made once."""
-    size, best = 384, 0.0
+    size, best = 4096 if device.type == "cuda" else 384, 0.0  # so that a GPU does more than to start
     left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     for _ in range(4):
         started = time.perf_counter()

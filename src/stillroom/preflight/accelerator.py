@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+import transformers
 
 from stillroom.config import Precision
 from stillroom.errors import UserError
-from stillroom.models.architecture import PROBE, check_capture, miniature
+from stillroom.models.architecture import PROBE, check_capture, check_model
 from stillroom.models.precision import DTYPES, release_memory
 
 
@@ -55,14 +55,13 @@ def run_kernels(device: torch.device, dtypes: Sequence[Precision]) -> None:
             raise UserError(f"{name}: products and attention are not finite; set another dtype")
 
 
-def rehearse(config: Any, device: torch.device, dtype: Precision) -> None:
+def rehearse(model: transformers.PreTrainedModel, device: torch.device, dtype: Precision, captured: bool) -> None:
     """Capture a text with two layers of an architecture, in the dtype, and take one training step with them.
 
     `UserError` if what is captured is not what the model's own code computes there, or a weight does not move.
     """
-    model = miniature(config).to(device)
-    ids = PROBE.to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    model, ids = model.to(device), PROBE.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0, fused=True)  # else weights would decay
     with torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32"):
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
@@ -70,4 +69,4 @@ def rehearse(config: Any, device: torch.device, dtype: Precision) -> None:
     optimizer.step()
     if torch.equal(before, next(model.parameters())):
         raise UserError(f"a training step in {dtype} changes no weight; set another training.precision")
-    check_capture(model.to(DTYPES[dtype]), ids)
+    (check_capture if captured else check_model)(model.to(DTYPES[dtype]), ids)

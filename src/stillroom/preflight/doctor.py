@@ -343,6 +343,7 @@ def _gpu(study: Study, plan: dict[str, Any]) -> Lines:
     device = default_device()
     if device.type == "cpu":
         return
+    from stillroom.models.architecture import try_miniature
     from stillroom.preflight import accelerator
 
     yield _trial_run("GPU driver", lambda: accelerator.driver(device), "")
@@ -351,14 +352,14 @@ def _gpu(study: Study, plan: dict[str, Any]) -> Lines:
     dtypes = sorted({study.teacher.dtype, study.training.precision, study.evaluation.dtype})
     kernels = f"products and attention, forward and backward: {', '.join(dtypes)}"
     yield _trial_run("GPU kernels", lambda: accelerator.run_kernels(device, dtypes), kernels)
-    for role, ref, dtype in (
-        ("teacher", study.teacher, study.teacher.dtype),
-        ("student", study.student, study.training.precision),
+    for role, ref, dtype, captured in (
+        ("teacher", study.teacher, study.teacher.dtype, True),
+        ("student", study.student, study.training.precision, study.captures_student),
     ):
-        if not ref.model.startswith("builtin:"):
-            says = f"two layers captured and trained in {dtype}"
-            rehearsed = partial(lambda r, d: accelerator.rehearse(load_config(r), device, d), ref, dtype)
-            yield _trial_run(f"{role} on the GPU", rehearsed, says)
+        needed_here = study.sweep.gpus_per_trial if role == "student" else not study.signals.imported
+        if needed_here and not ref.model.startswith("builtin:") and (model := try_miniature(load_config(ref))):
+            says = f"two layers {'captured and ' if captured else ''}trained in {dtype}"
+            yield _trial_run(f"{role} on the GPU", partial(accelerator.rehearse, model, device, dtype, captured), says)
 
 
 def _trial_run(subject: str, action: Callable[[], Any], says: str) -> Finding:

@@ -169,6 +169,8 @@ def _stepped(sources: Sources, group: Group, chosen: Sequence[Example], folder: 
     ends: list[float] = []
 
     def reported(done: int, total: int) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the step is only queued
         ends.append(time.perf_counter())
         progress(done, total)
         if done == total:

@@ -7,7 +7,6 @@ gives every group the same weights, batches and dropout, and a trial run again g
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from collections import defaultdict
@@ -33,7 +32,7 @@ from stillroom.folders import TrialFolder
 from stillroom.models.architecture import check_capture, check_model
 from stillroom.models.compiled import ROUNDED, compile_layers
 from stillroom.models.hub import load_model, load_tokenizer
-from stillroom.models.precision import default_device
+from stillroom.models.precision import allow_determinism, default_device
 from stillroom.models.sizes import context_length
 from stillroom.models.split_products import scoring_copy
 from stillroom.offline_teacher_data.store import SignalStore
@@ -143,7 +142,7 @@ def train(
     kinds = count_kinds([*parts["train"], *parts["validation"]]) if store else {}
     _check_architecture(student, parts["train"])
     if training.compile:
-        compile_layers(model, student.taps)
+        compile_layers(model, student.taps, device)
     whole = shard(student, ranks, device)
     optimizer = optimizer_of(student.parameters(), training)
     scaler = torch.amp.GradScaler(device.type, enabled=training.precision == "float16")
@@ -159,7 +158,7 @@ def train(
     finding = has_shares(group_objective)
     if finding:
         runner.objective = with_found_weights(group_objective, state.share_norms, training.share_steps)
-    workers = 1 if device.type == "cpu" else max(1, torch.get_num_threads() - 1)  # a CPU's step takes every core
+    workers = 1 if device.type == "cpu" else min(_READERS, max(1, torch.get_num_threads() - 1))
 
     for epoch in range(state.epoch, training.epochs):
         started, tokens = time.perf_counter(), 0
@@ -242,10 +241,14 @@ def train(
     return result
 
 
+_READERS = 8
+"""Threads that make batches for a GPU, at most: batches wait in page-locked memory. A CPU's step takes every core."""
+
+
 def _set_determinism(on: bool) -> None:
-    """Refuse operations that may differ from run to run; cuBLAS needs a workspace of fixed size for it."""
+    """Refuse operations that may differ from run to run."""
     if on:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        allow_determinism()
     torch.use_deterministic_algorithms(on)
 
 
