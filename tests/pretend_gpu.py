@@ -47,7 +47,7 @@ class PretendGpu:
 
     def __init__(self):
         self.waits: Counter[str] = Counter()
-        """By file and line: how often the host waited there."""
+        """By folder, file and function: how often the host waited there."""
         self.recording: _Recording | None = None
         self.recordings = 0
         self.warns = False
@@ -76,7 +76,7 @@ class PretendGpu:
         while frame.f_back and (frame.f_code.co_filename == __file__ or "/torch/" in frame.f_code.co_filename):
             frame = frame.f_back
         path, line = frame.f_code.co_filename, frame.f_lineno
-        self.waits[f"{path.rsplit('/', 1)[-1]}:{line}"] += 1
+        self.waits["/".join(path.split("/")[-2:]) + " " + frame.f_code.co_qualname] += 1
         if self.warns:
             warnings.warn_explicit("called a synchronizing CUDA operation", UserWarning, path, line)
 

@@ -26,7 +26,7 @@ COMMANDS = [command.name or command.callback.__name__ for command in app.registe
 def test_commands_in_the_docs_exist(page):
     """Every `stillroom X` names a command; every override in it is a field."""
     text = page.read_text("utf-8").replace("\\\n", " ")
-    for command, rest in re.findall(r"(?:^|\$ |`)stillroom ([a-z]+)((?: [^`\n|]*)?)", text, re.M):
+    for command, rest in re.findall(r"(?:^|\$ |`)stillroom ([a-z][a-z-]*)((?: [^`\n|]*)?)", text, re.M):
         assert command in COMMANDS, command
         study = rest.split()[0] if rest.split() else "quickstart"
         overrides = re.findall(r"--set (\S+)", rest)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import gpu
+import options
 from pretend_gpu import pretend_gpu
 from processes import start
 from small_things import make_store
@@ -78,6 +79,21 @@ def test_every_branch_for_a_gpu_computes_what_a_cpu_computes(tmp_path):
     found = read_json(tmp_path / "gpu.json", "stages")["stages"]
     assert ended.value.code == 0, [figures.get("error") for figures in found.values()]
     assert found["correct"]["waits for the device in two combined steps"] == {}
+
+
+@pytest.mark.slow
+def test_every_option_of_the_loss_runs_on_a_gpu_and_waits_for_nothing(tmp_path):
+    """A step of every group of `signals`, on a pretended GPU; the teacher's head goes there once, before the steps."""
+    few = [f"--set=corpus.tasks.{task}.examples=20" for task in ("sentiment", "quiz", "arithmetic")]
+    with pretend_gpu() as card:
+        options.main(["signals", "--rounds", "1", "--steps", "1", *few, "--output", str(tmp_path / "out.json")])
+    assert len(read_json(tmp_path / "out.json", "rows")["rows"]) > 20
+    where = ("terms/", "training/step", "training/collation")
+    assert {place for place in card.waits if place.startswith(where)} == {
+        "terms/full_support.py FullSupport.to",
+        "training/step.py StepRunner._norm",  # what a share is found from
+        "training/step.py losses_of.<locals>.<dictcomp>",  # at the end
+    }
 
 
 def test_a_teacher_over_two_gpus_computes_what_it_does_on_one(teacher_ref, examples):
