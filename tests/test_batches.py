@@ -11,7 +11,11 @@ import torch
 from torch import Tensor
 
 from setups import Setup
-from stillroom.training.batches import Prefetched, epoch_order
+from stillroom.errors import UserError
+from stillroom.experiment.workspace import Workspace
+from stillroom.studies import load_study
+from stillroom.training.batches import Prefetched, epoch_order, measure_coverage, prepare, require_coverage
+from studies import study_file
 
 
 def devices(value):
@@ -104,3 +108,18 @@ def test_a_shuffled_epoch_covers_all_once_and_is_seeded():
     assert order != epoch_order(lengths, 8, 16, seed=4, epoch=1)
     padded = sum(len(b) * max(lengths[i] for i in b) for b in order)
     assert sum(lengths) / padded > 0.9
+
+
+def test_a_pair_that_hardly_aligns_is_refused_before_its_teacher_runs(tmp_path, teacher_ref, student_ref):
+    """With the figures that each trial would give, but hours earlier."""
+    path = study_file(tmp_path, teacher_ref.model, student_ref.model)
+    workspace = Workspace(load_study(path, ["signals.minimum_coverage=0.99"]))
+    with pytest.raises(UserError, match="share too few token boundaries") as early:
+        workspace.capture()
+    assert not workspace.store_path.exists()
+    examples, tokenizer = workspace.examples, workspace.tokenizers[1]
+    store = Workspace(load_study(path)).capture()
+    prepared = prepare([*examples.train, *examples.validation], tokenizer, store)
+    with pytest.raises(UserError) as late:
+        require_coverage(measure_coverage(prepared), 0.99)
+    assert str(early.value) == str(late.value)

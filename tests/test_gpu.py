@@ -96,6 +96,7 @@ def test_every_option_of_the_loss_runs_on_a_gpu_and_waits_for_nothing(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_a_teacher_over_two_gpus_computes_what_it_does_on_one(teacher_ref, examples):
     """Its signals, and its answers while rows end: what is cached of a layer lies where the layer does."""
     prompts = [example for example in examples.train if not example.choices][:5]

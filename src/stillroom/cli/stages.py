@@ -128,6 +128,7 @@ def import_(
     workspace = open_workspace(study, set_)
     _tell_unusable(workspace)
     if requests:
+        workspace.require_aligned()
         write_requests(workspace.tokenizers[0], workspace.examples.all, requests)
         facts: dict[str, Any] = {"requests": requests, "examples": len(workspace.examples.all)}
         then = f"capture their prompt_logprobs, then {following('import', study, set_)} FILES"

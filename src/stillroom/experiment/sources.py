@@ -43,6 +43,7 @@ from stillroom.models.precision import allow_determinism, resolve_precision
 from stillroom.models.sizes import context_length
 from stillroom.progress import NamedProgress, silent
 from stillroom.provenance import Meter
+from stillroom.training.batches import coverage_between, require_coverage
 from stillroom.training.optimizers import require_optimizers
 
 
@@ -80,6 +81,12 @@ class Sources:
                 if self.study.evaluation.static_cache:
                     require_static_cache(model)
         self._supported = True
+
+    def require_aligned(self) -> None:
+        """Raise `UserError` where less of the corpus is aligned than the study allows, as each of its trials would."""
+        if (floor := self.study.signals.minimum_coverage) > 0:
+            examples = [*self.examples.train, *self.examples.validation]
+            require_coverage(coverage_between(examples, *self.tokenizers), floor)
 
     @property
     def results(self) -> Path:

@@ -58,6 +58,7 @@ class Workspace(Sources):
         if (known := fine_tuned_teacher(folder, origin)) is not None:
             return ModelRef(model=str(known), trust_remote_code=self.study.teacher.trust_remote_code)
         self.require_supported()
+        self.require_aligned()
         with exclusive(folder, "fine-tuning"):
             ref = fine_tune_teacher(
                 self.teacher_ref,
@@ -99,6 +100,7 @@ class Workspace(Sources):
                 "--requests FILE` writes what the teacher has to read, `stillroom import STUDY FILES` reads the answers"
             )
         self.require_supported()
+        self.require_aligned()
         plan = CapturePlan(
             teacher=absolute(self.fine_tune()),
             tokenizer=absolute(self.teacher_ref),

@@ -254,19 +254,11 @@ def _vocabularies(teacher: Any, student: Any) -> Finding:
 
 
 def _coverage(study: Study, drawn: Drawn) -> Finding:
-    from stillroom.data.alignment import align_encodings, coverage
-    from stillroom.data.chat_templates import encode_examples
-    from stillroom.training.batches import coverage_by_task
+    from stillroom.training.batches import coverage_between
 
-    teacher, student = drawn.tokenizers
     by_task = {name: [e for e in drawn.examples.all if e.task == name][:SAMPLE] for name in study.corpus.tasks}
     some = [example for task_examples in by_task.values() for example in task_examples]
-    pairs = zip(encode_examples(teacher, some), encode_examples(student, some, add_eos=True), strict=True)
-    counted = (
-        (example.task, coverage(pair[1], align_encodings(*pair), len(example.prompt)))
-        for example, pair in zip(some, pairs, strict=True)
-    )
-    shares = {task: task_coverage["token_coverage"] for task, task_coverage in coverage_by_task(counted).items()}
+    shares = {task: counts["token_coverage"] for task, counts in coverage_between(some, *drawn.tokenizers).items()}
     low = min(shares.values()) < study.signals.minimum_coverage
     says = ", ".join(f"{task} {share:.0%}" for task, share in shares.items())
     says += f" of the student's tokens have an aligned teacher token ({SAMPLE} examples per task at most)"

@@ -97,6 +97,15 @@ def measure_coverage(prepared: Iterable[Prepared]) -> dict[str, dict[str, float]
     return coverage_by_task(_counted(prepared))
 
 
+def coverage_between(examples: Sequence[Example], teacher: Any, student: Any) -> dict[str, dict[str, float]]:
+    """`measure_coverage` of examples as two tokenizers read them, without a store."""
+    pairs = zip(encode_examples(teacher, examples), encode_examples(student, examples, add_eos=True), strict=True)
+    return coverage_by_task(
+        (example.task, coverage(pair[1], align_encodings(*pair), len(example.prompt)))
+        for example, pair in zip(examples, pairs, strict=True)
+    )
+
+
 def _counted(prepared: Iterable[Prepared]) -> Iterator[tuple[str, dict[str, int]]]:
     for item in prepared:
         assert item.alignment is not None
