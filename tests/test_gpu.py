@@ -5,27 +5,31 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 import gpu
 import options
 from pretend_gpu import pretend_gpu
 from processes import start
 from small_things import make_store
-from stillroom.config import Evaluation
+from stillroom.config import Evaluation, Objective
 from stillroom.data.corpus import Examples
 from stillroom.data.encoding import encode_many
 from stillroom.data.tasks import Example
 from stillroom.evaluation.generation import continuations, generate
 from stillroom.experiment.workspace import Workspace
 from stillroom.files import read_json
-from stillroom.models.hub import load_model, load_tokenizer
+from stillroom.models.architecture import miniature
+from stillroom.models.hub import load_config, load_model, load_tokenizer
 from stillroom.models.sizes import heads, width
 from stillroom.offline_teacher_data import capturing
 from stillroom.signals import Layout, compute_signals
 from stillroom.studies import load_study
+from stillroom.terms import terms_of
 from studies import study_file
 
 A_CARD = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -94,6 +98,14 @@ def test_every_option_of_the_loss_runs_on_a_gpu_and_waits_for_nothing(tmp_path):
         "training/step.py StepRunner._norm",  # what a share is found from
         "training/step.py losses_of.<locals>.<dictcomp>",  # at the end
     }
+
+
+def test_random_weights_touch_no_gpu(student_ref, store):
+    """On two GPUs PyTorch warned that it keeps the state of both, in the first lines that a user saw."""
+    with pretend_gpu(2), warnings.catch_warnings(action="error"):
+        miniature(LlamaConfig())
+        (projected, *_) = terms_of(Objective(), store, load_config(student_ref))
+        assert projected.trained(0).weight.device == torch.device("cpu")
 
 
 @pytest.mark.slow

@@ -152,8 +152,8 @@ def miniature(config: Any) -> transformers.PreTrainedModel:
                 )
             if size > _LARGEST:
                 raise ValueError(f"its smallest model has {size:,} weights")
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
+            with torch.random.fork_rng(devices=[]):  # GPUs' generators stay as they are
+                torch.default_generator.manual_seed(0)
                 model: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_config(
                     small, dtype=torch.float32
                 ).eval()

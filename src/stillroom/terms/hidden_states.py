@@ -91,7 +91,7 @@ class HiddenTerm:
         """
         if not self._projectors:
             return None
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):  # GPUs' generators stay as they are
+            torch.default_generator.manual_seed(seed)
             projectors = [nn.Linear(*self._widths) for _ in range(self._projectors)]
         return projectors[0] if len(projectors) == 1 else nn.ModuleList(projectors)
