@@ -50,6 +50,8 @@ class PretendGpu:
         """By folder, file and function: how often the host waited there."""
         self.recording: _Recording | None = None
         self.recordings = 0
+        self.seeds: list[int] = []
+        """What its generators were seeded with."""
         self.warns = False
         self._on: dict[int, tuple[StorageWeakRef, torch.device]] = {}
 
@@ -305,15 +307,26 @@ def _driver(gpu, count):
         "current_stream": _Stream(),
         "default_stream": _Stream(),
         **dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"), 10**6),
-        **dict.fromkeys(("_lazy_init", "init", "set_device", "set_rng_state", "manual_seed", "manual_seed_all")),
+        **dict.fromkeys(("_lazy_init", "init", "set_device", "set_rng_state")),
         **dict.fromkeys(("empty_cache", "synchronize", "reset_peak_memory_stats")),
     }
 
     def warn(mode):
         gpu.warns = mode == "warn"
 
+    def seed(number):
+        gpu.seeds.append(number)
+
     functions = {name: functools.partial(lambda value, *_, **__: value, value) for name, value in answers.items()}
-    return {**functions, **_graphs(gpu), "Stream": _Stream, "Event": _Event, "set_sync_debug_mode": warn}
+    return {
+        **functions,
+        **_graphs(gpu),
+        "Stream": _Stream,
+        "Event": _Event,
+        "set_sync_debug_mode": warn,
+        "manual_seed": seed,
+        "manual_seed_all": seed,
+    }
 
 
 @contextmanager

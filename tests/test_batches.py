@@ -9,12 +9,19 @@ from dataclasses import fields, is_dataclass
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 from setups import Setup
+from stillroom.cli import app
 from stillroom.errors import UserError
-from stillroom.experiment.workspace import Workspace
-from stillroom.studies import load_study
-from stillroom.training.batches import Prefetched, epoch_order, measure_coverage, prepare, require_coverage
+from stillroom.training.batches import (
+    Prefetched,
+    coverage_between,
+    epoch_order,
+    measure_coverage,
+    prepare,
+    require_coverage,
+)
 from studies import study_file
 
 
@@ -110,16 +117,28 @@ def test_a_shuffled_epoch_covers_all_once_and_is_seeded():
     assert sum(lengths) / padded > 0.9
 
 
-def test_a_pair_that_hardly_aligns_is_refused_before_its_teacher_runs(tmp_path, teacher_ref, student_ref):
+@pytest.mark.parametrize("command", ["run", "fine-tune", "evaluate", "capture", "import --requests asked.jsonl"])
+def test_a_pair_that_hardly_aligns_is_refused_before_its_teacher_runs(
+    command, tmp_path, teacher_ref, student_ref, monkeypatch
+):
     """With the figures that each trial would give, but hours earlier."""
-    path = study_file(tmp_path, teacher_ref.model, student_ref.model)
-    workspace = Workspace(load_study(path, ["signals.minimum_coverage=0.99"]))
-    with pytest.raises(UserError, match="share too few token boundaries") as early:
-        workspace.capture()
-    assert not workspace.store_path.exists()
-    examples, tokenizer = workspace.examples, workspace.tokenizers[1]
-    store = Workspace(load_study(path)).capture()
-    prepared = prepare([*examples.train, *examples.validation], tokenizer, store)
-    with pytest.raises(UserError) as late:
-        require_coverage(measure_coverage(prepared), 0.99)
-    assert str(early.value) == str(late.value)
+    monkeypatch.chdir(tmp_path)
+    name, *options = command.split()
+    teacher = {"model": teacher_ref.model, "fine_tune": {"method": "full" if name == "fine-tune" else "none"}}
+    study = study_file(tmp_path, teacher_ref.model, student_ref.model, teacher=teacher)
+    told = CliRunner().invoke(app, [name, study, *options, "--set", "signals.minimum_coverage=0.99"])
+    assert isinstance(told.exception, UserError), told.output
+    assert "share too few token boundaries" in str(told.exception)
+    assert not (tmp_path / "offline_teacher_data").exists()
+    left = {path.name for path in (tmp_path / "results").iterdir()}
+    assert left <= {"corpus", "models", "run.json", "mlflow.db"}
+    assert not (tmp_path / "asked.jsonl").exists()
+
+
+def test_what_is_refused_early_is_what_a_trial_would_refuse(student_ref, store, examples, tokenizer):
+    """The same figures of the same examples."""
+    some = examples.train[:20]
+    early = coverage_between(some, store.tokenizer, tokenizer)
+    assert early == measure_coverage(prepare(some, tokenizer, store))
+    with pytest.raises(UserError, match="share too few token boundaries"):
+        require_coverage(early, 0.99)

@@ -452,9 +452,15 @@ def test_a_student_is_tried_on_the_gpu_for_what_the_study_asks_of_it(kind, captu
 
 def test_a_step_that_changes_no_weight_is_told(monkeypatch):
     """Weight decay would hide it: it moves weights whose gradient is zero."""
-    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: None)
+    model = miniature(LlamaConfig())
+
+    def vanish(loss):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+
+    monkeypatch.setattr(torch.Tensor, "backward", vanish)
     with pytest.raises(UserError, match="a training step in float32 changes no weight"):
-        accelerator.rehearse(miniature(LlamaConfig()), torch.device("cpu"), "float32", True)
+        accelerator.rehearse(model, torch.device("cpu"), "float32", True)
 
 
 def test_memory_that_others_hold_and_a_build_without_the_cards_kernels_are_told(monkeypatch):

@@ -398,6 +398,12 @@ def test_a_report_plans_again_only_what_has_changed(tmp_path, finished_study, mo
         dtypes["dtype"] = "float16"  # which `auto` never is
         write_json(file, {**facts, "study": {**facts["study"], stage: dtypes}})
         assert as_planned(finished_study.study.model_copy(update=automatic)) is None
+    mixed = {"teacher": {**facts["study"]["teacher"], "dtype": "bfloat16"}}  # a teacher on a GPU, students on CPUs
+    write_json(file, {**facts, "study": {**facts["study"], **mixed}})
+    both = {stage: getattr(finished_study.study, stage) for stage in ("teacher", "evaluation")}
+    automatic = {stage: given.model_copy(update={"dtype": "auto"}) for stage, given in both.items()}
+    found = as_planned(finished_study.study.model_copy(update={"paths": paths, **automatic}))
+    assert (found.teacher.dtype, found.evaluation.dtype) == ("bfloat16", "float32")
     write_json(file, facts)
     assert again(analysis=finished_study.study.analysis.model_copy(update={"alpha": 0.01})) == 1
     write_json(file, {**facts, "snapshot": "offline_teacher_data_earlier"})

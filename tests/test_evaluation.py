@@ -13,6 +13,7 @@ import transformers
 from tokenizers import processors
 from transformers import AutoModelForCausalLM
 
+from pretend_gpu import pretend_gpu
 from setups import EVALUATION
 from small_things import SHARED, STUDENT_SHAPE, real_tokenizer, write_model
 from stillroom.analysis.frame import worse_or_equal
@@ -25,6 +26,7 @@ from stillroom.errors import UserError
 from stillroom.evaluation.baselines import Baseline
 from stillroom.evaluation.generation import continuations, generate, prompts_at_once
 from stillroom.evaluation.scoring import _prediction, answer_scores, evaluate
+from stillroom.models.architecture import PROBE, miniature
 from stillroom.models.forward import padded
 from stillroom.models.hub import load_model
 from stillroom.models.precision import DTYPES, scored_by_parts
@@ -220,6 +222,20 @@ def test_students_scored_by_parts_answer_as_in_float32(student_ref, tokenizer, e
 def test_a_student_is_scored_by_parts_only_where_its_architecture_allows(kind, can):
     """Else the first evaluation of a trial on a GPU broke off, with an error of PyTorch's."""
     assert [can_be_split(kind(), dtype) for dtype in (torch.bfloat16, torch.float16)] == [can, can]
+
+
+def test_rounding_in_what_chooses_tokens_is_seen():
+    """DeepSeek-V3.2 casts to its layer's dtype where it chooses the tokens to look at, which a short text hides."""
+    assert not can_be_split(transformers.DeepseekV32Config(), torch.bfloat16)
+
+
+def test_every_student_can_be_scored_on_a_gpu():
+    """By parts, or else as it is."""
+    for config, by_parts in ((transformers.LlamaConfig(), True), (transformers.MambaConfig(), False)):
+        with pretend_gpu(), torch.no_grad():
+            scored = scoring_copy(miniature(config).to("cuda"), "bfloat16", "float32")
+            assert any(isinstance(module, SplitLinear) for module in scored.modules()) == by_parts
+            assert scored(input_ids=PROBE.to("cuda"), use_cache=False).logits.isfinite().all()
 
 
 def test_a_layer_that_rounds_to_its_weights_is_not_scored_by_parts(monkeypatch):

@@ -15,18 +15,14 @@ import gpu
 import options
 from pretend_gpu import pretend_gpu
 from processes import start
-from small_things import make_store
 from stillroom.config import Evaluation, Objective
-from stillroom.data.corpus import Examples
 from stillroom.data.encoding import encode_many
-from stillroom.data.tasks import Example
 from stillroom.evaluation.generation import continuations, generate
 from stillroom.experiment.workspace import Workspace
 from stillroom.files import read_json
-from stillroom.models.architecture import miniature
+from stillroom.models.architecture import check_capture, miniature
 from stillroom.models.hub import load_config, load_model, load_tokenizer
 from stillroom.models.sizes import heads, width
-from stillroom.offline_teacher_data import capturing
 from stillroom.signals import Layout, compute_signals
 from stillroom.studies import load_study
 from stillroom.terms import terms_of
@@ -102,10 +98,13 @@ def test_every_option_of_the_loss_runs_on_a_gpu_and_waits_for_nothing(tmp_path):
 
 def test_random_weights_touch_no_gpu(student_ref, store):
     """On two GPUs PyTorch warned that it keeps the state of both, in the first lines that a user saw."""
-    with pretend_gpu(2), warnings.catch_warnings(action="error"):
+    with pretend_gpu(2) as cards, warnings.catch_warnings(action="error"):
         miniature(LlamaConfig())
         (projected, *_) = terms_of(Objective(), store, load_config(student_ref))
         assert projected.trained(0).weight.device == torch.device("cpu")
+        assert cards.seeds == []
+        torch.manual_seed(0)
+        assert cards.seeds == [0]
 
 
 @pytest.mark.slow
@@ -156,13 +155,19 @@ def test_determinism_is_prepared_before_anything_is_computed(tmp_path, teacher_r
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ""
 
 
-def test_the_teachers_check_does_not_grow_with_the_longest_text(tmp_path, teacher_ref, tokenizer, monkeypatch):
-    """Its own path keeps every layer's maps: at 4,096 tokens of a teacher of 7B, 34 GB."""
-    seen = []
-    monkeypatch.setattr(capturing, "check_capture", lambda model, ids: seen.append(ids.shape))
-    long = Example("text", "word " * 400, " end")
-    make_store(tmp_path / "store", teacher_ref, Examples([long], [], {}), top_k=4)
-    assert seen == [(1, 256)]
+def test_the_teachers_check_does_not_grow_with_the_square_of_a_text(teacher_ref):
+    """The eager path keeps every layer's maps: 34 GB at 4,096 tokens of a 7B teacher. All else sees the whole text."""
+    model, seen = load_model(teacher_ref), []
+    forward = type(model.base_model).forward
+
+    def spy(*args, **kwargs):
+        seen.append((kwargs["input_ids"].shape[1], bool(kwargs.get("output_attentions"))))
+        return forward(model.base_model, *args, **kwargs)
+
+    model.base_model.forward = spy
+    check_capture(model, torch.randint(3, 90, (1, 400)))
+    assert [length for length, with_maps in seen if with_maps] == [256]
+    assert [length for length, with_maps in seen if not with_maps].count(400) >= 3
 
 
 def test_a_stage_that_fails_leaves_its_error_and_the_next_one_runs(tmp_path, monkeypatch):

@@ -302,7 +302,7 @@ class Study(Section):
         return any({"attention", "values"} & set(group.terms) for group in self.groups)
 
     def with_dtypes(self, teachers: Precision, students: Precision) -> Study:
-        """The study with these dtypes in place of each `auto`: of what is done to the teacher, and to students."""
+        """The study with these dtypes in place of each `auto`: the first for the teacher, the second for students."""
 
         def training(given: Training, chosen: Precision) -> Training:
             return given.model_copy(update={"precision": chosen}) if given.precision == "auto" else given

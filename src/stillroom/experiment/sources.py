@@ -55,6 +55,7 @@ class Sources:
     progress: NamedProgress = silent
     meter: Meter = field(default_factory=Meter)
     _supported: bool = field(default=False, init=False)
+    _aligned: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         """What `auto` stands for on this machine is part of the study's identity."""
@@ -84,9 +85,12 @@ class Sources:
 
     def require_aligned(self) -> None:
         """Raise `UserError` where less of the corpus is aligned than the study allows, as each of its trials would."""
+        if self._aligned:
+            return
         if (floor := self.study.signals.minimum_coverage) > 0:
             examples = [*self.examples.train, *self.examples.validation]
             require_coverage(coverage_between(examples, *self.tokenizers), floor)
+        self._aligned = True
 
     @property
     def results(self) -> Path:

@@ -69,7 +69,7 @@ class Workspace(Sources):
                 origin,
                 partial(self.progress, "fine-tuning the teacher, steps"),
             )
-        release_memory()  # of the student's size and more: its layers may refer to each other in a circle
+        release_memory()  # the trained copy's: reference cycles would keep it alive
         self._record("fine-tune", {"teacher": self.teacher_identity})
         return ref
 
@@ -243,6 +243,7 @@ class Workspace(Sources):
         """Metrics of the teacher and the student before training; tasks on which the teacher is no better."""
         if due := [baseline for baseline in self.measured_baselines if baseline.read() is None]:
             self.require_supported()
+            self.require_aligned()
             for role in BASELINE_LABELS:
                 self._measure(role, [baseline for baseline in due if baseline.role == role])
                 release_memory()  # of one model, before the next is loaded

@@ -63,24 +63,32 @@ def check_model(model: transformers.PreTrainedModel, ids: Tensor) -> Tensor:
     return hidden
 
 
+_COMPARED = 256
+"""Tokens on which maps are compared, at most: of 4,096, the eager path of 32 layers would keep 34 GB."""
+
+
 @torch.no_grad()
 def check_capture(model: transformers.PreTrainedModel, ids: Tensor) -> None:
     """`check_model`, and compare the captured attention with the model's own eager path.
 
-    `ids` (1, T): any text long enough to show a difference. Raises `UserError` naming the architecture.
+    `ids` (1, T): any text long enough to show a difference; of a long one, maps are compared on its beginning alone,
+    since the eager path keeps those of all layers. Raises `UserError` naming the architecture.
     """
     from stillroom.models.attention_capture import CANNOT
 
     name = type(model).__name__
     expected = check_model(model, ids)
-    mask = torch.ones_like(ids)
     native = model.config._attn_implementation
     try:
-        passed = forward(model, ids, Taps(attention=frozenset({"last"})))
-        hidden, found = passed.last_hidden, passed.attention["last"]
+        captured = Taps(attention=frozenset({"last"}))
+        hidden = forward(model, ids, captured).last_hidden
+        short = ids[:, :_COMPARED]
+        found = forward(model, short, captured).attention["last"]
         model.set_attn_implementation("eager")
         with _without_new_hooks(model):
-            eager_maps = model(input_ids=ids, attention_mask=mask, output_attentions=True, use_cache=False).attentions
+            eager_maps = model(
+                input_ids=short, attention_mask=torch.ones_like(short), output_attentions=True, use_cache=False
+            ).attentions
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # as in check_model

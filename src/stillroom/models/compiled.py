@@ -18,8 +18,8 @@ BACKEND = "inductor"
 def compile_layers(model: transformers.PreTrainedModel, taps: Taps, device: torch.device) -> None:
     """Compile each layer that leaves nothing behind; compiling happens when it first runs, and again for a new shape.
 
-    Identical layers share the compiled code. `UserError` where this machine cannot compile for the device, on which
-    the model need not be yet.
+    Identical layers share the compiled code. `UserError` where this machine cannot compile for the device, which
+    the model may not have been moved to yet.
     """
     try:
         torch.compile(lambda x: 2 * x + 1, backend=BACKEND)(torch.ones(8, device=device))

@@ -145,7 +145,9 @@ def _one_text_per_row() -> Iterator[None]:
     search = getattr(masks, "find_packed_sequence_indices", None)
     if search is not None and not hasattr(search, "stillroom"):
 
-        def found(position_ids: Tensor) -> Tensor | None:
+        def found(position_ids: Tensor) -> Any:
+            if torch.compiler.is_compiling():  # which can ask no context variable; and compiled code does not wait
+                return search(position_ids)
             return None if _OURS.get() else search(position_ids)
 
         found.stillroom = True  # type: ignore[attr-defined]

@@ -42,7 +42,8 @@ def is_sharded(value: Any) -> bool:
 def resolve_precision(study: Study) -> Study:
     """The study with a dtype for each `auto`: bfloat16 where the device multiplies it natively, else float32.
 
-    The teacher's device is this machine's first GPU; so is the students', unless `sweep.gpus_per_trial` is 0.
+    The teacher's device is this machine's first GPU. So is the students', unless a sweep trains them on CPUs
+    (`sweep.gpus_per_trial` 0).
     """
     here = default_device()
     there = here if study.sweep.gpus_per_trial else torch.device("cpu")
@@ -78,7 +79,7 @@ def scored_by_parts(saved: Precision, dtype: Precision, device: str) -> bool:
 @cache
 def products(dtype: torch.dtype, device: torch.device) -> float:
     """Billions of floating-point operations a second in a matrix product: the best of a few short tries, made once."""
-    size, best = 4096 if device.type == "cuda" else 384, 0.0  # so that a GPU does more than to start
+    size, best = 4096 if device.type == "cuda" else 384, 0.0  # large enough that launch time does not dominate
     left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     for _ in range(4):
         started = time.perf_counter()

@@ -140,7 +140,7 @@ def capture_slice(
         done = sum(len(shards[n]) for n in mine if n not in absent)
         if done < total:
             longest = max(encodings, key=len)
-            probe = torch.from_numpy(longest.ids[:_PROBED].astype("int64"))[None].to(model.device)
+            probe = torch.from_numpy(longest.ids.astype("int64"))[None].to(model.device)
             check_capture(model, probe)
         progress(done, total)
         writers = _Writers()
@@ -155,10 +155,6 @@ def capture_slice(
         if finished := not missing():
             _finish(store, layout, origin, len(shards), examples, tokenizer, model, writers.entries)
     return finished
-
-
-_PROBED = 256
-"""Tokens on which the teacher's attention is checked, at most: its own path keeps the maps of all layers."""
 
 
 def _layout(model: transformers.PreTrainedModel, signals: Signals) -> Layout:
