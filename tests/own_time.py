@@ -22,6 +22,7 @@ LONGEST = (
     "test_end_to_end.py",
     "test_local_sweep.py",
     "test_tutorial.py",
+    "test_gpu.py",
     "test_architecture.py",
     "test_how_to.py",
     "test_report.py",

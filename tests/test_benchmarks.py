@@ -28,7 +28,6 @@ PROGRAMS = {
     "starting": "--rounds 1",
     "reporting": "{results} --rounds 1",
     "compiling": f"{LITTLE.replace(' --examples 12', '')} --tokens 16 --backend aot_eager",
-    "options": f"{LITTLE.replace('quickstart', 'signals').replace(' --examples 12', '')} --steps 1",
 }
 SAME = {
     "compiling": {"relative difference of the loss": 0.0},
