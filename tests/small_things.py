@@ -188,9 +188,15 @@ def real_tokenizer(name):
     for folder in (SHARED / "models" / name, REAL_MODELS / name):
         if (folder / "tokenizer.json").is_file():
             return load_tokenizer(ModelRef(model=str(folder)))
-    return pytest.skip(
-        f"needs the tokenizer of {name}, a download, in .cache/models or ../shared/models (docs/how-to/offline.md)"
-    )
+    return pytest.skip(f"needs the tokenizer of {name} in .cache/models: docs/how-to/offline.md downloads it")
+
+
+def real_data():
+    """The folder of SST-2, MMLU and GSM8K, or a skip that says where they were looked for."""
+    for folder in (SHARED / "data", Path(__file__).resolve().parents[1] / "data"):
+        if all((folder / task).is_dir() for task in ("sst2", "mmlu", "gsm8k")):
+            return folder
+    return pytest.skip("needs SST-2, MMLU and GSM8K in data: docs/how-to/offline.md downloads them")
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from small_things import SHARED, real_tokenizer, texts
+from small_things import real_data, real_tokenizer, texts
 from stillroom.data import vocabulary
 from stillroom.data.alignment import Segments, align, align_encodings, coverage
 from stillroom.data.encoding import encode, ending_tokens, supervised_predictions
@@ -325,13 +325,12 @@ def test_coverage_on_real_text_is_that_of_the_specification(tokenizer, teacher, 
 
     from stillroom.data.tasks import get_task
 
-    if not (SHARED / "data").is_dir():
-        pytest.skip("needs SST-2, MMLU and GSM8K, which are downloads, in ../shared/data (docs/how-to/offline.md)")
+    data = real_data()
     first, second = tokenizer(teacher), tokenizer(student)
     for case, (tokens, predictions) in expected.items():
         name, _, without_header = case.partition(" ")
         split = "auxiliary_train" if name == "mmlu" else "train"
-        rows = pq.read_table(SHARED / "data" / name / f"{split}.parquet").slice(0, 400).to_pylist()
+        rows = pq.read_table(data / name / f"{split}.parquet").slice(0, 400).to_pylist()
         totals = dict.fromkeys(("tokens", "aligned", "predictions", "aligned_predictions"), 0)
         for example in map(get_task(name).build, rows):
             header = example.prompt.index("\n\n") + 2 if without_header else 0

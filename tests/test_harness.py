@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 import harness_agreement
-from small_things import SHARED
+from small_things import real_data
 from stillroom.config import GROUPS, ModelRef, Objective, Training
 from stillroom.data.corpus import build_corpus
 from stillroom.evaluation.scoring import evaluate
@@ -65,9 +65,8 @@ def test_a_trained_built_in_student_answers_the_same(trained, study, tmp_path):
 
 def test_real_tasks_are_answered_the_same(trained, tmp_path):
     """SST-2, MMLU and GSM8K by the harness's own definitions; a built-in student answers them in kind, if badly."""
-    if not (SHARED / "data").is_dir():
-        pytest.skip("needs SST-2, MMLU and GSM8K, which are downloads, in ../shared/data (docs/how-to/offline.md)")
-    places = [f"corpus.tasks.{name}.dataset={SHARED / 'data' / name}" for name in ("sst2", "mmlu", "gsm8k")]
+    data = real_data()
+    places = [f"corpus.tasks.{name}.dataset={data / name}" for name in ("sst2", "mmlu", "gsm8k")]
     study = load_study("small", [*places, "evaluation.max_new_tokens=40"])
     found = harness_agreement.measure_agreement(study, str(trained), 60, tmp_path)
     # it writes no #### after questions so much longer than its own; the built-in task's strict reading varies, above

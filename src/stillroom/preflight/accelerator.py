@@ -56,9 +56,9 @@ def run_kernels(device: torch.device, dtypes: Sequence[Precision]) -> None:
 
 
 def rehearse(model: transformers.PreTrainedModel, device: torch.device, dtype: Precision, captured: bool) -> None:
-    """Capture a text with two layers of an architecture, in the dtype, and take one training step with them.
+    """Take one training step with a miniature, in the dtype; then read a text, and capture it if it is to be captured.
 
-    `UserError` if what is captured is not what the model's own code computes there, or a weight does not move.
+    `UserError` if a weight does not move, or what is computed or captured is not what the model's own code gives there.
     """
     model, ids = model.to(device), PROBE.to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0, fused=True)  # else weights would decay
