@@ -6,9 +6,11 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from stillroom.config import Study, fingerprint
 from stillroom.errors import UserError
@@ -129,6 +131,31 @@ class WandbRuns:
             run.finish()
             write_json(done, {"name": name, "content": content})
 
-    def _writing(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
         remedy = "fix it, or set WANDB_MODE=offline"
-        return written("the tracker, Weights & Biases,", self.results, remedy)
+        with written("the tracker, Weights & Biases,", self.results, remedy):
+            try:
+                yield
+            except Exception:
+                _end_service()
+                raise
+
+
+def _end_service() -> None:
+    """Kills wandb's service process and forgets it, unless the caller has a run of their own.
+
+    After a request that was given up, the service may never read that it should end, while this process waits for it
+    at exit, without a limit (wandb 0.31). What a run wrote is in its files.
+    """
+    import wandb
+
+    if wandb.run is not None:
+        return
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if child.name().startswith("wandb-core"):
+                child.kill()
+                child.wait(10)
+    with suppress(Exception, SystemExit):  # the service is gone, and it would exit with its code
+        wandb.teardown()
