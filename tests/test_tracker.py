@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import sqlite3
 import struct
+import threading
 import time
 from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import psutil
 import pytest
 
 from stillroom.errors import UserError
 from stillroom.evaluation.metrics import by_column
+from stillroom.experiment import wandb_runs
 from stillroom.experiment.mlflow_runs import MLflowRuns
 from stillroom.experiment.tracked import history
 from stillroom.experiment.tracker import Tracker
@@ -255,6 +259,43 @@ def test_weights_and_biases_asks_nobody_anything(tmp_path, monkeypatch):
     assert not tracker.results.exists()
     # the service may have lost what says that it should end, and a command that waits for it never does
     assert not [child for child in psutil.Process().children() if child.name() == "wandb-core"]
+
+
+class _WeightsAndBiases(BaseHTTPRequestHandler):
+    """A server that knows its user and opens a run, and from then on answers nothing."""
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}").get("query", "")
+        if "mutation" in asked and "upsertBucket" not in asked:
+            self.send_error(500)
+            return
+        project = {"id": "p", "name": "quickstart", "entity": {"id": "e", "name": "me"}}
+        opened = {"bucket": {"id": "b", "name": "r", "displayName": "r", "config": "{}", "project": project}}
+        known = {"viewer": {"id": "u", "username": "me", "entity": "me", "flags": "{}"}}
+        answer = json.dumps({"data": {**known, "upsertBucket": {**opened, "inserted": True}}}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.mark.slow
+def test_a_sweep_does_not_wait_for_a_server_that_went_away(two_trials, tmp_path, monkeypatch):
+    """Weights & Biases' own way is to wait until everything is uploaded, without a limit."""
+    monkeypatch.setattr(wandb_runs, "_UPLOAD_SECONDS", 2)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    study, folders = two_trials
+    with ThreadingHTTPServer(("127.0.0.1", 0), _WeightsAndBiases) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(UserError, match=r"cannot be written \(TimeoutError: .* nothing is lost"):
+            WandbRuns(study, tmp_path).log_trial(folders[0])
+        server.shutdown()
 
 
 @pytest.mark.parametrize(("name", "command"), [("wandb", "wandb>=0.31"), ("tensorboard", "tensorboardX")])

@@ -21,6 +21,9 @@ from stillroom.folders import ResultsFolder, TrialFolder
 _SECONDS = 20
 """How long a server may take to answer: a sweep must not wait minutes for it."""
 
+_UPLOAD_SECONDS = 120
+"""How long the last of a run may take to reach it; wandb would wait without a limit."""
+
 
 class WandbRuns:
     """Writes each finished trial as a run of the project that has the study's name, grouped as in the study.
@@ -111,6 +114,8 @@ class WandbRuns:
                 x_disable_stats=True,
                 x_disable_meta=True,
                 init_timeout=_SECONDS,
+                finish_timeout=_UPLOAD_SECONDS,
+                finish_timeout_raises=True,
             )
             run = wandb.init(
                 project=self.study.name,
