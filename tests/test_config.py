@@ -215,6 +215,20 @@ sweep: {seeds: [0]}
     assert study.teacher.revision == "2024-13-45"  # no date
 
 
+@pytest.mark.parametrize(
+    ("declared", "says"),
+    [
+        ("primary=[[hidden, hidden]]", "compares a group with itself"),
+        ("secondary=[[black_box, hidden]]", "hidden and black_box twice|black_box and hidden twice"),
+        ("primary=[[hidden, black_box], [hidden, black_box]]", "hidden and black_box twice"),
+    ],
+)
+def test_a_pair_of_groups_is_compared_once(declared, says):
+    """In two families it would have two adjusted p, and perhaps two verdicts."""
+    with pytest.raises(UserError, match=says):
+        load_study("quickstart", [f"analysis.{declared}"])
+
+
 def test_an_absent_study_lists_those_there_are():
     """A misspelt name."""
     with pytest.raises(UserError, match="paper, paper-llama2, quickstart, signals, small"):

@@ -85,9 +85,9 @@ def test_every_figure_is_what_the_raw_rows_give(results, tmp_path):
 def test_an_incomplete_study_says_so_and_shows_the_error(hostile, capsys):
     """First on the page, in every table for a paper, on the terminal; no verdict from what is left."""
     page = (hostile / "report.html").read_text()
-    assert page.index("Incomplete: 1 of 15 trials are missing (hidden seed 1)") < page.index("The questions")
+    assert page.index("Incomplete: 1 of 15 trials is missing (hidden seed 1)") < page.index("The questions")
     assert "RuntimeError: it broke" in page
-    assert "Incomplete: 1 trials" in (hostile / "paper" / "accuracy.tex").read_text()
+    assert "Incomplete: 1 trial is missing" in (hostile / "paper" / "accuracy.tex").read_text()
     assert check_report(hostile) > 30
     print_answers(hostile)
     assert "warning: Incomplete" in capsys.readouterr().out
@@ -170,7 +170,7 @@ def test_a_term_whose_loss_rises_is_remarked_upon(results, tmp_path, quick):
     found = [said for said in warned(copy) if "rose" in said]
     last = read_json(path)["epochs"][-1]["epoch"]
     assert found == [
-        f"The hidden loss rose over training in hidden (0.001 to 0.00{last}): the student did not learn that signal."
+        f"The hidden loss rose over training in hidden (0.001 to 0.00{last}): the student hardly learnt that signal."
     ]
 
 
@@ -332,7 +332,7 @@ def test_what_was_measured_for_another_study_is_left_out(results, tmp_path, quic
     assert (
         "What was measured of the teacher (fine-tuned) and the student before training on test splits belongs" in page
     )
-    assert "The examples in this folder are another study" in page
+    assert "The examples in this folder belong to another study" in page
     read = StudyResults.read(copy)
     assert list(read.baselines) == list(read.baseline_predictions) == ["student before training"]
     assert not any(key[2] == "agreement" for trial in read.measured_with_agreement for key in trial.values)

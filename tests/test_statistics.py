@@ -133,6 +133,11 @@ def test_tost_is_two_one_sided_tests():
     assert equivalence_p(values + 0.05, 0.02) > 0.5
     assert math.isnan(equivalence_p(np.zeros(5), 0.02))  # all at the floor: nothing was seen to be equal
     assert math.isnan(equivalence_p(np.zeros(1), 0.02))
+    for examples in range(20, 400):  # one example more at each of three seeds: the rounding is no spread
+        right = np.array([0.3, 0.5, 0.6]) * examples // 1
+        alike = (right + 1) / examples - right / examples
+        assert math.isnan(equivalence_p(alike, 0.1))
+        assert math.isnan(effect_size(alike))
 
 
 def test_two_tasks_interaction_is_the_paired_sign_flip_test():
@@ -196,19 +201,22 @@ def test_intervals_cover_and_power_is_as_predicted():
 
 @pytest.mark.slow
 def test_the_crossed_bootstrap_holds_for_other_seeds_and_examples():
-    """Its interval covers the true difference where both vary, and is wider than over seeds alone."""
+    """Its interval covers the true difference where both vary, also with few seeds, and is wider than over seeds."""
     rng = np.random.default_rng(4)
-    covered, widths = [], []
-    for _ in range(120):
-        ability = rng.normal(0, 1, 200)
-        chance = [1 / (1 + np.exp(-(ability + shift + rng.normal(0, 0.2, (8, 1))))) for shift in (0.3, 0.0)]
-        right = [rng.random((8, 200)) < c for c in chance]
-        low, high = bootstrap_interval(*right, rng, draws=300)
-        many = rng.normal(0, 1, 20_000)
-        truth = np.mean(1 / (1 + np.exp(-(many + 0.3))) - 1 / (1 + np.exp(-many)))
-        covered.append(low <= truth <= high)
-        widths.append(high - low)
-    assert np.mean(covered) >= 0.88
+    many = rng.normal(0, 1, 20_000)
+    truth = np.mean(1 / (1 + np.exp(-(many + 0.3))) - 1 / (1 + np.exp(-many)))
+    for seeds in (2, 3, 8):
+        covered = []
+        for _ in range(120):
+            ability = rng.normal(0, 1, 200)
+            chance = [1 / (1 + np.exp(-(ability + shift + rng.normal(0, 0.2, (seeds, 1))))) for shift in (0.3, 0.0)]
+            first, second = (rng.random((seeds, 200)) < c for c in chance)
+            low, high = bootstrap_interval(first, second, rng, draws=300)
+            inner = mean_interval(first.mean(axis=1) - second.mean(axis=1))
+            assert high - low > 0.85 * (inner[1] - inner[0]), "300 draws err"
+            covered.append(low <= truth <= high)
+        assert np.mean(covered) >= 0.9, seeds
+    assert all(map(math.isnan, bootstrap_interval(first[:1], second[:1], rng))), "one seed says nothing of others"
 
 
 def test_ties_are_counted_whatever_the_rounding():

@@ -19,7 +19,9 @@ from stillroom.analysis.statistics import (
     compare,
     equivalence_p,
     fewest_seeds,
+    holm_adjusted,
     interaction_p,
+    mean_interval,
     seeds_needed,
 )
 from stillroom.config import Analysis
@@ -81,7 +83,7 @@ class Evidence:
     def saturated(self, task: str) -> Literal["floor", "ceiling"] | None:
         """Whether the mean accuracy of every group on a task is within the equivalence margin of 0, or of 1.
 
-        Groups are equivalent there whatever they learnt.
+        Groups cannot be told apart there, whatever they learnt.
         """
         scored = [[v for (name, _), v in self.accuracies[task].items() if name == group] for group in self.groups]
         means, margin = [np.mean(values) for values in scored if values], self.analysis.equivalence_margin
@@ -157,7 +159,8 @@ class Evidence:
             sentence = f"{row.first} against {row.second} on {row.measure}: undecided{never_took_effect(alike)}"
         else:
             verdict = _verdict(row, family, equivalence, self.analysis)
-            sentence = _sentence(row, family, verdict, equivalence, self.analysis, missing)
+            within = mean_interval(np.array(list(by_seed.values())), 2 * self.analysis.alpha)
+            sentence = _sentence(row, family, verdict, equivalence, within, self.analysis, missing)
         return Finding(row, family, equivalence, verdict, sentence, by_seed, bootstrap)
 
     def _bootstraps(
@@ -184,15 +187,49 @@ class Evidence:
         )
         return np.stack([predictions["correct"].to_numpy() for predictions in chosen]).astype(np.float64)
 
-    def interactions(self, pairs: Sequence[Pair]) -> dict[Pair, tuple[float, int]]:
-        """By contrast: p of the group × task interaction, and over how many seeds."""
-        found = {}
+    def interactions(self, pairs: Sequence[Pair]) -> dict[Pair, Interaction]:
+        """By contrast of one family: the group × task interaction."""
+        by_task, missing = {}, []
+        for task in self.tasks:
+            by_task[task], lacking = self.scores({group for pair in pairs for group in pair}, task)
+            missing += [trial for trial in lacking if trial not in missing]
+        raw, seeds = [], []
         for first, second in pairs:
-            by_task = [self.scores({first, second}, task)[0] for task in self.tasks]
-            seeds = [seed for seed in self.seeds if all(seed in scores[first] for scores in by_task)]
-            values = [[scores[first][seed] - scores[second][seed] for scores in by_task] for seed in seeds]
-            found[first, second] = interaction_p(np.array(values).reshape(len(seeds), len(self.tasks))), len(seeds)
-        return found
+            seeds = [seed for seed in self.seeds if all(seed in scores[first] for scores in by_task.values())]
+            values = [[scores[first][seed] - scores[second][seed] for scores in by_task.values()] for seed in seeds]
+            raw.append(interaction_p(np.array(values).reshape(len(seeds), len(self.tasks))))
+        adjusted = holm_adjusted([1.0 if math.isnan(p) else p for p in raw])
+        return {
+            pair: Interaction(p, math.nan if math.isnan(p) else by_family, len(seeds), len(pairs), tuple(missing))
+            for pair, p, by_family in zip(pairs, raw, adjusted, strict=True)
+        }
+
+
+@dataclass(frozen=True)
+class Interaction:
+    """Whether one contrast's difference depends on the task."""
+
+    p: float
+    """NaN without spread, or with fewer than two seeds or tasks."""
+    adjusted_p: float
+    """Holm-adjusted over the family."""
+    seeds: int
+    family: int
+    """Contrasts over which p is adjusted."""
+    missing: tuple[tuple[str, int], ...]
+    """Trials of the family that are."""
+
+    def verdict(self, analysis: Analysis) -> tuple[str, str]:
+        """In a few words, and how the sentence goes on."""
+        if self.missing and not self.seeds:
+            return "undecided", _lacking(self.missing)
+        if math.isfinite(self.adjusted_p) and self.adjusted_p <= analysis.alpha:
+            return "the benefit differs between tasks", f" (interaction, adjusted p {equals(self.adjusted_p)})"
+        if self.seeds < 2 or self.family * 2 / 2**self.seeds > analysis.alpha:
+            return "undecided", _too_few(self.seeds, self.family, analysis.alpha)
+        if not math.isfinite(self.adjusted_p):
+            return "undecided", ": the difference is the same on every task, without spread"
+        return "no evidence that it differs", f" (interaction, adjusted p {equals(self.adjusted_p)})"
 
 
 def _sentence(
@@ -200,9 +237,11 @@ def _sentence(
     family: int,
     verdict: str,
     equivalence: float,
+    within: tuple[float, float],
     analysis: Analysis,
     missing: list[tuple[str, int]],
 ) -> str:
+    """`within`: the interval of coverage 1 − 2α, which TOST compares with the margin."""
     name = f"{row.first} against {row.second} on {row.measure}"
     level = f"{100 * (1 - analysis.alpha):g} %"
     seen = f"{points(row.difference)} points, {level} interval {points(row.low)} to {points(row.high)}"
@@ -210,12 +249,16 @@ def _sentence(
         sentence = f"{name}: undecided{_why(row, family, analysis, missing)}"
     elif verdict == "equivalent":
         margin = f"±{100 * analysis.equivalence_margin:g} points"
-        sentence = f"{name}: equivalent within {margin} ({seen}; TOST p {equals(equivalence)})"
+        inside = f"{100 * (1 - 2 * analysis.alpha):g} % interval {points(within[0])} to {points(within[1])}"
+        shown = f"{points(row.difference)} points, {inside}"
+        sentence = f"{name}: equivalent within {margin} ({shown}; TOST p {equals(equivalence)})"
     else:
         sentence = f"{name}: {verdict} ({seen}; adjusted p {equals(row.adjusted_p)})"
         needed = seeds_needed(row.effect_size, analysis.alpha, contrasts=family)
-        if verdict.startswith("no evidence") and needed:
-            sentence += f"; an effect of this size (d_z = {row.effect_size:.2f}) would take {needed} seeds"
+        if verdict.startswith("no evidence") and needed and needed > row.seeds:
+            sentence += (
+                f"; to detect an effect of this size (d_z = {row.effect_size:.2f}) with 80 % power takes {needed} seeds"
+            )
     if missing and row.seeds:
         sentence += f"; over {row.seeds} seeds, since trials are missing"
     return sentence
@@ -243,14 +286,18 @@ def never_took_effect(seeds: Sequence[int]) -> str:
 
 def _why(row: Comparison, family: int, analysis: Analysis, missing: list[tuple[str, int]]) -> str:
     if missing and analysis.incomplete == "refuse":
-        listed = ", ".join(f"{group} seed {seed}" for group, seed in missing[:5])
-        return (
-            f": trials are missing ({listed}{', …' if len(missing) > 5 else ''}) and the study declares no verdict then"
-        )
-    least = fewest_seeds(analysis.alpha, family)
+        return _lacking(missing)
+    return _too_few(row.seeds, family, analysis.alpha, f"{points(row.difference)} points seen; " if row.seeds else "")
+
+
+def _lacking(missing: Sequence[tuple[str, int]]) -> str:
+    listed = ", ".join(f"{group} seed {seed}" for group, seed in missing[:5])
+    return f": trials are missing ({listed}{', …' if len(missing) > 5 else ''}) and the study declares no verdict then"
+
+
+def _too_few(seeds: int, family: int, alpha: float, seen: str = "") -> str:
     adjusted = f", adjusted over {family} contrasts," if family > 1 else ""
-    seen = f"{points(row.difference)} points seen; " if row.seeds else ""
     return (
-        f" with {row.seeds} seed{'s' if row.seeds != 1 else ''}: {seen}the exact test{adjusted} cannot reach "
-        f"{analysis.alpha:g} with fewer than {least}"
+        f" with {seeds} seed{'s' if seeds != 1 else ''}: {seen}the exact test{adjusted} cannot reach {alpha:g} with "
+        f"fewer than {fewest_seeds(alpha, family)}"
     )

@@ -139,7 +139,7 @@ def comparison_latex(results: StudyResults, answers: Sequence[Answer]) -> str:
                     latex_escaped(row.measure),
                     _signed(row.difference),
                     f"[{_signed(row.low)}, {_signed(row.high)}]" if math.isfinite(row.low) else "--",
-                    *(f"{p:.3f}" if math.isfinite(p) else "--" for p in (row.p, row.adjusted_p)),
+                    *(_probability(p) for p in (row.p, row.adjusted_p)),
                     f"${row.effect_size:.2f}$" if math.isfinite(row.effect_size) else "--",
                     latex_escaped(finding.verdict),
                 ]
@@ -155,13 +155,21 @@ def comparison_latex(results: StudyResults, answers: Sequence[Answer]) -> str:
     return "\n".join(tables)
 
 
+def _probability(p: float) -> str:
+    if not math.isfinite(p):
+        return "--"
+    return f"{p:.3f}" if p >= 0.0005 else "$<$0.001"
+
+
 def _signed(difference: float) -> str:
     """In points, in math mode, where a hyphen is a minus sign."""
     return f"${100 * difference:+z.1f}$" if math.isfinite(difference) else "--"
 
 
 def _incomplete(results: StudyResults) -> str:
-    return f" Incomplete: {len(results.missing)} trials are missing." if results.missing else ""
+    if not (absent := len(results.missing)):
+        return ""
+    return f" Incomplete: {absent} {'trial is' if absent == 1 else 'trials are'} missing."
 
 
 def checklist(results: StudyResults) -> str:

@@ -102,13 +102,15 @@ def differing_settings(first: Recipe, second: Recipe) -> list[str]:
 def unasked_pairs(groups: Mapping[str, Recipe], declared: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """Pairs that ask whether distilling helps and that a study need not declare: black box against labels alone.
 
-    The black boxes are those that declared contrasts compare a white box with; where none does, the study's first.
+    The black boxes are those that declared contrasts compare a white box with; where none does, the study's first; and
+    in a study without any, every group that takes something from the teacher.
     """
     boxes = [
         name for name, recipe in groups.items() if "kd" in recipe.terms and not recipe.inner and not recipe.placebo
     ]
     compared = {name for pair in declared if all(group in groups for group in pair) for name in pair}
-    wanted = [box for box in boxes if box in compared] or boxes[:1]
+    distilled = [name for name, recipe in groups.items() if recipe.signals]
+    wanted = [box for box in boxes if box in compared] or boxes[:1] or distilled
     alone = [name for name, recipe in groups.items() if not recipe.signals]
     pairs = [(box, other) for box in wanted for other in alone]
     return [pair for pair in pairs if pair not in declared and pair[::-1] not in declared]

@@ -85,9 +85,10 @@ def gradient_rows(results: StudyResults) -> list[dict[str, Any]]:
 def errors_of(results: StudyResults) -> list[str]:
     """What makes numbers worthless, each a sentence: groups that were to differ and are the same."""
     return [
-        f"The trials of {first} and {second} are identical at every epoch (seed {', '.join(map(str, seeds))}), though "
+        f"The trials of {first} and {second} are identical at every epoch (seed{'s' * (len(seeds) > 1)} "
+        f"{', '.join(map(str, seeds))}), though "
         "their objectives differ: the term that tells these groups apart never took effect. No number here compares "
-        "them. Look whether the teacher's data reach that term, then train both groups again."
+        "them. Check that the teacher's data reach that term, then train both groups again."
         for (first, second), seeds in results.identical.items()
     ]
 
@@ -98,7 +99,8 @@ def warnings_of(results: StudyResults, evidence: Evidence) -> list[str]:
     if results.missing:
         names = ", ".join(f"{trial['group']} seed {trial['seed']}" for trial in results.missing)
         found.append(
-            f"Incomplete: {len(results.missing)} of {len(results.trials)} trials are missing ({names}). "
+            f"Incomplete: {len(results.missing)} of {len(results.trials)} trials "
+            f"{'is' if len(results.missing) == 1 else 'are'} missing ({names}). "
             "No mean here is final."
         )
     if results.stale:
@@ -108,22 +110,22 @@ def warnings_of(results: StudyResults, evidence: Evidence) -> list[str]:
         )
     if results.other_corpus:
         found.append(
-            "The examples in this folder are another study's than the trials': what is said of them is not what "
-            "the trials saw. `stillroom run STUDY` brings both to one study."
+            "The examples in this folder belong to another study, so they are not the ones that these trials saw. "
+            "`stillroom run STUDY` brings both to one study."
         )
     if len(results.baseline_metrics) == 2:
         teacher, student = (results.baseline_metrics[label] for label in results.labels.values())
         if tasks := worse_or_equal(teacher, student):
             found.append(
-                f"The teacher does not outperform the student before training on {listed(tasks)}: distillation cannot "
-                "help there."
+                f"The teacher does not outperform the student before training on {listed(tasks)}: expect no gain "
+                "from distillation there."
             )
     margin = f"{100 * evidence.analysis.equivalence_margin:g} points"
     for extreme, place in (("floor", "above 0 %"), ("ceiling", "below 100 %")):
         if tasks := [task for task in evidence.tasks if evidence.saturated(task) == extreme]:
             found.append(
-                f"On {listed(tasks)} no group is more than {margin} {place}: groups are equivalent there whatever they "
-                "learnt."
+                f"On {listed(tasks)} no group is more than {margin} {place}: groups cannot be told apart there, "
+                "whatever they learnt."
             )
     by_terms: dict[str, list[str]] = {}
     for row in gradient_rows(results):
@@ -144,6 +146,10 @@ def warnings_of(results: StudyResults, evidence: Evidence) -> list[str]:
     return found + rising_losses(results)
 
 
+_RISE = 1.02
+"""A loss has risen where its mean over seeds is higher by this factor after the last epoch than after the first."""
+
+
 def rising_losses(results: StudyResults) -> list[str]:
     """A remark for each term whose loss on the training split was higher after the last epoch than after the first."""
     found = []
@@ -155,13 +161,13 @@ def rising_losses(results: StudyResults) -> list[str]:
         risen = [
             group
             for group in results.groups
-            if group in means.index and means.loc[group].iloc[-1] > means.loc[group].iloc[0]
+            if group in means.index and means.loc[group].iloc[-1] > _RISE * means.loc[group].iloc[0]
         ]
         if risen:
             ends = listed(
                 [f"{group} ({means.loc[group].iloc[0]:.3g} to {means.loc[group].iloc[-1]:.3g})" for group in risen]
             )
-            found.append(f"The {term} loss rose over training in {ends}: the student did not learn that signal.")
+            found.append(f"The {term} loss rose over training in {ends}: the student hardly learnt that signal.")
     return found
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 from numpy import ndarray
 from scipy import stats
+from scipy.optimize import brentq
 
 _BLOCK = 500
 """Draws of the bootstrap that are in memory at once."""
@@ -76,12 +77,15 @@ def mean_interval(differences: Float[ndarray, "S"], alpha: float = 0.05) -> tupl
     return float(values.mean()) - half, float(values.mean()) + half
 
 
+def _have_spread(values: Float[ndarray, "S"]) -> bool:
+    """Whether there are two values that differ by more than the rounding of shares that are equal."""
+    return len(values) > 1 and float(np.ptp(values)) > 1e-12 * max(1.0, float(np.abs(values).max()))
+
+
 def effect_size(differences: Float[ndarray, "S"]) -> float:
     """d_z (Lakens 2013): mean over standard deviation of the differences; NaN without spread."""
     values = np.asarray(differences, dtype=np.float64)
-    if len(values) < 2 or values.std(ddof=1) == 0:
-        return math.nan
-    return float(values.mean() / values.std(ddof=1))
+    return float(values.mean() / values.std(ddof=1)) if _have_spread(values) else math.nan
 
 
 @cache
@@ -103,11 +107,14 @@ def detectable_by_signs(seeds: int, alpha: float = 0.05, contrasts: int = 1, pow
     """Smallest |d_z| that the exact sign-flip test of so many seeds detects with this power at α / contrasts.
 
     α / contrasts is Holm's first step, the one that a single real effect among the contrasts has to take. NaN where
-    no outcome reaches it. The differences are normal; by simulation up to 10 seeds, with the same draws always.
+    no outcome reaches it. The differences are normal. Where only the smallest p is enough, all differences have to be
+    of one sign, Φ(d_z)ⁿ + Φ(−d_z)ⁿ; else by simulation up to 10 seeds, with the same draws always.
     """
     level = alpha / contrasts
     if seeds < 2 or 2 / 2**seeds > level:
         return math.nan
+    if 4 / 2**seeds > level:
+        return float(brentq(lambda d: stats.norm.cdf(d) ** seeds + stats.norm.cdf(-d) ** seeds - power, 0, 10))
     if seeds > _SIMULATED_SEEDS:
         return detectable_effect(seeds, level, power)
     noise = np.random.default_rng(0).standard_normal((_SIMULATED, seeds))
@@ -220,7 +227,7 @@ def equivalence_p(differences: Float[ndarray, "S"], margin: float) -> float:
     from statsmodels.stats.weightstats import DescrStatsW
 
     values = np.asarray(differences, dtype=np.float64)
-    if len(values) < 2 or values.std(ddof=1) == 0:
+    if not _have_spread(values):
         return math.nan
     return float(DescrStatsW(values).ttost_mean(-margin, margin)[0])
 
@@ -255,10 +262,12 @@ def bootstrap_interval(
     draws: int = 10_000,
     alpha: float = 0.05,
 ) -> tuple[float, float]:
-    """Percentile interval of the mean difference, seeds and examples resampled together (crossed bootstrap).
+    """Interval of the mean difference, seeds and examples resampled together (crossed bootstrap).
 
     `first`, `second`: whether each example was answered right, by seed; the same examples in both. Holds for other
-    seeds and other examples, where the t interval holds for other seeds alone.
+    seeds and other examples, where the t interval holds for other seeds alone. The mean ± t(S − 1) times the standard
+    deviation of the bootstrap's means times √(S / (S − 1)), which makes up for resampling few seeds; percentiles of so
+    few cover far less than they promise. NaN for fewer than two seeds.
     """
     return bootstrap_intervals([first.astype(np.float64) - second.astype(np.float64)], rng, draws, alpha)[0]
 
@@ -271,11 +280,14 @@ def bootstrap_intervals(
 ) -> list[tuple[float, float]]:
     """`bootstrap_interval` of several differences over the same seeds and examples, all from the same draws."""
     seeds, examples = differences[0].shape
+    if seeds < 2:
+        return [(math.nan, math.nan)] * len(differences)
     stacked = np.stack(differences, axis=-1).transpose(1, 0, 2).reshape(examples, -1)
     means = np.empty((draws, len(differences)))
     for block in np.array_split(means, math.ceil(draws / _BLOCK)):
         seed_counts, example_counts = (_counts_drawn(rng, len(block), size) for size in (seeds, examples))
         by_seed = (example_counts @ stacked).reshape(len(block), seeds, len(differences))
         block[:] = np.einsum("bs,bsc->bc", seed_counts, by_seed) / (seeds * examples)
-    low, high = np.quantile(means, [alpha / 2, 1 - alpha / 2], axis=0)
-    return [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
+    halves = stats.t.ppf(1 - alpha / 2, seeds - 1) * math.sqrt(seeds / (seeds - 1)) * means.std(axis=0)
+    centres = [float(difference.mean()) for difference in differences]
+    return [(centre - float(half), centre + float(half)) for centre, half in zip(centres, halves, strict=True)]

@@ -113,11 +113,17 @@ def summaries(results: StudyResults, evidence: Evidence, answers: Sequence[Answe
                 difference=points(finding.comparison.difference) if finding else "–",
                 interval=interval(finding.comparison.low, finding.comparison.high) if finding else "–",
                 verdict=finding.verdict if finding else "",
-                seeds=str(row.seeds) if is_group else "–",
+                seeds=_seeds(row.seeds, finding) if is_group else "–",
                 closed=(spread.mean - student.mean) / gap if student and gap > 0 else math.nan,
             )
         )
     return rows
+
+
+def _seeds(trained: int, finding: Finding | None) -> str:
+    """Those of the accuracy, and of the difference where it has others."""
+    compared = finding.comparison.seeds if finding else 0
+    return f"{trained} ({compared} compared)" if compared not in (0, trained) else str(trained)
 
 
 def trial_table(results: StudyResults) -> Table:

@@ -5,12 +5,11 @@ The verdict and the sentence of a single contrast are in `evidence`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from stillroom.analysis.evidence import Evidence, Finding, Pair, never_took_effect
-from stillroom.analysis.numbers import equals, listed, points
+from stillroom.analysis.numbers import listed, points
 from stillroom.analysis.questions import COMBINING, HELPS, PLACEBO, WHITE_BOX
 from stillroom.analysis.statistics import fewest_seeds, seeds_needed
 from stillroom.config import Analysis
@@ -71,10 +70,10 @@ def plain_answer(findings: Sequence[Finding], yes: Mapping[Pair, int], analysis:
     """One sentence: yes, no or not known, then what was found of each group.
 
     `yes`: by contrast, the group whose better accuracy says yes. `student`: the name of the student before training;
-    contrasts with it decide on yes or no only where there are no others.
+    contrasts with it never decide on yes or no, since the labels alone may account for all of a gain over it.
     """
-    deciding = [f for f in findings if f.comparison.second != student] or findings
-    lead = _lead([(f.verdict, yes[_groups(f)]) for f in deciding])
+    deciding = [f for f in findings if f.comparison.second != student]
+    lead = _lead([(f.verdict, yes[_groups(f)]) for f in deciding]) if deciding else _NO_CONTROL
     parts = [
         part
         for subset in (deciding, [f for f in findings if f not in deciding])
@@ -87,6 +86,8 @@ def plain_answer(findings: Sequence[Finding], yes: Mapping[Pair, int], analysis:
     begins_with_a_group = said.startswith(tuple(f.comparison.first for f in findings))
     return f"{said}." if begins_with_a_group else f"{said[:1].upper()}{said[1:]}."
 
+
+_NO_CONTROL = "Not known, since no group is compared with one that is trained on the labels alone"
 
 _VERDICTS = ("improves", "worse", "equivalent", "no evidence of a difference", "undecided")
 
@@ -126,7 +127,8 @@ def _said(findings: Sequence[Finding], verdict: str, analysis: Analysis, of: int
         elif verdict == "undecided":
             yield f"these runs cannot tell {names.removeprefix('each of ')} from {second}"
         else:
-            yield f"there is no evidence that {names} {'differ' if several else 'differs'} from {second}"
+            each = names.replace("each of", "any of", 1)
+            yield f"there is no evidence that {each} {'differ' if several else 'differs'} from {second}"
 
 
 def _answer(question: str, findings: Sequence[Finding], evidence: Evidence, yes: Mapping[Pair, int]) -> Answer:
@@ -138,18 +140,13 @@ def _answer(question: str, findings: Sequence[Finding], evidence: Evidence, yes:
 
 def _task_dependence(evidence: Evidence) -> list[Answer]:
     question = "Does the benefit depend on the task?"
-    alpha = evidence.analysis.alpha
     brief: dict[str, list[str]] = {}
     sentences = []
-    for (first, second), (p, seeds) in evidence.interactions(evidence.primary).items():
+    for (first, second), interaction in evidence.interactions(evidence.primary).items():
         if alike := evidence.alike((first, second)):
             verdict, more = "undecided", never_took_effect(alike)
-        elif not math.isfinite(p) or (p > alpha and 2 / 2**seeds > alpha):
-            verdict, more = "undecided", f" with {seeds} seed{'s' if seeds != 1 else ''}"
-        elif p <= alpha:
-            verdict, more = "the benefit differs between tasks", f" (interaction p {equals(p)})"
         else:
-            verdict, more = "no evidence that it differs", f" (interaction p {equals(p)})"
+            verdict, more = interaction.verdict(evidence.analysis)
         brief.setdefault(verdict, []).append(f"{first} against {second}")
         sentences.append(f"{first} against {second}: {verdict}{more}.")
     if not sentences or len(evidence.tasks) < 2:
@@ -209,8 +206,9 @@ def what_it_takes(evidence: Evidence, answers: Sequence[Answer]) -> Needed:
     found = [f for a in answers for f in a.findings if f.comparison.measure == evidence.overall]
     found = [f for f in found if not evidence.alike(_groups(f))]
     says, least = [], planned
-    if absent := [f for f in found if f.verdict == "undecided" and not f.comparison.seeds]:
-        says.append(f"{len(absent)} contrasts wait for trials that are missing: the same command again trains them.")
+    if absent := [f for f in found if f.verdict == "undecided" and f.comparison.seeds < planned]:
+        waiting = "1 comparison is" if len(absent) == 1 else f"{len(absent)} comparisons are"
+        says.append(f"{waiting} waiting for missing trials; run the same command again to train them.")
     family = max((f.family for f in found if f.verdict == "undecided"), default=0)
     if family and (needed := fewest_seeds(analysis.alpha, family)) > planned:
         adjusted = f" after Holm's adjustment over {family} contrasts" if family > 1 else ""
@@ -218,21 +216,22 @@ def what_it_takes(evidence: Evidence, answers: Sequence[Answer]) -> Needed:
             f"With {planned} seed{'s' if planned != 1 else ''} no result could reach p ≤ {analysis.alpha:g}{adjusted}: "
             f"that takes {needed} seeds."
         )
-        least = needed
+        least = needed if needed <= MOST_SEEDS else least
     wanted = [
         (f"{f.comparison.first} against {f.comparison.second}", n)
         for f in found
         if f.verdict.startswith("no evidence")
         and (n := seeds_needed(f.comparison.effect_size, analysis.alpha, contrasts=f.family))
+        and n > planned
     ]
     if within := [(name, n) for name, n in wanted if n <= MOST_SEEDS]:
         several = listed([f"{n} seeds for {name}" for name, n in within])
-        says.append(f"If a difference is as large as it looks here, showing it takes {several}.")
+        says.append(f"If a true difference equals the observed one, detecting it with 80 % power takes {several}.")
         least = max(least, *(n for _, n in within))
     if beyond := [name for name, n in wanted if n > MOST_SEEDS]:
         says.append(
-            f"What was seen of {listed(beyond)} is small next to its spread: showing it would take more than the "
-            f"{MOST_SEEDS} seeds that a study may have. More validation examples make the spread smaller."
+            f"The observed difference of {listed(beyond)} is small relative to its spread: detecting it would take "
+            f"more than the {MOST_SEEDS} seeds that a study may have. More validation examples make the spread smaller."
         )
     more = [seed for seed in range(planned + least) if seed not in evidence.seeds]
     return Needed(tuple(says), (*evidence.seeds, *more[: least - planned]) if least > planned else ())

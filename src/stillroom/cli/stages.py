@@ -264,7 +264,7 @@ def _tell_baselines(baselines: dict[str, Any], as_json: bool) -> None:
         if not as_json and name in baselines:
             say(f"{label}: accuracy {by_key(baselines[name]['metrics'])['validation', None, 'accuracy']:.3f}")
     for task in baselines["teacher_no_better"]["tasks"]:
-        warn(f"on {task} the teacher is no better than the student before training; distillation cannot help there")
+        warn(f"on {task} the teacher is no better than the student before training; expect no gain there")
 
 
 def _tell_unusable(workspace: Workspace) -> None:

@@ -197,6 +197,12 @@ class Study(Section):
             raise ValueError(f"training.optimizer: a student on several GPUs has adamw, not {self.training.optimizer}")
         if taken := [name for name in names if name in ("teacher", "student")]:
             raise ValueError(f"a group cannot be named {taken[0]!r}: tables have a row of that name")
+        declared = [(name, pair) for name in ("primary", "secondary") for pair in getattr(self.analysis, name)]
+        pairs = [frozenset(pair) for _, pair in declared]
+        for family, pair in declared:
+            if pair[0] == pair[1] or pairs.count(frozenset(pair)) > 1:
+                said = "a group with itself" if pair[0] == pair[1] else f"{pair[0]} and {pair[1]} twice"
+                raise ValueError(f"analysis.{family} compares {said}; a pair of groups belongs in one family, once")
         for family in {"primary", "secondary"} & self.analysis.model_fields_set:  # by default some may be absent
             for name in (name for pair in getattr(self.analysis, family) for name in pair):
                 if name not in names:

@@ -90,8 +90,8 @@ def _warnings(study: Study, design: dict[str, Any]) -> list[str]:
             p = family["smallest_adjusted_p"]
             found.append(
                 f"analysis.{name}: with {_count(design['seeds'], 'seed')} the smallest p over "
-                f"{_count(family['contrasts'], 'contrast')} is {p:.2g}, so no verdict at {design['alpha']:g} is "
-                f"possible; it takes {family['seeds_needed']} seeds (sweep.seeds) or fewer contrasts (analysis.{name})"
+                f"{_count(family['contrasts'], 'contrast')} is {p:.2g}, so no difference can be "
+                f"significant at {design['alpha']:g}; it takes {family['seeds_needed']} seeds (sweep.seeds) or fewer contrasts (analysis.{name})"
             )
     return found + _margin_warnings(study, design)
 
