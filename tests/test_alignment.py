@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import unicodedata
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -12,12 +14,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from small_things import real_data, real_tokenizer, texts
 from stillroom.data import vocabulary
-from stillroom.data.alignment import Segments, align, align_encodings, coverage
+from stillroom.data.alignment import Segments, align, align_encodings, coverage, coverage_by_kind, kinds_of
 from stillroom.data.encoding import encode, ending_tokens, supervised_predictions
 from stillroom.data.vocabulary import compare_vocabularies, map_vocabulary, token_bytes
 from stillroom.models.builtin_pair import sentencepiece_tokenizer
@@ -433,3 +435,42 @@ def test_a_byte_maps_to_the_byte_and_a_letter_to_the_letter(sentencepiece):
     mapped = map_vocabulary(other, sentencepiece)
     for token in ("<0x61>", "a"):
         assert mapped[other.get_vocab()[token]] == vocabulary[token]
+
+
+def test_a_token_with_bytes_of_two_characters_leaves_the_first_one_unread(byte_level):
+    """Of 你好, e4bd is not 你 before a0e5 is read: there are such tokens in GPT-2's vocabulary."""
+    you, good = ("你".encode(), "好".encode())
+    letter = {byte: spelling for spelling, byte in vocabulary._BYTE_OF.items()}
+
+    def merging(*merges):
+        spelt = [tuple("".join(letter[byte] for byte in part) for part in merge) for merge in merges]
+        entries = dict.fromkeys([*sorted(letter.values()), *("".join(merge) for merge in spelt), "<e>"])
+        backend = Tokenizer(models.BPE(vocab={token: n for n, token in enumerate(entries)}, merges=spelt))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>")
+
+    crossing = merging((you[:1], you[1:2]), (you[2:], good[:1]), (good[1:2], good[2:]))
+    whole = merging((you[:1], you[1:2]), (you[:2], you[2:]), (good[:1], good[1:2]), (good[:2], good[2:]))
+    assert [len(encode(t, "你好").ids) for t in (crossing, whole)] == [3, 2]
+    assert align("你好", whole, crossing).pairs.tolist() == [[1, 2]]
+    assert align("你好", crossing, whole).pairs.tolist() == [[2, 1]]
+
+
+def test_added_tokens_of_spaces_are_spaces(sentencepiece):
+    """Gemma's runs of spaces are added tokens, spelt with ▁."""
+    tokenizer = copy.deepcopy(sentencepiece)
+    tokenizer.add_tokens([AddedToken("▁▁▁", normalized=False, special=False)])
+    assert token_bytes(tokenizer)[tokenizer.convert_tokens_to_ids("▁▁▁")][0] == b"   "
+
+
+def test_nothing_predicts_the_first_token(byte_level):
+    """Coverage counts the predictions that are made: of four tokens without BOS or a prompt, three."""
+    text = "the cat sat"
+    encoding = encode(byte_level, text)
+    if encoding.special[0]:
+        encoding = replace(encoding, ids=encoding.ids[1:], ends=encoding.ends[1:], special=encoding.special[1:])
+    found = coverage(encoding, align_encodings(encoding, encoding), 0)
+    assert found["predictions"] == found["aligned_predictions"] == len(encoding.ids) - 1
+    kinds = coverage_by_kind(encoding, align_encodings(encoding, encoding), kinds_of(text, encoding), 0)
+    assert sum(counts["predictions"] for counts in kinds.values()) == len(encoding.ids) - 1

@@ -6,6 +6,8 @@ import copy
 import itertools
 import json
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,15 +15,21 @@ import pytest
 from chats import CHATS, DROPPING, GEMMA, LLAMA3, LONG, MISTRAL, MISTRAL_SPACED, THINKING, ZEPHYR
 from setups import ALL, Setup, changed
 from small_things import make_store, real_tokenizer
-from stillroom.config import Corpus, TaskColumns, TaskData
-from stillroom.data.alignment import align_encodings
+from stillroom.config import Corpus, Objective, TaskColumns, TaskData
+from stillroom.data.alignment import KINDS, align_encodings, coverage, kinds_of
 from stillroom.data.chat_templates import encode_examples, encode_prompts, render, settled
 from stillroom.data.corpus import Examples, build_corpus, load_corpus, save_corpus
 from stillroom.data.encoding import supervised_predictions
+from stillroom.data.prepared import Prepared
 from stillroom.data.tasks import get_task
 from stillroom.data.tasks.chats import chat
 from stillroom.errors import UserError
+from stillroom.evaluation.baselines import Baseline
+from stillroom.experiment.sources import Sources
 from stillroom.models.hub import load_tokenizer
+from stillroom.studies import load_study
+from stillroom.terms import NextTokenTerms
+from stillroom.training.by_kind import count_kinds, only
 
 MODELS = {
     "tinyllama": ("tinyllama-1.1b", ZEPHYR, ()),
@@ -316,3 +324,76 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_of_its_chats(tmp_pat
     compared = setup.head.compared(item)
     assert set(compared[:, 1] + 1) == set(np.flatnonzero(item.encoding.learnt))
     assert {int(t) for t in item.positions + 1} - set(compared[:, 1] + 1) == set(np.flatnonzero(item.encoding.written))
+
+
+PLAIN = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+BARE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+@pytest.fixture
+def small_pair(byte_level, sentencepiece):
+    """The embedded tokenizers, of a teacher with ChatML and a student with a plain template."""
+    teacher, student = copy.deepcopy(byte_level), copy.deepcopy(sentencepiece)
+    teacher.chat_template, student.chat_template = THINKING, PLAIN
+    return teacher, student
+
+
+def aligned_chat(teacher, student, *contents):
+    """A chat of these contents as both read it: the example, the student's encoding, the alignment, an item."""
+    roles = itertools.cycle(("user", "assistant"))
+    made = chat("c", [(role, text) for role, text in zip(roles, contents, strict=False)], [0, 1] * (len(contents) // 2))
+    (theirs_,), (ours,) = encode_examples(teacher, [made]), encode_examples(student, [made], add_eos=True)
+    alignment = align_encodings(theirs_, ours)
+    return Prepared(made, ours, *supervised_predictions(ours, len(made.prompt)), alignment)
+
+
+def test_a_chats_kinds_are_of_its_replies_and_add_up(small_pair):
+    """A reply's first token is of the kind of its own text, in every learnt turn; each prediction is of one kind."""
+    teacher, student = small_pair
+    item = aligned_chat(teacher, student, "Add 2 and 3", "5, I think.", "12 is?", "12! Yes")
+    head = NextTokenTerms(Objective(), np.arange(len(student)))
+    whole = head.compared(item)
+    kinds = kinds_of(item.example.text, item.encoding, item.example.turns)
+    parts = {kind: part for kind in KINDS if (part := only(item, kind)) is not None}
+    assert sum(len(head.compared(part)) for part in parts.values()) == len(whole)
+    for kind, part in parts.items():
+        assert {kinds[i + 1] for i in head.compared(part)[:, 1].tolist()} == {kind}
+    assert len(head.compared(parts["digits"])) >= 3
+    counted, covered = count_kinds([item]), coverage(item.encoding, item.alignment, len(item.example.prompt))
+    for name in ("tokens", "aligned", "predictions", "aligned_predictions"):
+        assert sum(counts[name] for counts in counted.values()) == covered[name], name
+
+
+def test_a_reply_right_after_its_question_is_compared_once(small_pair):
+    """With a template that writes nothing before a turn, the question's last token predicts the reply."""
+    teacher, student = small_pair
+    student.chat_template = BARE
+    for template in (BARE, THINKING):
+        teacher.chat_template = template
+        item = aligned_chat(teacher, student, "Hello.", " Good day")
+        (read,) = encode_examples(teacher, [item.example])
+        found = NextTokenTerms(Objective(), np.arange(len(student))).compared(item).tolist()
+        asked = [pair for pair in found if pair[1] == item.encoding.asks[0].position]
+        assert asked == [[read.asks[0].position, item.encoding.asks[0].position]], "not where the template is predicted"
+
+
+def test_another_template_is_another_teacher(small_pair):
+    """What was fine-tuned or measured under the old template of the teacher is not taken for the new one's."""
+
+    class Chats(Sources):
+        tokenizers = small_pair
+        fine_tuning_examples = Examples([], [], {})
+
+    study = load_study("quickstart")
+    with_chats = object.__new__(Chats)
+    vars(with_chats)["study"] = SimpleNamespace(has_chats=True, teacher=study.teacher)
+    before = with_chats.fine_tuning_fingerprint("base")
+    measured = [Baseline(Path(), "teacher", "test", "x", "float32", [], study.evaluation, {}, t) for t in ([], ["a"])]
+    assert measured[0].fingerprint != measured[1].fingerprint
+    small_pair[1].chat_template = BARE
+    assert with_chats.fine_tuning_fingerprint("base") == before, "the student's is not its"
+    small_pair[0].chat_template = BARE
+    assert with_chats.fine_tuning_fingerprint("base") != before

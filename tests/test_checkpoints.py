@@ -6,12 +6,17 @@ import random
 import shutil
 
 import pytest
+import torch
+import transformers
+from safetensors import safe_open
 
 from stillroom.afterwards.export import export_trial
-from stillroom.config import GROUPS, Evaluation, Objective, Training
+from stillroom.config import GROUPS, Evaluation, ModelRef, Objective, Training
 from stillroom.errors import UserError
 from stillroom.evaluation.metrics import overall_metrics
 from stillroom.files import read_json, write_json
+from stillroom.models.hub import load_model
+from stillroom.models.split_products import scoring_copy
 from stillroom.training.checkpoints import (
     DIGESTS,
     PROGRESS,
@@ -21,6 +26,7 @@ from stillroom.training.checkpoints import (
     checkpoints,
     require_whole,
 )
+from stillroom.training.distillation_student import save_model
 from stillroom.training.fine_tuning import fine_tuned_teacher
 from stillroom.training.train_student import Trial, train
 
@@ -187,3 +193,29 @@ def test_skipped_steps_stop_a_trial_only_in_a_row():
     state.count_step(False, [], limit=1)
     with pytest.raises(UserError, match="2 steps in a row"):
         state.count_step(False, [], limit=1)
+
+
+def test_a_checkpoint_in_16_bits_is_the_model_that_was_scored(tmp_path, byte_level):
+    """Weights are rounded, buffers are not; weights that are tied are written once."""
+    shape = {"vocab_size": len(byte_level), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": None, "bos_token_id": 1}
+    experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "kv_lora_rank": 8}
+    latent = {"q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
+    routed = transformers.DeepseekV3Config(
+        **shape, **heads, **experts, **latent, moe_intermediate_size=16, first_k_dense_replace=1
+    )
+    tied = transformers.LlamaConfig(**shape, **heads, tie_word_embeddings=True)
+    ids = torch.randint(3, 200, (2, 20))
+    for name, config in (("routed", routed), ("tied", tied)):
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        for buffer, values in model.named_buffers():
+            if "correction" in buffer:
+                values.copy_(5 + 0.01 * torch.randn_like(values))
+        (tmp_path / name).mkdir()
+        save_model(model, byte_level, tmp_path / name, torch.bfloat16)
+        again = load_model(ModelRef(model=str(tmp_path / name)), "float32")
+        with torch.no_grad():
+            scored = scoring_copy(model, "bfloat16", "float32")(ids).logits
+            torch.testing.assert_close(again(ids).logits, scored, rtol=0, atol=1e-5)
+        with safe_open(tmp_path / name / "model.safetensors", "pt") as file:
+            assert ("lm_head.weight" in file.keys()) == (name == "routed")  # noqa: SIM118 is no mapping

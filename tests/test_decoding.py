@@ -10,16 +10,18 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from architectures import SMALLER
 from pretend_gpu import pretend_gpu
 from setups import EVALUATION
 from stillroom.config import Evaluation, fingerprint
 from stillroom.errors import UserError
 from stillroom.evaluation import decoding
-from stillroom.evaluation.decoding import Fixed, Growing, fixed_cache
+from stillroom.evaluation.decoding import Fixed, Growing, fixed_cache, require_generation
 from stillroom.evaluation.generation import continuations, generate
 from stillroom.experiment.sources import Sources
+from stillroom.models.architecture import miniature
 from stillroom.studies import load_study
 from studies import study_file
 
@@ -211,3 +213,22 @@ def test_a_decoder_leaves_with_its_last_reference():
         assert gone() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "falcon_h1", "mamba2", "falcon_mamba", "mistral", "gemma3_text"])
+def test_texts_made_in_a_batch_and_in_pieces_are_those_of_plain_passes(kind):
+    """Of models with states in place of a cache too: rows leave them, and no text is read twice."""
+    sizes = {"hidden_size": 32, "num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8, "chunk_size": 8}
+    config = AutoConfig.for_model(kind, **(sizes if kind == "mamba2" else {}))
+    for name, size in SMALLER.items():
+        if hasattr(config, name):
+            setattr(config, name, size)
+    require_generation(miniature(config), config)
+
+
+@pytest.mark.parametrize(("kind", "says"), [("openai-gpt", "cannot write texts"), ("trocr", "are not those it writes")])
+def test_a_model_that_cannot_write_in_a_batch_is_refused(kind, says):
+    """Before an epoch is trained, and by name."""
+    config = AutoConfig.for_model(kind)
+    with pytest.raises(UserError, match=says):
+        require_generation(miniature(config), config)

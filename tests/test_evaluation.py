@@ -17,11 +17,11 @@ from pretend_gpu import pretend_gpu
 from setups import EVALUATION
 from small_things import SHARED, STUDENT_SHAPE, real_tokenizer, write_model
 from stillroom.analysis.frame import worse_or_equal
-from stillroom.config import Evaluation, ModelRef, TaskData, fingerprint
+from stillroom.config import Evaluation, ModelRef, TaskColumns, TaskData, fingerprint
 from stillroom.data.chat_templates import encode_prompts
 from stillroom.data.encoding import encode
 from stillroom.data.rows import load_rows
-from stillroom.data.tasks import TASKS, Example
+from stillroom.data.tasks import TASKS, Example, get_task
 from stillroom.errors import UserError
 from stillroom.evaluation.baselines import Baseline
 from stillroom.evaluation.generation import continuations, generate, prompts_at_once
@@ -363,3 +363,25 @@ def test_what_a_model_writes_after_the_next_question_does_not_count(model, token
     assert "#### 7" in text
     assert "Question" not in text
     assert "8" not in text
+
+
+def test_a_score_that_is_no_number_is_no_answer(model, tokenizer, examples):
+    """NaN compares as false with everything: the first choice would be taken, and often be right."""
+    chosen = [example for example in examples.all if example.choices][:2]
+    damaged = copy.deepcopy(model)
+    damaged.lm_head.weight.data[:] = float("nan")
+    with pytest.raises(UserError, match=rf"{chosen[0].example_id}.*NaN or infinite"):
+        evaluate(damaged, tokenizer, chosen, EVALUATION)
+
+
+def test_a_flexible_reading_is_compared_with_that_of_the_gold():
+    """Whoever is right strictly is right flexibly: `Paris` in lower case was another answer than `Paris`."""
+    for pattern, gold, right, wrong in (
+        (None, "Paris", (" Paris", "paris.", "PARIS!"), ("London",)),
+        (None, "U.S.A.", (" U.S.A.",), ("UK",)),
+        (r"(\d+)", "2+3=5", ("2+3=5", "so 5"), ("2 and 4",)),
+    ):
+        columns = TaskColumns(generation={"prompt": "{q}", "answer": "{a}", "pattern": pattern})
+        row = get_task("mine", columns).build({"q": "?", "a": gold})
+        for text in (*right, *wrong):
+            assert _prediction(row, [0.0], 1, text)["correct_flexible"] == (text in right), (gold, text)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import reference
 from setups import EVALUATION, TRAINING, Setup, changed, dense
@@ -12,6 +15,8 @@ from small_things import write_model
 from stillroom.config import GROUPS, Group, Objective, Signals
 from stillroom.config.objective import TaskLoss
 from stillroom.data.encoding import encode
+from stillroom.data.label_noise import with_label_noise
+from stillroom.data.tasks.example import Example
 from stillroom.errors import UserError
 from stillroom.evaluation.generation import teacher_answers
 from stillroom.models.hub import load_model, load_tokenizer
@@ -19,7 +24,7 @@ from stillroom.offline_teacher_data import archive, capture, made_from, verify_s
 from stillroom.offline_teacher_data.store import SignalStore
 from stillroom.studies import load_study
 from stillroom.training import train_student
-from stillroom.training.batches import with_teacher_answers
+from stillroom.training.batches import _is_right, with_teacher_answers
 from stillroom.training.train_student import Trial, train
 
 GROUP = Group(name="text_only", terms=("task",), task={"targets": "teacher"})
@@ -162,3 +167,38 @@ def test_what_cannot_be_learnt_from_text_alone_is_refused():
         load_study("quickstart", [both, *none, "signals.teacher_answers=true"])
     assert "targets" not in TaskLoss().model_dump()
     assert TaskLoss(targets="teacher").model_dump()["targets"] == "teacher"
+
+
+def test_an_answer_begins_with_the_space_that_its_first_token_has(sentencepiece, byte_level):
+    """`▁b` at a text's beginning is decoded without its space; the student would learn another word than is scored."""
+    for tokenizer in (sentencepiece, byte_level):
+        prompt, answer = "text: a film\nlabel:", " positive"
+        row = Example("sentiment", prompt, answer)
+        wanted = encode(tokenizer, prompt + answer).ids.tolist()
+        last = len(encode(tokenizer, prompt).ids)
+        assert wanted[:last] == encode(tokenizer, prompt).ids.tolist()
+        chain = [*wanted[last - 1 :], tokenizer.eos_token_id]
+        assert len(set(chain)) == len(chain), "each token then has one that follows it"
+        model = write_by_heart(len(tokenizer), chain)
+        assert teacher_answers(model, tokenizer, [row], EVALUATION) == [answer]
+
+
+def write_by_heart(vocabulary, chain):
+    """A model that continues each of these tokens with the next one."""
+    shape = {"hidden_size": 4 * len(chain), "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=vocabulary, **shape, bos_token_id=None, eos_token_id=chain[-1])
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights.zero_()
+        model.model.norm.weight.fill_(1)
+        for place, (token, following) in enumerate(itertools.pairwise(chain)):
+            model.model.embed_tokens.weight[token, place] = model.lm_head.weight[following, place] = 1
+    return model
+
+
+def test_an_answer_is_right_by_the_true_label(answered, examples, student_ref):
+    """Label noise changes what is learnt, not what is right."""
+    noisy = with_label_noise([row for row in examples.train if row.choices], {"sentiment": 1.0, "quiz": 1.0})
+    assert all(row.answer.strip() != row.choices[row.gold].strip() for row in noisy)
+    assert all(_is_right(row, row.choices[row.gold]) and not _is_right(row, row.answer) for row in noisy)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import reference
 from setups import EVALUATION, TRAINING, Setup, changed, dense
@@ -104,3 +105,9 @@ def test_what_cannot_be_split_or_is_not_kept_is_refused(student_ref, valued):
     declared = "groups=[{name: v, terms: [task, values]}]"
     with pytest.raises(UserError, match=r"teacher's values layer last, which is not among signals.value_layers"):
         load_study("quickstart", [declared, "analysis.primary=[]", "analysis.secondary=[]"])
+
+
+def test_value_vectors_of_latent_attention_have_their_own_width():
+    """DeepSeek's v_head_dim: a store of another width could not be written."""
+    config = transformers.DeepseekV3Config(num_attention_heads=4, num_key_value_heads=4, v_head_dim=12)
+    assert value_width(config) == 48

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from jaxtyping import Int32
 from numpy import ndarray
 
 from stillroom.data.encoding import Encoding, encode, ending_tokens, in_answer
+from stillroom.data.tasks.example import Turn
 
 
 class Segments(NamedTuple):
@@ -28,6 +30,8 @@ class Alignment:
     teacher: Segments
     student: Segments
     """The segments; a first one of its own for BOS when both models have one."""
+    asks: Int32[ndarray, "A"]
+    """Of a chat: the student tokens that predict the first token of a learnt turn; only `replies` compares them."""
     replies: Int32[ndarray, "K 2"]
     """Of a chat: (teacher token, student token) that predict the first token of the same learnt turn.
 
@@ -38,9 +42,9 @@ class Alignment:
     @property
     def predictors(self) -> Int32[ndarray, "M 2"]:
         """(teacher token, student token) whose next tokens are comparable; increasing in both."""
-        if not len(self.replies):
+        if not len(self.asks):
             return self.pairs
-        both = np.concatenate([self.pairs, self.replies])
+        both = np.concatenate([self.pairs[~np.isin(self.pairs[:, 1], self.asks)], self.replies])
         return both[np.argsort(both[:, 1])]
 
 
@@ -62,6 +66,7 @@ def align_encodings(teacher: Encoding, student: Encoding) -> Alignment:
         pairs,
         _segments(pairs[:, 0], teacher_bos if own_bos else 0),
         _segments(pairs[:, 1], student_bos if own_bos else 0),
+        np.array([ask.position for ask in student.asks], dtype=np.int32),
         _replies(teacher, student),
     )
 
@@ -91,6 +96,7 @@ def coverage(student: Encoding, alignment: Alignment, prompt_length: int) -> dic
     student tokens inside the answer, and those whose predecessor is aligned. same_position: aligned pairs j == i.
     """
     answer = np.flatnonzero(in_answer(student, prompt_length))
+    answer = answer[answer > 0]  # nothing predicts the first token
     predecessors = np.isin(answer - 1, alignment.predictors[:, 1])
     return {
         "tokens": int((~student.special).sum()),
@@ -105,13 +111,14 @@ KINDS = ("words", "digits", "punctuation", "white space")
 """What a token's text is: by its first letter or digit; without either, punctuation; without anything to see, space."""
 
 
-def kinds_of(text: str, encoding: Encoding) -> list[str | None]:
+def kinds_of(text: str, encoding: Encoding, turns: Sequence[Turn] = ()) -> list[str | None]:
     """The kind of each token's text; None of a special token.
 
     A token's text is what it adds to what was read before; of several that end at one character, that character.
     """
     kinds, before = list[str | None](), 0
     for end, special in zip(encoding.ends.tolist(), encoding.special.tolist(), strict=True):
+        before = max([before, *(turn.start for turn in turns if turn.start < end)])
         kinds.append(None if special else _kind(text[before:end] or text[end - 1 : end]))
         before = max(before, end)
     return kinds
@@ -130,7 +137,7 @@ def coverage_by_kind(
     student: Encoding, alignment: Alignment, kinds: list[str | None], prompt_length: int
 ) -> dict[str, dict[str, int]]:
     """The counts of `coverage` by the kind of the student's token; a prediction's is that of the token predicted."""
-    aligned = set(alignment.pairs[:, 1].tolist())
+    aligned, predicting = set(alignment.pairs[:, 1].tolist()), set(alignment.predictors[:, 1].tolist())
     answer = in_answer(student, prompt_length).tolist()
     counts = {kind: dict.fromkeys(("tokens", "aligned", "predictions", "aligned_predictions"), 0) for kind in KINDS}
     for place, kind in enumerate(kinds):
@@ -138,6 +145,6 @@ def coverage_by_kind(
             kind_counts = counts[kind]
             kind_counts["tokens"] += 1
             kind_counts["aligned"] += place in aligned
-            kind_counts["predictions"] += answer[place]
-            kind_counts["aligned_predictions"] += answer[place] and place - 1 in aligned
+            kind_counts["predictions"] += place > 0 and answer[place]
+            kind_counts["aligned_predictions"] += place > 0 and answer[place] and place - 1 in predicting
     return counts

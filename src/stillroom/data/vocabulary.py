@@ -61,7 +61,8 @@ def token_bytes(tokenizer: Any) -> dict[int, tuple[bytes, bool]]:
         if token_id in special:
             continue
         if token_id in added:
-            result[token_id] = (token.encode(), False)
+            spelt = token if byte_level or wordpiece is not None else token.replace("▁", " ")
+            result[token_id] = (spelt.encode(), False)
         elif byte_level:
             content = _byte_level_bytes(token)
             if content is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +38,8 @@ class Baseline:
     settings: Evaluation
     harness: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     """What pins the test splits that lm-evaluation-harness evaluates, by name."""
+    template: Sequence[str] = ()
+    """What pins the chat template, if there are chats."""
 
     @property
     def name(self) -> str:
@@ -55,7 +57,7 @@ class Baseline:
         how = self.settings.model_dump(exclude={"test_splits"})
         examples = [e.example_id for e in self.examples]
         harness = [self.harness] if self.harness else []
-        return fingerprint(self.identity, self.precision, how, self.split, examples, *harness)
+        return fingerprint(self.identity, self.precision, how, self.split, examples, *harness, *self.template)
 
     def read(self) -> dict[str, Any] | None:
         """The measurement, if it was made; None for one of another model, other examples or other settings."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -18,6 +19,10 @@ from stillroom.models.precision import is_sharded
 @runtime_checkable
 class Decoder(Protocol):
     """Prompts of a batch and what has been made after each of them."""
+
+    @property
+    def resumes(self) -> bool:
+        """Whether `more` may be called more than once."""
 
     def more(self, count: int) -> Int[Tensor, "B N"]:
         """Make so many tokens more for each; returns all that were made."""
@@ -43,6 +48,11 @@ class Growing:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._greedy = {"do_sample": False, "eos_token_id": list(stops), "pad_token_id": pad}
 
+    @property
+    def resumes(self) -> bool:
+        """Not without one layer of attention: no other knows how much of the text it has read."""
+        return _attends(self._cache)
+
     def more(self, count: int) -> Int[Tensor, "B N"]:
         """Make so many tokens more for each, or until all rows have ended; returns all that were made."""
         greedy = transformers.GenerationConfig(**self._greedy, max_new_tokens=count)
@@ -57,8 +67,61 @@ class Growing:
         """The other rows leave the batch and its cache, whose layers may be on several GPUs: indices are the CPU's."""
         kept = wanted.nonzero()[:, 0].cpu()
         self._ids, self._mask = self._ids[kept], self._mask[kept]
-        self._cache.batch_select_indices(kept)
+        self._cache.reorder_cache(kept)  # unlike `batch_select_indices`, every kind of layer has it
         return True
+
+
+def _attends(cache: transformers.Cache) -> bool:
+    return any(isinstance(layer, transformers.cache_utils.CacheLayerMixin) for layer in cache.layers)
+
+
+@torch.no_grad()
+def require_generation(model: transformers.PreTrainedModel, config: Any) -> None:
+    """`UserError` if texts made in a batch, in pieces, are not what plain forward passes of each would give.
+
+    `model`: a miniature, whose weights are changed, so that what it writes depends on what it has read. `config`: of
+    the model itself; a miniature without the attention layers that it has cannot be tried.
+    """
+    name, rounding = type(model).__name__, 1e-2
+    if _attends(transformers.DynamicCache(config=config)) and not _attends(
+        transformers.DynamicCache(config=model.config)
+    ):
+        return
+    for weights in model.parameters():
+        if weights.dim() > 1 and float(weights.std()) < 0.05:
+            weights.mul_(5)
+    prompts = [list(range(3, 3 + length)) for length in (14, 9, 4)]
+    before, width = model.generation_config, max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    ends = SimpleNamespace(pad_token_id=0, eos_token_id=0)
+    try:
+        decoder = Growing(model, ends, ids, (ids > 0).long(), [_NO_TOKEN])
+        made = decoder.more(3).tolist()
+        if decoder.resumes:
+            decoder.keep(torch.tensor([False, True, True]))
+            made[1:] = decoder.more(3).tolist()
+        for prompt, answer in zip(prompts, made, strict=True):
+            text = torch.tensor([prompt + answer], device=model.device)
+            logits = model(input_ids=text, use_cache=False).logits[0, len(prompt) - 1 : -1]
+            lacking = logits.amax(1) - logits.gather(1, text[0, len(prompt) :, None])[:, 0]
+            if not bool((lacking <= rounding * logits.std()).all()):
+                raise UserError(
+                    f"{name}: texts that it writes in a batch are not those it writes alone; no task of this study may "
+                    "be answered by generated text"
+                )
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # any architecture's own code
+        raise UserError(
+            f"{name}: it cannot write texts in a batch ({type(error).__name__}: {first_line(error)[:200]}); no task of "
+            "this study may be answered by generated text"
+        ) from error
+    finally:
+        model.generation_config = before
+
+
+_NO_TOKEN = 2**31 - 1
+"""An id that ends no text."""
 
 
 def fixed_cache(config: Any, room: int) -> transformers.Cache:
@@ -114,6 +177,11 @@ class Fixed:
         self._mask = torch.nn.functional.pad(mask, (0, limit), value=1)  # causality hides what is not there yet
         self._token, self._position = ids, (mask.cumsum(1) - 1).clamp(min=0)
         self._made, self._place = ids.new_zeros(len(ids), limit), ids.new_zeros(len(ids), 1)
+
+    @property
+    def resumes(self) -> bool:
+        """Always."""
+        return True
 
     def more(self, count: int) -> Int[Tensor, "B N"]:
         """Make so many tokens more for each; returns all that were made."""

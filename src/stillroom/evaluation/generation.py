@@ -97,10 +97,12 @@ def continuations(
             fixed = settings.static_cache
             decoder = Fixed(model, ids, mask, limit) if fixed else Growing(model, tokenizer, ids, mask, stops)
             rows = _continued(decoder, tokenizer, len(batch), limit, stops, stop)
-            for n, row in zip(batch, rows, strict=True):
+            for n, row, last in zip(batch, rows, ids[:, -1:].cpu(), strict=True):
                 ended = torch.isin(row, torch.tensor(stops)).nonzero()
                 row = row[: ended[0, 0]] if len(ended) else row
-                text = tokenizer.decode(row, skip_special_tokens=True)
+                # after the prompt's last token: at a text's beginning, some decoders leave a space out
+                read = tokenizer.decode(last, skip_special_tokens=True)
+                text = tokenizer.decode(torch.cat([last, row]), skip_special_tokens=True).removeprefix(read)
                 place = _begins(text, stop)
                 texts[n] = text[:place], place is not None or len(ended) > 0
             progress(done + first + len(batch), total)
@@ -127,8 +129,9 @@ def _continued(
 ) -> list[Int[Tensor, "_"]]:
     """What follows each of `count` prompts, at most `limit` tokens, or whatever came after its end."""
     found, rows = [torch.empty(0, dtype=torch.int64)] * count, torch.arange(count)
-    for made in range(0, limit, _STRETCH):
-        ids = decoder.more(min(_STRETCH, limit - made)).cpu()  # much is asked of them: wait for a GPU once
+    stretch = _STRETCH if decoder.resumes else limit
+    for made in range(0, limit, stretch):
+        ids = decoder.more(min(stretch, limit - made)).cpu()  # much is asked of them: wait for a GPU once
         for n, row in zip(rows.tolist(), ids, strict=True):
             found[n] = row
         ended = torch.isin(ids, torch.tensor(stops)).any(1)

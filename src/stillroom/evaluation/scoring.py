@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -60,6 +61,11 @@ def evaluate(
 
 
 def _prediction(example: Example, scores: list[float], tokens: int, text: str | None) -> dict[str, Any]:
+    if not all(map(math.isfinite, scores)):
+        raise UserError(
+            f"example {example.example_id} ({example.task}): its score is NaN or infinite; the model's weights are "
+            "damaged, or too large for evaluation.dtype"
+        )
     common = {"example_id": example.example_id, "task": example.task, "answer_tokens": tokens}
     if example.choices is not None and example.gold is not None:
         best = max(range(len(scores)), key=scores.__getitem__)
@@ -84,7 +90,7 @@ def _prediction(example: Example, scores: list[float], tokens: int, text: str | 
         "prediction": strict,
         "gold": gold,
         "correct": strict == gold,
-        "correct_flexible": task.extract_flexible(text) == gold,
+        "correct_flexible": task.extract_flexible(text) == task.extract_flexible(example.answer),
         "scores": None,
         "generated": text,
         "answer_nll": -scores[0],

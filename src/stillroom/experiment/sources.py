@@ -25,7 +25,7 @@ from stillroom.data.tasks import Example, task_of
 from stillroom.data.vocabulary import largest_id
 from stillroom.errors import UserError
 from stillroom.evaluation.baselines import Baseline
-from stillroom.evaluation.decoding import fixed_cache, require_static_cache
+from stillroom.evaluation.decoding import fixed_cache, require_generation, require_static_cache
 from stillroom.evaluation.harness_tasks import Harness, harness_files
 from stillroom.files import exclusive, remove_leftovers
 from stillroom.folders import ResultsFolder
@@ -154,7 +154,7 @@ class Sources:
             longest,
             [tokenizer_hash(t) for t in self.tokenizers],
             digests,
-            *([chat_template_hash(t) for t in self.tokenizers] if self.study.has_chats else []),
+            *(template for templates in self._templates for template in templates),
             *harness_files(harness),
         )
         if (examples := _known_corpus(folder, digest)) is None:
@@ -171,9 +171,8 @@ class Sources:
         generated = [example for example in examples.validation if task_of(example).kind == "generation"]
         answered = examples.all if self.study.signals.teacher_answers else generated
         self._require_room(answered, longest)
-        if self.study.evaluation.static_cache:
-            tested = [example for example in examples.test if task_of(example).kind == "generation"]
-            self._require_fixed_caches([*answered, *tested], [*generated, *tested])
+        tested = [example for example in examples.test if task_of(example).kind == "generation"]
+        self._require_writers([] if self.study.signals.imported else [*answered, *tested], [*generated, *tested])
         return examples
 
     def _require_embedded(self, examples: Sequence[Example]) -> None:
@@ -192,13 +191,17 @@ class Sources:
                 f"that is more than the {self._context} a model reads; lower it or corpus.max_length"
             )
 
-    def _require_fixed_caches(self, teachers: Sequence[Example], students: Sequence[Example]) -> None:
-        """`UserError` naming a layer that has no cache of fixed size for the longest prompt its model answers."""
-        asked = ((self.teacher_ref, [] if self.study.signals.imported else teachers), (self.student_ref, students))
+    def _require_writers(self, teachers: Sequence[Example], students: Sequence[Example]) -> None:
+        """`UserError` naming a model that cannot write texts in a batch, or not in a cache of fixed size."""
+        asked = ((self.teacher_ref, teachers), (self.student_ref, students))
         for (ref, examples), tokenizer in zip(asked, self.tokenizers, strict=True):
-            if examples:
+            if not examples:
+                continue
+            if self.study.evaluation.static_cache:
                 room = _longest_prompt(tokenizer, examples) + self.study.evaluation.max_new_tokens
                 fixed_cache(load_config(ref), room)
+            elif (model := try_miniature(config := load_config(ref))) is not None:
+                require_generation(model, config)
 
     @cached_property
     def _context(self) -> int:
@@ -222,8 +225,8 @@ class Sources:
         test = (self.examples.test, self.examples.harness)
         splits = {"validation": (self.examples.validation, {}), "test": test}
         return [
-            Baseline(folder, role, split, *model, examples, settings, harness)
-            for role, model in zip(BASELINE_LABELS, (teacher, student), strict=True)
+            Baseline(folder, role, split, *model, examples, settings, harness, self._templates[number])
+            for number, (role, model) in enumerate(zip(BASELINE_LABELS, (teacher, student), strict=True))
             for split, (examples, harness) in splits.items()
             if (examples or harness)
             and not (role == "teacher" and self.study.signals.imported)  # whose weights are elsewhere
@@ -231,7 +234,13 @@ class Sources:
 
     def fine_tuning_fingerprint(self, base: str) -> str:
         """What a fine-tuned teacher was made from; `base` pins the teacher before it."""
-        return fingerprint(base, self.study.teacher.fine_tune, examples_digest(self.fine_tuning_examples.train))
+        digest = examples_digest(self.fine_tuning_examples.train)
+        return fingerprint(base, self.study.teacher.fine_tune, digest, *self._templates[0])
+
+    @property
+    def _templates(self) -> list[list[str]]:
+        """What pins the teacher's chat template, and the student's; nothing where there are no chats."""
+        return [[chat_template_hash(t)] if self.study.has_chats else [] for t in self.tokenizers]
 
     @cached_property
     def fine_tuning_examples(self) -> Examples:

@@ -91,7 +91,8 @@ def _warnings(study: Study, design: dict[str, Any]) -> list[str]:
             found.append(
                 f"analysis.{name}: with {_count(design['seeds'], 'seed')} the smallest p over "
                 f"{_count(family['contrasts'], 'contrast')} is {p:.2g}, so no difference can be "
-                f"significant at {design['alpha']:g}; it takes {family['seeds_needed']} seeds (sweep.seeds) or fewer contrasts (analysis.{name})"
+                f"significant at {design['alpha']:g}; it takes {family['seeds_needed']} seeds (sweep.seeds) or fewer "
+                f"contrasts (analysis.{name})"
             )
     return found + _margin_warnings(study, design)
 

@@ -73,7 +73,9 @@ def with_teacher_answers(
 
 def _is_right(example: Example, answer: str) -> bool:
     strict = task_of(example).extract_strict
-    if example.choices is not None or strict is None:
+    if example.choices is not None and example.gold is not None:  # its answer may carry label noise
+        return answer.strip() == example.choices[example.gold].strip()
+    if strict is None:
         return answer.strip() == example.answer.strip()
     return strict(answer) is not None and strict(answer) == strict(example.answer)
 

@@ -7,9 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from jaxtyping import Int32
+from numpy import ndarray
 
 from stillroom.config import TermName
 from stillroom.data.alignment import KINDS, coverage_by_kind, kinds_of
+from stillroom.data.encoding import in_answer, in_text
 from stillroom.data.prepared import Prepared
 from stillroom.training.collation import Collator
 from stillroom.training.step import StepRunner
@@ -20,7 +23,7 @@ def count_kinds(prepared: Sequence[Prepared]) -> dict[str, dict[str, int]]:
     totals = {kind: dict[str, int]() for kind in KINDS}
     for item in prepared:
         assert item.alignment is not None
-        kinds = kinds_of(item.example.text, item.encoding)
+        kinds = kinds_of(item.example.text, item.encoding, item.example.turns)
         for kind, counts in coverage_by_kind(item.encoding, item.alignment, kinds, len(item.example.prompt)).items():
             for name, count in counts.items():
                 totals[kind][name] = totals[kind].get(name, 0) + count
@@ -61,11 +64,15 @@ def only(item: Prepared, kind: str, whole: bool = False) -> Prepared | None:
     Of the tokens in the answer, or of the `whole` text.
     """
     assert item.alignment is not None
-    kinds = [*kinds_of(item.example.text, item.encoding), None]
-    prompt = 0 if whole else len(item.example.prompt)
-    pairs = item.alignment.pairs
-    kept = [kinds[i + 1] == kind and item.encoding.ends[i + 1] > prompt for i in pairs[:, 1].tolist()]
-    return replace(item, alignment=replace(item.alignment, pairs=pairs[np.array(kept)])) if any(kept) else None
+    kinds = [*kinds_of(item.example.text, item.encoding, item.example.turns), None]
+    compared = in_text(item.encoding) if whole else in_answer(item.encoding, len(item.example.prompt))
+
+    def kept(pairs: Int32[ndarray, "N 2"]) -> Int32[ndarray, "K 2"]:
+        chosen = [kinds[i + 1] == kind and compared[i + 1] for i in pairs[:, 1].tolist()]
+        return np.compress(chosen, pairs, axis=0)
+
+    alignment = replace(item.alignment, pairs=kept(item.alignment.pairs), replies=kept(item.alignment.replies))
+    return replace(item, alignment=alignment) if len(alignment.predictors) else None
 
 
 def merged(counts: Mapping[str, Mapping[str, int]], losses: Mapping[str, float]) -> dict[str, dict[str, float]]:

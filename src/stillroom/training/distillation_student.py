@@ -54,7 +54,11 @@ def save_student(student: DistillationStudent, tokenizer: Any, folder: Path, dty
 def save_model(model: transformers.PreTrainedModel, tokenizer: Any, folder: Path, dtype: torch.dtype) -> None:
     """Write a model and its tokenizer as a plain Hugging Face directory, weights in `dtype`."""
     model = without_adapters(model)
-    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    cast: dict[int, torch.Tensor] = {}  # tied weights stay one tensor, which is written once
+    state = {
+        name: cast.setdefault(id(tensor), tensor.detach().to(dtype)) if isinstance(tensor, nn.Parameter) else tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+    }
     before = model.config.dtype
     model.config.dtype = dtype
     try:
