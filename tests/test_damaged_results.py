@@ -13,7 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from stillroom import cli
+from stillroom.errors import UserError
 from stillroom.folders import EXPERIMENT
+from stillroom.provenance import record_run
 from synthetic import quick_reports, write_results
 
 TRIAL = f"{EXPERIMENT}/trial_00000003_combined_seed_1"
@@ -286,3 +288,19 @@ def test_no_value_of_a_file_ends_in_a_traceback(results, name, monkeypatch, caps
         assert code in (0, 2), (path, inner[path[-1]], output)
         refused += code == 2
     assert refused or "error.json" in name
+
+
+def test_a_log_of_another_shape_is_named(tmp_path):
+    """Before it is written to: what a stage did is done, and its record is not lost in a traceback."""
+    (tmp_path / "run.json").write_text('{"stages": []}')
+    with pytest.raises(UserError, match=r"run.json is damaged"):
+        record_run(tmp_path / "run.json", "sweep", {}, {})
+
+
+def test_a_results_folder_is_reported_as_it_was_planned(results, monkeypatch, capsys):
+    """An override would be ignored, and believed."""
+    monkeypatch.setattr(sys, "argv", ["stillroom", "report", str(results), "--set", "analysis.alpha=0.1"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert "--set changes a study" in capsys.readouterr().err

@@ -172,7 +172,8 @@ def test_no_white_box_group_is_shown_to_be_better(findings):
         assert f"| {group} | {figures} | {verdict} |" in PAGE
         assert findings[group, "black_box", "gsm8k"].verdict == "equivalent"
     assert (
-        "an effect of this size (d_z = 0.43) would take 60 seeds" in findings["attention", "black_box", "all"].sentence
+        "to detect an effect of this size (d_z = 0.43) with 80 % power takes 60 seeds"
+        in findings["attention", "black_box", "all"].sentence
     )
     assert "An effect of the size seen (d_z = 0.43) would take 60 seeds" in PAGE
     first, second = accuracies()["attention"], accuracies()["black_box"]

@@ -419,7 +419,7 @@ def test_k_beyond_the_vocabulary_is_refused(tmp_path, teacher_ref, examples):
 def test_too_small_a_disk_is_said_before_work_starts(tmp_path, teacher_ref, examples, monkeypatch):
     """Free space is compared with the plan."""
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    with pytest.raises(UserError, match=r"GB are free.*OFFLINE_DATA_PATH"):
+    with pytest.raises(UserError, match=r"[GM]B are free.*OFFLINE_DATA_PATH"):
         make_store(tmp_path / "s", teacher_ref, examples)
 
 
@@ -449,6 +449,9 @@ def test_a_store_may_have_any_name(tmp_path, store, name):
     verify_saved_data(path)
     snapshot = archive(path)
     assert archive(path) == snapshot
+    assert snapshots_of(path) == [snapshot]
+    for other in (f"{name}_b", f"{name}_results", f"{name}_2026"):  # names that people give
+        (tmp_path / other).mkdir()
     assert snapshots_of(path) == [snapshot]
     (tmp_path / "a*").mkdir()
     assert snapshots_of(tmp_path / "a*") == []

@@ -99,3 +99,29 @@ def test_a_default_is_spelt_as_a_study_spells_it():
     assert yaml.safe_load(stop["default"].strip("`")) == ["Question:"]
     (primary,) = fields_of("analysis.primary")["analysis"]
     assert yaml.safe_load(primary["default"].strip("`"))[0] == ["hidden", "black_box"]
+
+
+@pytest.mark.parametrize("name", ["2024.jsonl", "no.jsonl", "null.jsonl", "0x1f.jsonl", "sst2.jsonl", "😀data.jsonl"])
+def test_a_file_of_any_name_gives_a_study_that_loads(tmp_path, name):
+    """A name that YAML reads as a number, that of an embedded task, one outside the Basic Multilingual Plane."""
+    data = tmp_path / name
+    data.write_text("".join(json.dumps({"question": f"q{n}", "answer": f"a{n}"}) + "\n" for n in range(8)))
+    write_study(data, "builtin:teacher", "builtin:student", tmp_path / "mine.yaml")
+    study = load_study(str(tmp_path / "mine.yaml"))
+    (task,) = study.corpus.tasks.values()
+    assert task.dataset == str(data)
+
+
+def test_a_missing_label_is_no_class(tmp_path, tokenizers):
+    """Neither as null nor as an empty cell; the rows that lack it are left out."""
+    for kind in ("jsonl", "csv"):
+        rows = [{"text": f"t{n}", "label": (None, "yes", "no", "no")[n % 4]} for n in range(40)]
+        data = tmp_path / f"rows.{kind}"
+        if kind == "jsonl":
+            data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            data.write_text("text,label\n" + "".join(f"{row['text']},{row['label'] or ''}\n" for row in rows))
+        start = write_study(data, "builtin:teacher", "builtin:student", tmp_path / f"{kind}.yaml")
+        (task,) = load_study(str(start.path)).corpus.tasks.values()
+        assert task.choice.choices == ("no", "yes")
+        assert (start.rows, start.usable) == (40, 30)

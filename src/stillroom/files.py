@@ -41,7 +41,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         reason = None if isinstance(error, UserError) else _system_reason(error)
         if reason is None:
             raise
-        raise UserError(f"cannot write {path}: {reason}; free space or choose another folder") from error
+        full = reason in map(os.strerror, _FULL)
+        remedy = "free space or choose another folder" if full else "choose another folder or name"
+        raise UserError(f"cannot write {path}: {reason}; {remedy}") from error
     except BaseException:
         _discard(temporary)
         raise
@@ -118,6 +120,11 @@ def _system_reason(error: BaseException) -> str | None:
         return os.strerror(int(found[1]))
     cause = error.__cause__ or error.__context__
     return cause.strerror if isinstance(cause, OSError) and cause.errno in _FULL else None
+
+
+def shown_size(size: float) -> str:
+    """Bytes for people: `2.5 GB`, `0.3 MB`."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def remove_tree(folder: Path) -> None:

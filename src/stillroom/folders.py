@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,4 +151,5 @@ def snapshots_of(store: Path) -> list[Path]:
     """What stands beside a store under its name and a date, oldest first."""
     store = store.resolve()  # no pattern: the name is the user's
     found = store.parent.iterdir() if store.parent.is_dir() else ()
-    return sorted(p for p in found if p.is_dir() and p.name.startswith(f"{store.name}_"))
+    name = re.compile(re.escape(store.name) + r"_\d{4}-\d\d-\d\dT\d{6}Z")
+    return sorted(p for p in found if p.is_dir() and name.fullmatch(p.name))

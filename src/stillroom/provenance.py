@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stillroom.credentials import redact
+from stillroom.errors import UserError
 from stillroom.files import exclusive, file_sha256, read_json, write_json
 
 _PACKAGES = (
@@ -120,4 +121,6 @@ def record_run(path: Path, stage: str, facts: dict[str, Any], study: dict[str, A
     }
     with exclusive(path.parent, "stage", f".{path.name}.lock", wait=60):
         log = read_json(path, "stages") if path.exists() else {"stages": {}}
+        if not isinstance(log["stages"], dict):
+            raise UserError(f"{path} is damaged: its stages are no object; delete it")
         write_json(path, {**log, "stages": {**log["stages"], stage: record}, "study": study, "updated": utc_now()})

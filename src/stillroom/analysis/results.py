@@ -52,8 +52,9 @@ class StudyResults:
     """`result.json` of the finished trials, in the plan's order."""
 
     @classmethod
-    def read(cls, folder: Path) -> StudyResults:
+    def read(cls, folder: Path | str) -> StudyResults:
         """Read what is in a results folder. `UserError` if there is nothing to report yet."""
+        folder = Path(folder)
         planned = read_planned(folder)
         finished = read_results(folder, planned)
         if not finished:

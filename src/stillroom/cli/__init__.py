@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import gc
+import io
 import math
 import os
 import shlex
@@ -69,6 +71,9 @@ def main() -> None:
     from stillroom.errors import UserError
 
     gc.set_threshold(*SELDOM)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # ASCII has no minus sign
     warnings.simplefilter("ignore", FutureWarning)  # other packages' notices to their own developers
     signal.signal(signal.SIGINT, _Interruption())
     try:
@@ -82,7 +87,10 @@ def main() -> None:
             again = shlex.join(["stillroom", *sys.argv[1:]])
             typer.secho(redact(f"Stopped. Finished work is saved. To resume: {again}"), err=True)
         _leave(stop.code)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # writing a file says which
+            typer.secho(f"error: cannot write the output: {os.strerror(error.errno)}", err=True, fg="red")
+            _leave(2)
         typer.secho(redact(traceback.format_exc()), err=True)
         typer.secho("Internal error in stillroom; please report it. Finished work is saved.", err=True)
         _leave(1)

@@ -51,11 +51,14 @@ def inspect(
     )
     from stillroom.cli.printing import print_example, print_store
     from stillroom.config import ModelRef
+    from stillroom.errors import UserError
     from stillroom.files import atomic_path
     from stillroom.offline_teacher_data.store import SignalStore
     from stillroom.studies import load_study
 
     if example is None:
+        if picture:
+            raise UserError("--picture needs an EXAMPLE, whose attention map it is")
         facts = describe_store(store, load_study(study) if study else None)
         if not json:
             print_store(facts)

@@ -228,12 +228,15 @@ def report(
     Example: stillroom report small
     """
     from stillroom.analysis.report import write_report
+    from stillroom.errors import UserError
     from stillroom.experiment.reporting import as_planned, report_planned
     from stillroom.folders import ResultsFolder
     from stillroom.studies import load_study
 
     folder = Path(study)
     if ResultsFolder(folder).planned.is_file():
+        if set_:
+            raise UserError(f"--set changes a study; {folder} is a results folder, reported as it was planned")
         write_report(folder)
     elif (planned := as_planned(load_study(study, set_ or []))) is not None:  # then nothing of it needs PyTorch
         folder = report_planned(planned).parent

@@ -165,6 +165,16 @@ class Paths(Section):
         """The folder of the teacher's data."""
         return self.store or OFFLINE_DATA_PATH
 
+    @model_validator(mode="after")
+    def _apart(self) -> Paths:
+        store, results = self.store_path.resolve(), self.results.resolve()
+        if store in (results, *results.parents):
+            raise ValueError(
+                f"results ({self.results}) must not be in the store's folder ({self.store_path}), all of which is "
+                "removed when another study's data take its place"
+            )
+        return self
+
 
 class Study(Section):
     """Everything that a study is."""

@@ -23,7 +23,7 @@ from stillroom.data.corpus import examples_digest
 from stillroom.data.encoding import Encoding
 from stillroom.data.tasks import Example
 from stillroom.errors import UserError
-from stillroom.files import atomic_path, exclusive, file_sha256, read_json, write_json
+from stillroom.files import atomic_path, exclusive, file_sha256, read_json, shown_size, write_json
 from stillroom.models.architecture import check_capture
 from stillroom.models.hub import tokenizer_hash
 from stillroom.models.output_head import head_of, save_output_head
@@ -198,7 +198,7 @@ def _require_space(store: Path, tokens: int, encodings: Sequence[Encoding], layo
     free = shutil.disk_usage(store).free
     if needed > free:
         raise UserError(
-            f"{store}: the teacher's data need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
+            f"{store}: the teacher's data need {shown_size(needed)}, {shown_size(free)} are free; "
             "free some space or choose another disk with OFFLINE_DATA_PATH or --set paths.store=DIR"
         )
 

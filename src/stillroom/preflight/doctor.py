@@ -20,6 +20,7 @@ from stillroom.data.vocabulary import compare_vocabularies
 from stillroom.errors import UserError, first_line
 from stillroom.evaluation.harness_tasks import Harness
 from stillroom.experiment.resources import cores, trial_resources
+from stillroom.files import shown_size
 from stillroom.models.builtin_pair import materialise
 from stillroom.models.hub import is_local, load_config, load_tokenizer, require_embedded, require_quantization
 from stillroom.models.precision import DTYPES, default_device, products, resolve_precision
@@ -281,8 +282,10 @@ def _disk(study: Study, plan: dict[str, Any]) -> Lines:
     for subject, (place, device, needed) in zip(("teacher data", "students"), found, strict=True):
         free = shutil.disk_usage(place).free
         in_all = sum(other for _, its_device, other in found if its_device == device)
-        says = f"{_size(needed)} needed, {_size(in_all)} on that disk in total, {_size(free)} free at {place}"
-        fine = free > in_all and os.access(place, os.W_OK)
+        room = f"{shown_size(in_all)} on that disk in total, {shown_size(free)} free at {place}"
+        says = f"{shown_size(needed)} needed, {room}"
+        fine = place.is_dir() and free > in_all and os.access(place, os.W_OK)
+        says += "" if place.is_dir() else ", which is no folder"
         yield Finding(f"disk for {subject}", fine, says if fine else f"{says}; free some, or set other paths")
 
 
@@ -325,7 +328,7 @@ def _memory(study: Study, plan: dict[str, Any]) -> Lines:
     }
     for stage, needed in needs.items():
         where = "of GPU memory" if gpus and stage != "trial_in_cpu_memory" else "of memory"
-        says = f"about {_size(needed)} needed, {_size(room[stage])} {where}"
+        says = f"about {shown_size(needed)} needed, {shown_size(room[stage])} {where}"
         fine = needed < room[stage]
         yield Finding(f"memory for a {stage.replace('_', ' ')}", fine, says if fine else f"{says}; {remedies[stage]}")
 
@@ -340,7 +343,8 @@ def _gpu(study: Study, plan: dict[str, Any]) -> Lines:
 
     yield _trial_run("GPU driver", lambda: accelerator.driver(device), "")
     needed = int(plan["memory_bytes"]["trial"])
-    yield _trial_run("GPU memory", lambda: accelerator.allocate(device, needed), f"{_size(needed)} could be allocated")
+    could = f"{shown_size(needed)} could be allocated"
+    yield _trial_run("GPU memory", lambda: accelerator.allocate(device, needed), could)
     dtypes = sorted({study.teacher.dtype, study.training.precision, study.evaluation.dtype})
     kernels = f"products and attention, forward and backward: {', '.join(dtypes)}"
     yield _trial_run("GPU kernels", lambda: accelerator.run_kernels(device, dtypes), kernels)
@@ -397,7 +401,3 @@ def _tried(action: Callable[[], Any]) -> tuple[bool, str]:
     except Exception as error:  # whatever a service's library raises, the user is to read it as a line
         return False, first_line(error)
     return True, ""
-
-
-def _size(value: float) -> str:
-    return f"{value / 1e9:.1f} GB" if value >= 1e8 else f"{value / 1e6:.1f} MB"

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from stillroom.config import TaskColumns, TaskData
 from stillroom.data.corpus import folded
 from stillroom.data.rows import all_rows
-from stillroom.data.tasks import get_task
+from stillroom.data.tasks import TASKS, get_task
+from stillroom.data.tasks.example import is_empty
 from stillroom.errors import UserError
 from stillroom.files import atomic_path
 
@@ -46,6 +47,8 @@ def write_study(data: Path, teacher: str, student: str, target: Path) -> Start:
         raise UserError(f"{target} exists; name another file with --study")
     rows = all_rows(data)
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", data.name.partition(".")[0]).strip("-_")[:40] or "task"
+    if name in TASKS:
+        name += "-rows"
     task, guesses = _guess(rows)
     used, fault = _usable(name, data, task, rows)
     if used < 4:
@@ -106,6 +109,8 @@ def _few(rows: Collection[dict[str, Any]], column: str) -> list[str]:
     """The values of a column, as texts, if they are few and each comes again; else none."""
     found: set[str] = set()
     for row in rows:
+        if is_empty(row.get(column)):
+            continue
         found.add(str(row.get(column)).strip())
         if len(found) > _MOST_CHOICES:
             return []
@@ -150,19 +155,19 @@ def _study(
     guessed = "\n".join(f"      # guessed: {guess}" for guess in guesses)
     return f"""\
 # Written by `stillroom init`. `stillroom fields` lists everything that can be set.
-name: {name}
+name: {json.dumps(name)}
 teacher:
-  model: {json.dumps(teacher)}
+  model: {json.dumps(teacher, ensure_ascii=False)}
   # fine_tune: {{method: lora}}  # fine-tune it on the task first, if it doesn't know it yet
 student:
-  model: {json.dumps(student)}
+  model: {json.dumps(student, ensure_ascii=False)}
   # lora: {{rank: 16}}          # train LoRA layers instead of all weights
 corpus:
   max_length: 512             # tokens; longer examples are left out and counted
   validation_share: 0.1       # of the examples, held out of training
   tasks:
-    {name}:
-      dataset: {json.dumps(str(data))}
+    {json.dumps(name)}:
+      dataset: {json.dumps(str(data), ensure_ascii=False)}
       examples: {max(2, 9 * usable // 10)}           # of {usable} different usable ones in {rows} rows
 {guessed}
       {kind}:

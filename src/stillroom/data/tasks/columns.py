@@ -89,6 +89,8 @@ def _gold(name: str, columns: ChoiceColumns, label: object, choices: tuple[str, 
 
 
 def _by_text(label: object, choices: tuple[str, ...]) -> int | None:
+    if is_empty(label):  # a null is no text `None`
+        return None
     number = whole_number(label)
     if isinstance(label, bool):
         readings = [str(label), str(label).lower()]
