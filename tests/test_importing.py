@@ -157,7 +157,18 @@ def _hot(row):
     return {**row, "prompt_logprobs": entries}
 
 
+def _with(change):
+    """A change of every token's entries."""
+    return lambda r: {**r, "prompt_logprobs": [e and change(e) for e in r["prompt_logprobs"]]}
+
+
 MISTAKES = {
+    "an id twice": (_with(lambda e: {**e, f"0{next(iter(e))}": next(iter(e.values()))}), "a token id stands twice"),
+    "far too unlikely": (
+        _with(lambda e: {key: {"logprob": -9.0} for key in e}),
+        "leave 0.99.* to the tokens outside, which can have 0.0",
+    ),
+    "no id": (_with(lambda e: {**e, "9" * 30: {"logprob": -1.0}}), r"token id 9{12}.* is not in the teacher's voc"),
     "other text": (lambda r: {**r, "text": "Something else"}, "its text is 'Something else', the corpus has"),
     "other tokens": (
         lambda r: {**r, "prompt_token_ids": [1, *r["prompt_token_ids"]]},

@@ -267,6 +267,10 @@ MODELS = {
     "weights that are pickled": (only_pickled, "only safetensors weights are loaded, and it has pytorch_model.bin"),
     "no weights": (without("model.safetensors"), "only safetensors weights are loaded, and it has no weights"),
     "a missing weight": (without_a_weight, "its files lack 1 of its weights, model.layers.1.mlp.up_proj.weight"),
+    "a layer too many": (
+        change_config(num_hidden_layers=1),
+        "weights that its config.json does not know, model.layers.1.",
+    ),
     "half of the weights": (halve("model.safetensors"), "cannot be loaded"),
     "no configuration": (without("config.json"), "cannot be loaded"),
     "half a configuration": (halve("config.json"), "cannot be loaded"),

@@ -611,3 +611,17 @@ def test_a_shard_whose_column_has_another_name_is_one_message(store, tmp_path):
     pq.write_table(renamed, copy / name, row_group_size=1)
     with pytest.raises(UserError, match=rf"{name}: example {first}: .*hidden.* capture again"):
         changed.read(first)
+
+
+def test_a_store_without_its_tokenizer_is_not_verified(tmp_path, store, teacher_ref, examples):
+    """It would be archived, and no trial could read it; another capture writes what is gone."""
+    path = shutil.copytree(store.path, tmp_path / "s")
+    (path / "tokenizer" / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="tokenizer"):
+        verify_saved_data(path)
+    assert not (path / "verified.json").exists()
+    shutil.rmtree(path / "tokenizer")
+    with pytest.raises(UserError, match="tokenizer"):
+        verify_saved_data(path)
+    make_store(path, teacher_ref, examples)
+    verify_saved_data(path)

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import logging
+import re
 import socket
 from collections.abc import Iterable
 from functools import cache
@@ -92,8 +93,24 @@ def load_model(
     )
     if missing := sorted(loaded["missing_keys"]):
         raise UserError(f"{ref.model}: its files lack {len(missing)} of its weights, {missing[0]} among them")
+    if unknown := _unread(model, loaded["unexpected_keys"]):
+        raise UserError(
+            f"{ref.model}: its files have {len(unknown)} weights that its config.json does not know, {unknown[0]} "
+            "among them: it describes another model"
+        )
     model.eval()
     return model if placement or device is None else model.to(device)
+
+
+def _unread(model: transformers.PreTrainedModel, keys: Iterable[str]) -> list[str]:
+    """Those of the weights in the files that belong to the model, and that it has no place for.
+
+    Of one more layer, or a bias of a product without one; what old versions saved beside the weights does not belong
+    to it, nor do parts that a causal language model leaves out.
+    """
+    kinds = {re.sub(r"\d+", "#", name) for name, _ in model.named_parameters()}
+    products = {f"{name}.bias" for name, module in model.named_modules() if getattr(module, "weight", None) is not None}
+    return sorted(key for key in keys if key in products or re.sub(r"\d+", "#", key) in kinds)
 
 
 def require_quantization(wanted: Quantization | None) -> None:

@@ -322,6 +322,8 @@ def _finish(
 ) -> None:
     """Write the manifest, and beside it the tokenizer and the output head if it is kept, unless they are there."""
     if (store / MANIFEST).exists():
+        if not (store / "tokenizer").is_dir():
+            tokenizer.save_pretrained(store / "tokenizer")
         return
     kept: dict[str, Any] = {"fingerprint": fingerprint(origin), "vocabulary": vocabulary_size(model)}
     if "teacher_head" in origin:

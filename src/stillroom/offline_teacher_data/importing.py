@@ -34,6 +34,9 @@ from stillroom.signals.signal import Layout, id_dtype
 _ABOVE_ONE = 1e-3
 """By how much a token's probabilities may sum to more than 1: float32 rounds that far."""
 
+_TAIL_ROUNDING = 1.05
+"""By what factor the probabilities outside may exceed the most that they can be: log-probabilities in 16 bits."""
+
 _DISTILLKIT = ("input_ids", "token_ids", "top_values")
 """Columns of a Parquet file."""
 
@@ -272,12 +275,23 @@ def _columns(
         raise UserError(
             f"{where}: token id {int(ids[(ids < 0) | (ids >= vocabulary)][0])} is not in the teacher's vocabulary"
         )
+    if len(again := np.flatnonzero((np.diff(np.sort(ids, axis=1), axis=1) == 0).any(1))):
+        raise UserError(f"{where}: a token id stands twice among the log-probabilities of token {int(again[0]) + 1}")
     sums = np.exp(logprobs).sum(1)
     if not (np.isfinite(logprobs).all() and (sums <= 1 + _ABOVE_ONE).all()):
         t = int((~(np.isfinite(logprobs).all(1) & (sums <= 1 + _ABOVE_ONE))).argmax())
         raise UserError(
             f"{where}: the probabilities of token {t + 1} sum to {sums[t]:.4g}: they are of no whole distribution; "
             "capture log-probabilities at temperature 1, without penalties, top_p or a bias"
+        )
+    # no token outside is likelier than the last one inside
+    most = (vocabulary - layout.top_k) * np.exp(logprobs.min(axis=1, initial=0.0))
+    if len(lacking := np.flatnonzero(1 - sums > _TAIL_ROUNDING * most + _ABOVE_ONE)):
+        t = int(lacking[0])
+        raise UserError(
+            f"{where}: the log-probabilities of token {t + 1} leave {1 - sums[t]:.4g} to the tokens outside, which can "
+            f"have {most[t]:.4g} at most: they are of no whole distribution; capture natural logarithms of "
+            "probabilities, not logits or parts of them"
         )
     with np.errstate(divide="ignore"):  # nothing is left outside: −∞
         tail = np.log(np.maximum(1 - sums, 0))
@@ -326,6 +340,8 @@ def _given(row: Mapping[str, Any], where: str, encoding: Encoding, k: int) -> tu
             raise UserError(
                 f'{where}: prompt_logprobs of token {t + 1}: expected {{"id": {{"logprob": …}}, …}}, not {shown(entry)}'
             ) from None
+        if odd := [key for _, key in pairs if not 0 <= key < 2**31]:
+            raise UserError(f"{where}: token id {shown(odd[0])} is not in the teacher's vocabulary")
         if token not in (key for _, key in pairs):
             raise UserError(
                 f"{where}: token {t + 1} of prompt_logprobs is not about token {token}, which the teacher reads there: "

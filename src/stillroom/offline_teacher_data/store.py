@@ -136,17 +136,20 @@ def shard_entry(path: Path) -> dict[str, Any]:
         with pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
             for row in range(file.num_row_groups):
                 file.read_row_group(row, use_threads=False)
-    except OSError as error:
+        table = pq.read_table(path, columns=["example_id", "tokens"])
+        metadata = pq.read_metadata(path).metadata
+        known = {
+            key.decode(): json.loads(value) for key, value in metadata.items() if key.endswith((b"_sum", b"_values"))
+        }
+    except (OSError, pa.ArrowException, ValueError, KeyError) as error:
         raise UserError(f"{path} is damaged: {error}; delete it and run the same command again") from None
-    table = pq.read_table(path, columns=["example_id", "tokens"])
-    metadata = pq.read_metadata(path).metadata
     return {
         "name": path.name,
         "rows": table.num_rows,
         "tokens": sum(table["tokens"].to_pylist()),
         "bytes": path.stat().st_size,
         "sha256": file_sha256(path),
-        **{key.decode(): json.loads(value) for key, value in metadata.items() if key.endswith((b"_sum", b"_values"))},
+        **known,
         "examples": table["example_id"].to_pylist(),
     }
 
@@ -157,7 +160,7 @@ def shard_is_whole(path: Path, fingerprint: str, example_ids: Sequence[str]) -> 
         return False
     try:
         ids = pq.read_table(path, columns=["example_id"])["example_id"].to_pylist()
-    except (pa.ArrowInvalid, OSError):
+    except (pa.ArrowException, OSError, ValueError, KeyError):
         return False
     return bool(ids == list(example_ids))
 
@@ -166,7 +169,7 @@ def shard_fingerprint(path: Path) -> str | None:
     """Fingerprint of the capture that wrote a shard; None where it cannot be read."""
     try:
         metadata = pq.read_schema(path).metadata or {}
-    except (pa.ArrowInvalid, OSError):
+    except (pa.ArrowException, OSError, ValueError, KeyError):
         return None
     found = metadata.get(b"stillroom_fingerprint")
     return None if found is None else found.decode(errors="replace")

@@ -114,6 +114,7 @@ def verify_saved_data(path: Path | str, num_samples: int = 20, seed: int = 0) ->
         for shard in store.manifest["shards"]:
             check_shard(path / shard["name"], shard, store.manifest["fingerprint"])
         check_head(store)
+        _ = store.tokenizer  # raises where it is not there, or another
         for example_id in sampled:
             check_example(store, store.read(example_id))
     except UserError:
