@@ -391,7 +391,7 @@ def test_the_command_fails_when_there_is_something_to_do(no_services, tmp_path):
     told = CliRunner().invoke(app, ["doctor", *study])
     assert told.exit_code == 1
     assert "todo student: ./nowhere: no such directory" in told.output
-    assert told.output.splitlines()[-1] == "Next: fix what the lines marked todo name"
+    assert told.output.splitlines()[-1] == "Next: fix the items marked todo"
     found = json.loads(CliRunner().invoke(app, ["doctor", *study, "--json"]).stdout)
     assert [f["subject"] for f in found if not f["fine"]] == ["student", "data"]
 

@@ -108,7 +108,7 @@ def compare(
 def export(
     trial: Annotated[Path, typer.Argument(metavar="TRIAL", help="folder of a finished trial")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="a new folder")],
-    adapter: Annotated[bool, typer.Option("--adapter", help="the LoRA layers alone, for peft")] = False,
+    adapter: Annotated[bool, typer.Option("--adapter", help="export only the LoRA layers, for use with peft")] = False,
     push: Annotated[
         str | None,
         typer.Option(metavar="USER/NAME", help="upload it to this model repository on the hub, made if absent"),

@@ -113,6 +113,6 @@ def doctor(study: StudyArgument, set_: SetOption = None, json: JsonOption = Fals
     else:
         print_findings(findings)
         ready = f"Ready. Next: {following('run', study, set_)}"
-        say(ready if fine else "Next: fix what the lines marked todo name")
+        say(ready if fine else "Next: fix the items marked todo")
     if not fine:
         raise typer.Exit(1)

@@ -72,7 +72,7 @@ def load_rows(task: Task, data: TaskData, seed: int, place: str) -> Collection[R
     if _kind(local) is not None:
         return _of_file(task, data, local, place)
     if local.exists() or data.dataset.startswith(("/", ".", "~")) or local.suffix.lower() in {*_NOT_READ, *_OPENERS}:
-        what = "is of a kind that is not read" if local.exists() else "is not there"
+        what = "is not a supported file type" if local.exists() else "is not there"
         raise UserError(
             f"{place}.dataset: {data.dataset!r} {what}; give a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file, a "
             "folder of `<split>.parquet`, the id of a data set on the hub, or `builtin`"

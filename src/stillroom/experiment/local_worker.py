@@ -149,7 +149,7 @@ class Forks:
         except (EOFError, OSError):
             said = self._parent.close().rpartition("\n")[2] or "it was killed"
             raise UserError(
-                f"a process for trials does not start on this machine: {said}; finished work is on disk, "
+                f"could not start a process for trials on this machine: {said}; finished work is on disk, "
                 "run the command again"
             ) from None
 

@@ -17,7 +17,7 @@ def get_task(name: str, columns: TaskColumns | None = None) -> Task:
     """The registered task, or the one that `columns` define; `UserError` if there is neither, or both."""
     if columns is not None and columns.definition:
         if name in TASKS:
-            raise UserError(f"corpus.tasks.{name}: this name is a registered task's; give your own another name")
+            raise UserError(f"corpus.tasks.{name}: this is the name of a built-in task; choose another name for yours")
         return columns_task(name, columns.definition)
     if name not in TASKS:
         raise UserError(
