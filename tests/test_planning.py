@@ -159,7 +159,10 @@ def test_a_plan_says_what_the_design_can_find_out():
             "with 3 seeds the smallest p over 3 contrasts is 0.75, so no difference can be significant at 0.05",
         ),
         (["sweep.seeds=[0]"], "with 1 seed the smallest p"),
-        ([SEVEN, "groups=[task_only, black_box]"], "analysis.primary: none of its comparisons has both groups in this study"),
+        (
+            [SEVEN, "groups=[task_only, black_box]"],
+            "analysis.primary: none of its comparisons has both groups in this study",
+        ),
         ([SEVEN, "corpus.tasks.sentiment.examples=20"], "sentiment has 4 validation examples, of which one is more"),
         ([SEVEN, "analysis.alpha=0.01"], "it takes 10 seeds"),
     ],

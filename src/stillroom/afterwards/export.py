@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from stillroom import __version__
 from stillroom.analysis.escaping import control_free, fence, markdown_plain
 from stillroom.analysis.frame import accuracy_keys
-from stillroom.analysis.reading import read_baselines, read_planned, read_result
+from stillroom.analysis.reading import read_baselines, read_planned, read_result, scored_tasks
 from stillroom.config import ModelRef
 from stillroom.data.chat_templates import turn_ends
 from stillroom.data.corpus import load_corpus
@@ -135,7 +135,9 @@ def _card(trial: Path, checkpoint: Path, as_adapter: bool = False) -> str:
         "lora": student.get("lora"),
         "as_adapter": as_adapter,
         "epoch": epoch,
-        "metrics": _metric_rows(trial, _of_epoch(trial, result, epoch), examples.counts),
+        "metrics": _metric_rows(
+            trial, _of_epoch(trial, result, epoch), {task: examples.counts[task] for task in scored_tasks(study)}
+        ),
         "trained_on": len(examples.train),
     }
     environment = Environment(loader=PackageLoader("stillroom.afterwards", "templates"), undefined=StrictUndefined)

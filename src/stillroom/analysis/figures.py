@@ -36,6 +36,12 @@ PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#9
 MARKERS = "osD^vPX*"
 """A second mark beside the colour, for prints without it."""
 
+
+def _marker(number: int) -> str:
+    """That of the group of this number: where colours come again, another one."""
+    return MARKERS[(number + number // len(PALETTE)) % len(MARKERS)]
+
+
 _PAGE_COLOURS = {INK: "--fg", FAINT: "--line", MUTED: "--mute", PALETTE[0]: "--blue"}
 
 _STYLE: Any = {
@@ -89,7 +95,7 @@ def study_figures(results: StudyResults, evidence: Evidence, findings: Sequence[
     alpha, margin = evidence.analysis.alpha, evidence.analysis.equivalence_margin
     level, groups = f"{100 * (1 - alpha):g} %", results.groups
     rows = 0.6 + 0.3 * len(groups)
-    marks = {group: (colour, MARKERS[n % 8]) for n, (group, colour) in enumerate(group_colours(groups).items())}
+    marks = {group: (colour, _marker(n)) for n, (group, colour) in enumerate(group_colours(groups).items())}
     terms = [term for term in TERMS if len(results.history("train", f"{term}_loss"))]
     shown = [f for f in findings if f.by_seed and f.comparison.second != evidence.student]
     pairs = list(dict.fromkeys(_pair(f) for f in shown))
@@ -195,7 +201,7 @@ def accuracy_panel(results: StudyResults, alpha: float, measure: str, axis: Any)
     for place, (group, colour) in enumerate(group_colours(results.groups).items()):
         values = np.array([trial.values[key] for trial in results.measured if trial.group == group])
         low, high = mean_interval(values, alpha) if len(values) else (np.nan, np.nan)
-        _seeds(axis, values, place, colour, MARKERS[place % 8], values.mean() if len(values) else np.nan, low, high)
+        _seeds(axis, values, place, colour, _marker(place), values.mean() if len(values) else np.nan, low, high)
     axis.set_title(measure)
     axis.set_yticks(range(len(results.groups)), results.groups)
     axis.set_ylim(len(results.groups) - 0.4, -0.6)
@@ -238,7 +244,7 @@ def curves_panel(results: StudyResults, split: str, measure: str, title: str, se
         if len(curves):
             if seeds:
                 axis.plot(curves.index, curves.to_numpy(), color=colour, lw=0.6, alpha=0.35)
-            axis.plot(curves.index, curves.mean(axis=1), color=colour, marker=MARKERS[number % 8], ms=4)
+            axis.plot(curves.index, curves.mean(axis=1), color=colour, marker=_marker(number), ms=4)
     axis.set_title(title)
     axis.set_xlabel("epoch")
     if rows["epoch"].nunique() == 1:
@@ -295,7 +301,7 @@ def cost_panel(results: StudyResults, axis: Any) -> None:
     for place, (group, colour) in enumerate(group_colours(results.groups).items()):
         milliseconds = 1000 * results.costs.loc[results.costs["group"] == group, "fastest_step_seconds"].to_numpy()
         middle = float(np.median(milliseconds)) if len(milliseconds) else np.nan
-        _seeds(axis, milliseconds, place, colour, MARKERS[place % 8], middle, np.nan, np.nan)
+        _seeds(axis, milliseconds, place, colour, _marker(place), middle, np.nan, np.nan)
     axis.set_xlabel("milliseconds")
     axis.set_xlim(left=0)
     axis.set_yticks(range(len(results.groups)), results.groups)

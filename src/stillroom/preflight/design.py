@@ -85,7 +85,10 @@ def _warnings(study: Study, design: dict[str, Any]) -> list[str]:
     for name, family in design["families"].items():
         if not family["contrasts"]:
             if getattr(study.analysis, name):
-                found.append(f"analysis.{name}: none of its comparisons has both groups in this study; add the groups, or change it")
+                found.append(
+                    f"analysis.{name}: none of its comparisons has both groups in this study; add the groups, or "
+                    "change it"
+                )
         elif design["seeds"] < family["seeds_needed"]:
             p = family["smallest_adjusted_p"]
             found.append(
