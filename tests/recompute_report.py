@@ -405,7 +405,8 @@ def asked_of_every_study(study):
     declared = [pair for kind in ("primary", "secondary") for pair in study["analysis"][kind]]
     present = {name for pair in declared if set(pair) <= set(terms) for name in pair}
     boxes = [name for name, group_terms in terms.items() if group_terms == {"task", "kd"}]
-    boxes = [name for name in boxes if name in present] or boxes[:1]
+    distilled = [name for name, group_terms in terms.items() if group_terms != {"task"}]
+    boxes = [name for name in boxes if name in present] or boxes[:1] or distilled
     pairs = [[box, name] for box in boxes for name, group_terms in terms.items() if group_terms == {"task"}]
     return [pair for pair in pairs if pair not in declared and pair[::-1] not in declared], list(terms)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import codecs
 import errno
 import gc
 import io
@@ -72,7 +73,7 @@ def main() -> None:
 
     gc.set_threshold(*SELDOM)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+        if isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
             stream.reconfigure(errors="replace")  # ASCII has no minus sign
     warnings.simplefilter("ignore", FutureWarning)  # other packages' notices to their own developers
     signal.signal(signal.SIGINT, _Interruption())
