@@ -125,7 +125,7 @@ def test_all_examples_are_those_that_can_be_used(tmp_path, tokenizers):
     assert {e.example_id for e in fewer.all} < {e.example_id for e in built.all}
     fewer = with_validation(tmp_path, local(tmp_path, rows, 30, max_length=64), ROWS, "all", tokenizers)
     assert len(fewer.test) == 10
-    with pytest.raises(UserError, match=r"tasks.sst2.examples: at least 2 are needed, but only 1 can be used"):
+    with pytest.raises(UserError, match=r"tasks.sst2.examples: 2 at least asked for, but only 1 can be used"):
         build_corpus(local(tmp_path, ROWS[:1], "all"), tokenizers)
     with pytest.raises(UserError, match=r"quiz.examples: built-in rows are made up as they are needed; say how many"):
         build_corpus(Corpus(tasks={"quiz": TaskData(dataset="builtin", examples="all")}), tokenizers)

@@ -315,7 +315,7 @@ def test_a_definitions_identity_stands():
 
 def test_a_registered_tasks_name_is_not_taken(tmp_path):
     """Two tasks of one name would be mixed up in every table."""
-    with pytest.raises(UserError, match="registered task"):
+    with pytest.raises(UserError, match="built-in task"):
         get_task("sst2", TaskData(dataset="x.jsonl", examples=4, choice=CHOICE))
     with pytest.raises(UserError, match="define it there"):
         get_task("animals", TaskData(dataset="x.jsonl", examples=4))

@@ -118,9 +118,8 @@ def _draw(
     wanted = None if data.examples == "all" else data.examples
     chosen = list(islice(_fitting(settled_, corpus.max_length, tokenizers, dropped, lengths), wanted))
     if len(chosen) < (wanted or 2):
-        needed = f"{wanted} asked for" if wanted else "at least 2 are needed"
         raise UserError(
-            f"{place}.examples: {needed}, but only {len(chosen)} can be used "
+            f"{place}.examples: {wanted or '2 at least'} asked for, but only {len(chosen)} can be used "
             f"({dict(dropped)}); ask for fewer, or raise corpus.max_length{_first(task, faults)}"
         )
     _require_choices(chosen, tokenizers, place)
