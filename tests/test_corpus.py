@@ -399,6 +399,7 @@ def test_a_line_ends_at_a_newline_and_nowhere_else(tmp_path):
     assert list(read_lines(file)) == rows
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_build_one_corpus(tmp_path, monkeypatch):
     """As the parts of a divided capture do: the models and the corpus are written by one, read by the other."""
     built = []

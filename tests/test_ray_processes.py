@@ -10,6 +10,7 @@ _CHILD = "from stillroom.experiment.ray_processes import end_with_parent as e; e
 _PARENT = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {_CHILD!r}], stdin=sys.stdin).wait()"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="a process there keeps the number of a parent that is gone")
 def test_a_worker_ends_when_its_scheduler_is_killed():
     """Else a trial of a killed sweep keeps its folder, and the next sweep waits for it for minutes."""
