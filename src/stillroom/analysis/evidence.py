@@ -220,7 +220,7 @@ class Interaction:
     """Trials of the family that are."""
 
     def verdict(self, analysis: Analysis) -> tuple[str, str]:
-        """In a few words, and how the sentence goes on."""
+        """The verdict in a few words, and the rest of its sentence."""
         if self.missing and not self.seeds:
             return "undecided", _lacking(self.missing)
         if math.isfinite(self.adjusted_p) and self.adjusted_p <= analysis.alpha:

@@ -131,7 +131,8 @@ def _encoding(
     if len(first := np.flatnonzero(~is_special)) and is_invented(tokenizer, ids, first, text):
         ends[first[0]] = 0
     ends = _ends_in_original(tokenizer, text, ends)
-    for token in range(len(ends) - 1, 0, -1):  # bytes of two characters: the token before has not read the first one
+    # a token with bytes of two characters: the token before it ends inside the first of them, not after it
+    for token in range(len(ends) - 1, 0, -1):
         if not is_special[token] and offsets[token][0] < ends[token - 1] < ends[token]:
             ends[token - 1] = ends[token]
     return Encoding(np.array(ids, dtype=np.int32), np.maximum.accumulate(ends), is_special)

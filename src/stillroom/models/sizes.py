@@ -135,9 +135,8 @@ def value_width(config: Any) -> int:
     """Dimensions of a token's value vectors: of all key-value heads together."""
     text = config.get_text_config()
     count = int(getattr(text, "num_key_value_heads", None) or heads(config))
-    width = getattr(text, "v_head_dim", None) or getattr(
-        text, "head_dim", None
-    )  # the first: multi-head latent attention
+    # v_head_dim: of multi-head latent attention
+    width = getattr(text, "v_head_dim", None) or getattr(text, "head_dim", None)
     return count * int(width or _required(text, "hidden_size") // heads(config))
 
 

@@ -323,7 +323,8 @@ def _finish(
     """Write the manifest, and beside it the tokenizer and the output head if it is kept, unless they are there."""
     if (store / MANIFEST).exists():
         if not (store / "tokenizer").is_dir():
-            tokenizer.save_pretrained(store / "tokenizer")
+            with atomic_path(store / "tokenizer") as temporary:
+                tokenizer.save_pretrained(temporary)
         return
     kept: dict[str, Any] = {"fingerprint": fingerprint(origin), "vocabulary": vocabulary_size(model)}
     if "teacher_head" in origin:
